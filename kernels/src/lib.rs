@@ -10,6 +10,8 @@ pub mod oracle;
 mod parallel;
 
 pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Shape, Strides};
+#[doc(hidden)]
+pub use cpu::Level;
 pub use error::KernelError;
 pub use parallel::{Parallel, Sequential, Threads};
 
@@ -22,6 +24,18 @@ pub use parallel::{Parallel, Sequential, Threads};
 /// [`KernelError`] if shapes, strides and band do not fit together; nothing is written then.
 pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<(), KernelError> {
     check::check(a)?;
-    cpu::attention(a, pool);
+    cpu::attention(a, pool, cpu::Level::best());
+    Ok(())
+}
+
+/// [`attention`] at a given instruction set, which must be [available](Level::available); for tests and benchmarks.
+#[doc(hidden)]
+pub fn attention_at(
+    a: &Attention<'_>,
+    pool: &dyn Parallel,
+    level: Level,
+) -> Result<(), KernelError> {
+    check::check(a)?;
+    cpu::attention(a, pool, level);
     Ok(())
 }

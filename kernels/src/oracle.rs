@@ -65,11 +65,7 @@ pub fn dense(
     band: Option<&Band>,
 ) -> Vec<f64> {
     let mut out = Vec::with_capacity(s.batch * s.heads * s.q_tokens * s.v_dim);
-    let group = if s.kv_heads == 0 {
-        1
-    } else {
-        s.heads / s.kv_heads
-    };
+    let group = s.heads.checked_div(s.kv_heads).unwrap_or(1);
     for b in 0..s.batch {
         for h in 0..s.heads {
             let kv = (b * s.kv_heads + h / group) * s.kv_tokens;

@@ -1,13 +1,26 @@
-//! Attention on the CPU (first, simple version: one row at a time).
+//! Attention on the CPU: splits a call into tasks and hands each to the best instruction set.
+//!
+//! The way of the data is described at the [crate's root](crate); `task` follows it step by step.
 
-use half::{bf16, f16};
+mod exp;
+mod gemm;
+mod level;
+mod pack;
+mod scratch;
+mod sight;
+mod task;
 
-use crate::api::{Attention, DType, Input, Mode, Output};
+pub use level::Level;
+
+use crate::api::Attention;
 use crate::parallel::Parallel;
+use gemm::QUERIES;
 
-/// Shares the raw pointers of a call between tasks.
+/// Shares a call between threads.
+#[derive(Clone, Copy)]
 struct Shared<'a, 'b>(&'a Attention<'b>);
-// SAFETY: tasks only read the inputs and write disjoint output rows (`check` refuses overlapping layouts).
+// SAFETY: tasks only read the inputs, and write disjoint rows of the outputs (`check` refuses layouts in which two
+// elements coincide).
 unsafe impl Sync for Shared<'_, '_> {}
 
 impl<'a, 'b> Shared<'a, 'b> {
@@ -16,98 +29,29 @@ impl<'a, 'b> Shared<'a, 'b> {
     }
 }
 
-pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel) {
+/// Runs a call that `check` has accepted.
+pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) {
     let s = a.shape;
+    let planes = s.batch * s.heads;
+    let blocks = s.q_tokens.div_ceil(QUERIES);
+    if planes == 0 || blocks == 0 || s.v_dim == 0 {
+        return;
+    }
+    // Blocks in one task share packed keys and values; more of them save packing, fewer of them balance better.
+    let per_task = (planes * blocks / 32).clamp(1, 4).min(blocks);
+    let per_plane = blocks.div_ceil(per_task);
     let shared = Shared(a);
-    pool.run(s.batch * s.heads, &|task| {
-        let a = shared.get();
-        let (b, h) = (task / s.heads, task % s.heads);
-        for i in 0..s.q_tokens {
-            row(a, b, h, i);
-        }
+    pool.run(planes * per_plane, &|i| {
+        let (plane, part) = (i / per_plane, i % per_plane);
+        let first = part * per_task;
+        scratch::with(|scratch| {
+            level.run(task::Task {
+                a: shared.get(),
+                batch: plane / s.heads,
+                head: plane % s.heads,
+                blocks: first..blocks.min(first + per_task),
+                scratch,
+            });
+        });
     });
-}
-
-fn row(a: &Attention<'_>, b: usize, h: usize, i: usize) {
-    let s = a.shape;
-    let g = h / (s.heads / s.kv_heads);
-    let scores: Vec<f32> = (0..s.kv_tokens)
-        .map(|j| {
-            let dot: f32 = (0..s.head_dim)
-                .map(|c| load(&a.q, b, h, i, c) * load(&a.k, b, g, j, c))
-                .sum();
-            dot * a.scale
-        })
-        .collect();
-    let over = |sees: &dyn Fn(usize) -> bool| -> Vec<f32> {
-        let keys: Vec<usize> = (0..s.kv_tokens).filter(|&j| sees(j)).collect();
-        let max = keys
-            .iter()
-            .map(|&j| scores[j])
-            .fold(f32::NEG_INFINITY, f32::max);
-        let p: Vec<f32> = keys.iter().map(|&j| (scores[j] - max).exp()).collect();
-        let sum: f32 = p.iter().sum();
-        (0..s.v_dim)
-            .map(|c| {
-                let dot: f32 = keys
-                    .iter()
-                    .zip(&p)
-                    .map(|(&j, p)| p * load(&a.v, b, g, j, c))
-                    .sum();
-                if keys.is_empty() { 0.0 } else { dot / sum }
-            })
-            .collect()
-    };
-    match &a.mode {
-        Mode::Full => {
-            for (c, o) in over(&|_| true).into_iter().enumerate() {
-                store(&a.out, b, h, i, c, o);
-            }
-        }
-        Mode::FullCapture { band, residual } => {
-            let o = over(&|_| true);
-            let w = over(&|j| band.sees(i, j, s.kv_tokens));
-            for c in 0..s.v_dim {
-                store(&a.out, b, h, i, c, o[c]);
-                store(residual, b, h, i, c, o[c] - w[c]);
-            }
-        }
-        Mode::Window { band, residual } => {
-            for (c, w) in over(&|j| band.sees(i, j, s.kv_tokens))
-                .into_iter()
-                .enumerate()
-            {
-                let r = residual.as_ref().map_or(0.0, |r| load(r, b, h, i, c));
-                store(&a.out, b, h, i, c, w + r);
-            }
-        }
-    }
-}
-
-fn load(t: &Input<'_>, b: usize, h: usize, n: usize, c: usize) -> f32 {
-    let s = t.strides;
-    let at =
-        b as isize * s.batch + h as isize * s.head + n as isize * s.token + c as isize * s.channel;
-    // SAFETY: `check` has compared every index of the shape with the slice; raw tensors were promised.
-    unsafe {
-        match t.dtype {
-            DType::F32 => *t.data.cast::<f32>().offset(at),
-            DType::F16 => (*t.data.cast::<f16>().offset(at)).to_f32(),
-            DType::BF16 => (*t.data.cast::<bf16>().offset(at)).to_f32(),
-        }
-    }
-}
-
-fn store(t: &Output<'_>, b: usize, h: usize, n: usize, c: usize, x: f32) {
-    let s = t.strides;
-    let at =
-        b as isize * s.batch + h as isize * s.head + n as isize * s.token + c as isize * s.channel;
-    // SAFETY: as in `load`; each element is written by one task only.
-    unsafe {
-        match t.dtype {
-            DType::F32 => t.data.cast::<f32>().offset(at).write(x),
-            DType::F16 => t.data.cast::<f16>().offset(at).write(f16::from_f32(x)),
-            DType::BF16 => t.data.cast::<bf16>().offset(at).write(bf16::from_f32(x)),
-        }
-    }
 }

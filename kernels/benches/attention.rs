@@ -1,0 +1,350 @@
+//! Speed of the attention kernels, beside the multiply-add peak of the same machine in the same minute.
+//!
+//!     cargo bench -p ditfastattn-kernels                    # everything
+//!     cargo bench -p ditfastattn-kernels -- --threads 1 --level avx2 --rounds 50 72x1024
+//!
+//! Every round runs every case once, so that a noisy neighbour hits all of them alike; best and median are shown.
+//! GFLOP/s count the useful work of both products: 2 · pairs · (head_dim + v_dim), a pair being a query and a key it
+//! sees. "share" is time relative to full attention of the same shape, beside the share of pairs.
+
+use std::sync::{Arc, Barrier, Mutex};
+use std::time::Instant;
+
+use ditfastattn_kernels::*;
+use half::{bf16, f16};
+use pulp::{Simd, WithSimd};
+
+fn main() {
+    let mut threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let mut rounds = 15;
+    let mut level = Level::best();
+    let mut filter = Vec::new();
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut number = || args.next().and_then(|x| x.parse().ok()).expect("a number");
+        match arg.as_str() {
+            "--bench" => {}
+            "--threads" => threads = number(),
+            "--rounds" => rounds = number(),
+            "--level" => {
+                let name = args.next().expect("a level");
+                let all = Level::available();
+                level = *all
+                    .iter()
+                    .find(|l| format!("{l:?}").eq_ignore_ascii_case(&name))
+                    .unwrap_or_else(|| panic!("no level `{name}` here, there are {all:?}"));
+            }
+            _ => filter.push(arg),
+        }
+    }
+    println!(
+        "{} · {threads} threads · {level:?} · best (median) of {rounds}",
+        cpu_name()
+    );
+    let pool = Pool::new(threads);
+
+    let mut cases: Vec<Case> = Vec::new();
+    for (batch, heads, tokens, dim) in [
+        (1, 16, 256, 72),
+        (2, 16, 1024, 72),
+        (1, 16, 4096, 72),
+        (1, 16, 1024, 16),
+        (1, 16, 1024, 32),
+        (2, 16, 1024, 64),
+        (1, 16, 1024, 128),
+    ] {
+        let text = if tokens == 1024 && dim == 64 { 77 } else { 0 };
+        for kind in [
+            Kind::Full,
+            Kind::Capture,
+            Kind::Window,
+            Kind::WindowResidual,
+        ] {
+            cases.push(Case::new::<f32>(
+                kind, batch, heads, tokens, dim, text, "f32",
+            ));
+        }
+    }
+    cases.push(Case::new::<f16>(Kind::Full, 2, 16, 1024, 72, 0, "f16"));
+    cases.push(Case::new::<bf16>(Kind::Full, 2, 16, 1024, 72, 0, "bf16"));
+    cases.retain(|c| filter.is_empty() || filter.iter().any(|f| c.name().contains(f)));
+
+    let mut peaks = Vec::new();
+    let mut times = vec![Vec::new(); cases.len()];
+    for round in 0..=rounds {
+        let peak = peak(level, &pool);
+        for (case, times) in cases.iter_mut().zip(&mut times) {
+            let time = case.run(level, &pool);
+            if round > 0 {
+                times.push(time);
+            }
+        }
+        if round > 0 {
+            peaks.push(peak);
+        }
+    }
+    peaks.sort_by(|a, b| b.total_cmp(a));
+    let peak = peaks[0];
+    println!(
+        "multiply-add peak {peak:.0} ({:.0}) GFLOP/s",
+        peaks[peaks.len() / 2]
+    );
+    println!(
+        "{:34} {:>9} {:>9} {:>8} {:>8} {:>6} {:>15}",
+        "case", "ms", "median", "GFLOP/s", "median", "peak", "share (of pairs)"
+    );
+    let mut full = (0.0, 0.0);
+    for (case, times) in cases.iter().zip(&mut times) {
+        times.sort_by(f64::total_cmp);
+        let (best, median) = (times[0], times[times.len() / 2]);
+        let rate = |time: f64| case.flops() / time / 1e9;
+        if case.kind == Kind::Full {
+            full = (best, case.pairs());
+        }
+        println!(
+            "{:34} {:9.3} {:9.3} {:8.1} {:8.1} {:5.0}% {:7.3} ({:.3})",
+            case.name(),
+            best * 1e3,
+            median * 1e3,
+            rate(best),
+            rate(median),
+            100.0 * rate(best) / peak,
+            best / full.0,
+            case.pairs() / full.1
+        );
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Full,
+    Capture,
+    Window,
+    WindowResidual,
+}
+
+struct Case {
+    kind: Kind,
+    shape: Shape,
+    band: Band,
+    dtype: &'static str,
+    call: Box<dyn FnMut(Level, &Pool)>,
+}
+
+impl Case {
+    fn new<T: Element>(
+        kind: Kind,
+        batch: usize,
+        heads: usize,
+        tokens: usize,
+        dim: usize,
+        text: usize,
+        dtype: &'static str,
+    ) -> Self {
+        let shape = Shape {
+            batch,
+            heads,
+            kv_heads: heads,
+            q_tokens: tokens,
+            kv_tokens: tokens,
+            head_dim: dim,
+            v_dim: dim,
+        };
+        let band = Band {
+            half_width: (tokens - text) / 8,
+            text,
+            text_at_start: false,
+        };
+        let mut seed = 1u32;
+        let mut tensor = || -> Vec<T> {
+            (0..batch * heads * tokens * dim)
+                .map(|_| {
+                    seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    T::from_f32((seed >> 8) as f32 / (1 << 22) as f32 - 2.0)
+                })
+                .collect()
+        };
+        let (q, k, v) = (tensor(), tensor(), tensor());
+        let (mut out, mut residual) = (tensor(), tensor());
+        let strides = Strides::bshd(heads, tokens, dim);
+        let call = move |level: Level, pool: &Pool| {
+            let a = Attention {
+                shape,
+                scale: (dim as f32).powf(-0.5),
+                q: Input::from_slice(&q, strides),
+                k: Input::from_slice(&k, strides),
+                v: Input::from_slice(&v, strides),
+                out: Output::from_slice(&mut out, strides),
+                mode: match kind {
+                    Kind::Full => Mode::Full,
+                    Kind::Capture => Mode::FullCapture {
+                        band,
+                        residual: Output::from_slice(&mut residual, strides),
+                    },
+                    Kind::Window => Mode::Window {
+                        band,
+                        residual: None,
+                    },
+                    Kind::WindowResidual => Mode::Window {
+                        band,
+                        residual: Some(Input::from_slice(&residual, strides)),
+                    },
+                },
+            };
+            attention_at(&a, pool, level).expect("a valid call");
+        };
+        Case {
+            kind,
+            shape,
+            band,
+            dtype,
+            call: Box::new(call),
+        }
+    }
+
+    fn name(&self) -> String {
+        let s = &self.shape;
+        format!(
+            "{}x{}x{}x{} {} {:?}",
+            s.batch, s.heads, s.head_dim, s.q_tokens, self.dtype, self.kind
+        )
+    }
+
+    fn pairs(&self) -> f64 {
+        let n = self.shape.q_tokens;
+        let seen = match self.kind {
+            Kind::Full | Kind::Capture => n * n,
+            _ => (0..n)
+                .map(|i| (0..n).filter(|&j| self.band.sees(i, j, n)).count())
+                .sum(),
+        };
+        (seen * self.shape.batch * self.shape.heads) as f64
+    }
+
+    fn flops(&self) -> f64 {
+        2.0 * self.pairs() * (self.shape.head_dim + self.shape.v_dim) as f64
+    }
+
+    /// Seconds.
+    fn run(&mut self, level: Level, pool: &Pool) -> f64 {
+        let start = Instant::now();
+        (self.call)(level, pool);
+        start.elapsed().as_secs_f64()
+    }
+}
+
+/// GFLOP/s of multiply-adds that wait for nothing.
+fn peak(level: Level, pool: &Pool) -> f64 {
+    const STEPS: usize = 400_000;
+    struct Burn;
+    impl WithSimd for Burn {
+        type Output = f64;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> f64 {
+            let mut acc = [simd.splat_f32s(1.0); 12];
+            let x = std::hint::black_box(simd.splat_f32s(0.999));
+            for _ in 0..STEPS {
+                for a in &mut acc {
+                    *a = simd.mul_add_e_f32s(*a, x, x);
+                }
+            }
+            std::hint::black_box(acc);
+            (STEPS * 12 * 2 * S::F32_LANES) as f64
+        }
+    }
+    let tasks = pool.threads * 4;
+    let flops = Mutex::new(0.0);
+    let start = Instant::now();
+    pool.run(tasks, &|_| {
+        let n = level.run(Burn);
+        *flops.lock().unwrap() += n;
+    });
+    let time = start.elapsed().as_secs_f64();
+    flops.into_inner().unwrap() / time / 1e9
+}
+
+/// Threads that stay, as an inference server's do.
+struct Pool {
+    threads: usize,
+    start: Arc<Barrier>,
+    end: Arc<Barrier>,
+    job: Arc<Mutex<Option<Job>>>,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    task: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+    next: *const std::sync::atomic::AtomicUsize,
+}
+// SAFETY: `Pool::run` keeps both alive until every thread has passed the barrier after its last use.
+unsafe impl Send for Job {}
+
+impl Job {
+    fn work(self) {
+        // SAFETY: as above.
+        let (task, next) = unsafe { (&*self.task, &*self.next) };
+        loop {
+            let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if i >= self.tasks {
+                break;
+            }
+            task(i);
+        }
+    }
+}
+
+impl Pool {
+    fn new(threads: usize) -> Self {
+        let pool = Pool {
+            threads,
+            start: Arc::new(Barrier::new(threads)),
+            end: Arc::new(Barrier::new(threads)),
+            job: Arc::default(),
+        };
+        for _ in 1..threads {
+            let (start, end, job) = (pool.start.clone(), pool.end.clone(), pool.job.clone());
+            std::thread::spawn(move || {
+                loop {
+                    start.wait();
+                    let job = job.lock().unwrap().expect("a job");
+                    job.work();
+                    end.wait();
+                }
+            });
+        }
+        pool
+    }
+}
+
+impl Parallel for Pool {
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        // SAFETY: only the lifetime changes; no thread uses the job after the barrier at the end of this function.
+        let task = unsafe {
+            std::mem::transmute::<
+                *const (dyn Fn(usize) + Sync + '_),
+                *const (dyn Fn(usize) + Sync + 'static),
+            >(task)
+        };
+        let job = Job {
+            task,
+            tasks,
+            next: &next,
+        };
+        *self.job.lock().unwrap() = Some(job);
+        self.start.wait();
+        job.work();
+        self.end.wait();
+    }
+}
+
+fn cpu_name() -> String {
+    std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|s| {
+            let line = s.lines().find(|l| l.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_string())
+        })
+        .unwrap_or_else(|| std::env::consts::ARCH.to_string())
+}

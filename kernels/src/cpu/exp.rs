@@ -1,0 +1,38 @@
+//! 2^x in vectors. Owns the approximation and its error, knows nothing of attention.
+//!
+//! x = n + r with n the nearest integer and |r| ≤ 1/2; 2^r by a polynomial, 2^n by placing n in the exponent bits.
+
+use pulp::Simd;
+
+/// Coefficients of r, r², … r⁵ in 2^r. The constant term is exactly 1, so that 2^0 = 1 exactly and a query that
+/// sees a single key returns its value unchanged. Weighted minimax fit on [−1/2, 1/2]: relative error 9.2e-8.
+const C: [f32; 5] = [
+    0.693_147,
+    0.240_222_42,
+    0.055_507_336,
+    0.009_671_513,
+    0.001_326_472_7,
+];
+
+/// 1.5·2²³ + 127: adding it rounds to an integer, and leaves that integer plus the exponent bias in the low bits.
+const MAGIC: f32 = 12_583_039.0;
+
+/// 2^x with relative error ≤ 2.5e-7 for −126.5 < x ≤ 127, and exactly 0 for x ≤ −126.5 (−∞ included).
+///
+/// NaN gives NaN. Above 127 the result is meaningless; a softmax never gets there unless the row is NaN anyway.
+#[inline(always)]
+pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // A comparison and not `max`: whether `max` drops a NaN differs between instruction sets.
+    let low = simd.splat_f32s(-127.0);
+    let x = simd.select_f32s(simd.less_than_f32s(x, low), low, x);
+    let magic = simd.splat_f32s(MAGIC);
+    let t = simd.add_f32s(x, magic);
+    let r = simd.sub_f32s(x, simd.sub_f32s(t, magic));
+    let mut p = simd.splat_f32s(C[4]);
+    for c in [C[3], C[2], C[1], C[0], 1.0] {
+        p = simd.mul_add_e_f32s(p, r, simd.splat_f32s(c));
+    }
+    let bits = simd.transmute_u32s_f32s(t);
+    let scale = simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(23));
+    simd.mul_f32s(p, simd.transmute_f32s_u32s(scale))
+}

@@ -1,0 +1,41 @@
+//! Memory a thread reuses from task to task and call to call, so that a call allocates nothing once warm.
+
+use std::cell::RefCell;
+
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Line([f32; 16]);
+
+/// A growing buffer of floats on cache-line boundaries.
+#[derive(Default)]
+pub(crate) struct Scratch(Vec<Line>);
+
+impl Scratch {
+    /// Cuts the buffer into slices of `lens`, each on a cache line. Their contents are left from earlier use.
+    pub fn cut<const N: usize>(&mut self, lens: [usize; N]) -> [&mut [f32]; N] {
+        let lines: usize = lens.iter().map(|n| n.div_ceil(16)).sum();
+        if self.0.len() < lines {
+            self.0.resize(lines, Line([0.0; 16]));
+        }
+        let mut rest = &mut self.0[..];
+        lens.map(|n| {
+            let (head, tail) = std::mem::take(&mut rest).split_at_mut(n.div_ceil(16));
+            rest = tail;
+            // SAFETY: `Line` is 16 floats without padding, and `head` has at least n of them.
+            unsafe { std::slice::from_raw_parts_mut(head.as_mut_ptr().cast::<f32>(), n) }
+        })
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Lends the calling thread's scratch. A task that runs inside another one (a pool that helps while it waits) gets
+/// a fresh buffer.
+pub(crate) fn with<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+    SCRATCH.with(|s| match s.try_borrow_mut() {
+        Ok(mut s) => f(&mut s),
+        Err(_) => f(&mut Scratch::default()),
+    })
+}

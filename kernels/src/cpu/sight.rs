@@ -1,0 +1,222 @@
+//! Which keys a block of queries sees: pure index arithmetic, no tensors.
+//!
+//! A block of keys is cut into [`Segment`]s within which the same vectors of queries are at work, so that corners of
+//! the band cost what they contain (to one vector of queries), and blocks outside the band cost nothing.
+
+use std::ops::Range;
+
+use crate::api::Band;
+
+/// Which keys a pass over the keys is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Every key.
+    All,
+    /// The keys the band lets a query see.
+    Inside(Band),
+    /// The other ones.
+    Outside(Band),
+}
+
+impl Pass {
+    pub fn band(&self) -> Option<&Band> {
+        match self {
+            Pass::All => None,
+            Pass::Inside(band) | Pass::Outside(band) => Some(band),
+        }
+    }
+}
+
+/// Keys `keys` (counted in the sequence) times the query vectors `vectors` (counted in the query block).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    pub keys: Range<usize>,
+    pub vectors: Range<usize>,
+    /// Bit v: some key of the segment is hidden from some query of vector v, so scores must be masked.
+    pub masked: u64,
+}
+
+/// What one vector of queries sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Vector {
+    /// Keys some query sees, text columns aside.
+    some: Range<usize>,
+    /// Keys every query sees, text columns aside.
+    every: Range<usize>,
+}
+
+/// What the queries of one block see of a sequence, vector by vector.
+#[derive(Clone, Debug)]
+pub(crate) struct Sight {
+    pass: Pass,
+    kv_tokens: usize,
+    text: Range<usize>,
+    vectors: Vec<Vector>,
+}
+
+impl Sight {
+    /// For the queries `queries` of a sequence, `lanes` of them to a vector; the last vector may be ragged.
+    pub fn new(pass: Pass, queries: Range<usize>, kv_tokens: usize, lanes: usize) -> Self {
+        let text = pass.band().map_or(0..0, |band| band.text_range(kv_tokens));
+        let vectors = queries
+            .clone()
+            .step_by(lanes)
+            .map(|first| {
+                vector(
+                    pass.band(),
+                    first..queries.end.min(first + lanes),
+                    kv_tokens,
+                    &text,
+                )
+            })
+            .collect();
+        Sight {
+            pass,
+            kv_tokens,
+            text,
+            vectors,
+        }
+    }
+
+    /// Whether some query of the block sees some key of `keys` in this pass.
+    pub fn touches(&self, keys: &Range<usize>) -> bool {
+        match self.pass {
+            Pass::All => !keys.is_empty(),
+            Pass::Inside(_) => {
+                overlaps(keys, &self.text) || self.vectors.iter().any(|v| overlaps(keys, &v.some))
+            }
+            Pass::Outside(_) => self.vectors.iter().any(|v| {
+                let image = trim(keys, &self.text);
+                !image.is_empty() && !(v.every.start <= image.start && image.end <= v.every.end)
+            }),
+        }
+    }
+
+    /// The text tokens of the band; their columns are never masked.
+    pub fn text(&self) -> Range<usize> {
+        self.text.clone()
+    }
+
+    /// Cuts the block of keys `keys` into segments, in the order of the keys.
+    pub fn segments(&self, keys: Range<usize>, out: &mut Vec<Segment>) {
+        out.clear();
+        debug_assert!(keys.end <= self.kv_tokens);
+        let mut cuts = vec![keys.start, keys.end];
+        if self.pass != Pass::All {
+            let edges = self
+                .vectors
+                .iter()
+                .flat_map(|v| [&v.some, &v.every])
+                .chain([&self.text])
+                .flat_map(|r| [r.start, r.end]);
+            cuts.extend(edges.filter(|&e| keys.start < e && e < keys.end));
+            cuts.sort_unstable();
+            cuts.dedup();
+        }
+        // Between two cuts every vector sees all, some or none of the keys. Neighbours at which the same vectors
+        // are at work are merged; masking looks at every key anyway.
+        let mut last: Option<(Range<usize>, u64, u64)> = None;
+        let mut flush = |last: &mut Option<(Range<usize>, u64, u64)>| {
+            if let Some((keys, active, masked)) = last.take() {
+                let mut rest = active;
+                while rest != 0 {
+                    let first = rest.trailing_zeros() as usize;
+                    let n = (rest >> first).trailing_ones() as usize;
+                    let bits = ones(n) << first;
+                    rest &= !bits;
+                    out.push(Segment {
+                        keys: keys.clone(),
+                        vectors: first..first + n,
+                        masked: masked & bits,
+                    });
+                }
+            }
+        };
+        for pair in cuts.windows(2) {
+            let (mut active, mut masked) = (0u64, 0u64);
+            for (i, v) in self.vectors.iter().enumerate() {
+                let key = pair[0];
+                let text = self.text.contains(&key);
+                let (some, every) = (
+                    text || v.some.contains(&key),
+                    text || v.every.contains(&key),
+                );
+                let (some, every) = match self.pass {
+                    Pass::All => (true, true),
+                    Pass::Inside(_) => (some, every),
+                    Pass::Outside(_) => (!every, !some),
+                };
+                active |= u64::from(some) << i;
+                masked |= u64::from(some && !every) << i;
+            }
+            match &mut last {
+                Some((keys, a, m)) if *a == active => {
+                    keys.end = pair[1];
+                    *m |= masked;
+                }
+                _ => {
+                    flush(&mut last);
+                    last = Some((pair[0]..pair[1], active, masked));
+                }
+            }
+        }
+        flush(&mut last);
+    }
+}
+
+fn ones(n: usize) -> u64 {
+    if n >= 64 { !0 } else { (1 << n) - 1 }
+}
+
+fn overlaps(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start.max(b.start) < a.end.min(b.end)
+}
+
+/// `keys` without the part at one of its ends that is text.
+fn trim(keys: &Range<usize>, text: &Range<usize>) -> Range<usize> {
+    if text.start == 0 {
+        keys.start.max(text.end).min(keys.end)..keys.end
+    } else {
+        keys.start..keys.end.min(text.start).max(keys.start)
+    }
+}
+
+fn vector(
+    band: Option<&Band>,
+    queries: Range<usize>,
+    tokens: usize,
+    text: &Range<usize>,
+) -> Vector {
+    let Some(band) = band else {
+        return Vector {
+            some: 0..tokens,
+            every: 0..tokens,
+        };
+    };
+    let image = trim(&queries, text);
+    if image.is_empty() {
+        return Vector {
+            some: 0..tokens,
+            every: 0..tokens,
+        };
+    }
+    let w = band.half_width;
+    let (first, last) = (image.start, image.end - 1);
+    let every = last.saturating_sub(w)..first.saturating_add(w).saturating_add(1).min(tokens);
+    let every = if every.is_empty() { 0..0 } else { every };
+    let some = if image == queries {
+        first.saturating_sub(w)..last.saturating_add(w).saturating_add(1).min(tokens)
+    } else {
+        0..tokens
+    };
+    Vector { some, every }
+}
+
+/// For every query of `queries` the keys it sees, text columns aside, as a range; what masks are made from.
+pub(crate) fn row(band: &Band, query: usize, tokens: usize) -> Range<usize> {
+    if band.text_range(tokens).contains(&query) {
+        return 0..tokens;
+    }
+    let w = band.half_width;
+    query.saturating_sub(w)..query.saturating_add(w).saturating_add(1).min(tokens)
+}
