@@ -19,15 +19,22 @@
 #![forbid(unsafe_code)]
 
 mod action;
+mod cost;
 mod error;
+mod heatmap;
+mod import;
 mod liveness;
 mod parse;
 mod plan;
+mod schema;
 mod source;
 mod write;
 
 pub use action::{Action, UnknownAction};
+pub use cost::{Cost, Counts, Workload, band_density};
 pub use error::{PlanError, PlanErrorKind};
+pub use heatmap::{HeatMap, TooLarge};
 pub use liveness::{CacheShape, Liveness, PeakBytes};
 pub use parse::MAX_PLAN_BYTES;
 pub use plan::{Cfg, DEFAULT_WINDOW, Fingerprint, Plan, Side, TextTokens};
+pub use schema::json_schema;

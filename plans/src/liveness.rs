@@ -120,8 +120,48 @@ impl Liveness {
     }
 
     /// The largest number of bytes that the caches of one generation take at any time.
+    ///
+    /// While a layer runs it holds both what it reads and what it leaves behind; layers above it
+    /// are already in the state after this step, layers below it in the state before. Under
+    /// `cfg: separate` the two runs of a step keep their own halves, and what the first shares
+    /// with the second is held from one to the other.
     pub fn peak_bytes(&self, shape: &CacheShape) -> PeakBytes {
-        let _ = shape;
-        PeakBytes::default()
+        let runs: u64 = if self.cfg == Cfg::Separate { 2 } else { 1 };
+        let tensor = shape.tensor_bytes() / runs;
+        let mut peak = PeakBytes::default();
+        // Numbers of tensors, each `tensor` bytes.
+        let (mut residuals, mut outputs) = (0u64, 0u64);
+        for step in 0..self.steps {
+            for run in 0..runs {
+                for layer in 0..self.layers {
+                    let before = self.kept_before(step, layer);
+                    let after = self.cell(step, layer);
+                    // An output that is cached anyway is not held a second time to be shared.
+                    let handed_over = self.output_shared_within(step, layer) && !after.output;
+                    residuals += u64::from(after.residual && !before.residual);
+                    outputs += u64::from(after.output && !before.output);
+                    outputs += u64::from(handed_over && run == 0);
+                    let bytes = (residuals + outputs).saturating_mul(tensor);
+                    if bytes > peak.bytes {
+                        let residual_bytes = residuals.saturating_mul(tensor);
+                        peak = PeakBytes {
+                            bytes,
+                            step,
+                            layer,
+                            residual_bytes,
+                        };
+                    }
+                    residuals -= u64::from(before.residual && !after.residual);
+                    outputs -= u64::from(before.output && !after.output);
+                    outputs -= u64::from(handed_over && run == 1);
+                }
+            }
+        }
+        peak
+    }
+
+    fn kept_before(&self, step: usize, layer: usize) -> Cell {
+        step.checked_sub(1)
+            .map_or(Cell::default(), |step| self.cell(step, layer))
     }
 }

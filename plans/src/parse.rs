@@ -301,6 +301,18 @@ fn action(token: &Token<'_>, step: usize, layer: usize, cfg: Cfg) -> Result<Acti
         let what = format!("unknown action {}, expected one of {names}", token.shown());
         token.error(Kind::UnknownAction, what)
     })?;
+    refuse_misplaced(action, &name, token, step, cfg)?;
+    Ok(action)
+}
+
+/// The rules that an action has to keep because of where it is.
+pub(crate) fn refuse_misplaced(
+    action: Action,
+    name: &str,
+    token: &Token<'_>,
+    step: usize,
+    cfg: Cfg,
+) -> Result<(), PlanError> {
     if step == 0 && !action.is_full() {
         let what = format!(
             "{name} is `{action}`, but the first step has nothing to reuse; use full or asc"
@@ -313,5 +325,5 @@ fn action(token: &Token<'_>, step: usize, layer: usize, cfg: Cfg) -> Result<Acti
         );
         return Err(token.error(Kind::HalvesWithoutCfg, what));
     }
-    Ok(action)
+    Ok(())
 }

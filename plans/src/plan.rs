@@ -78,15 +78,19 @@ pub struct TextTokens {
 pub struct Fingerprint {
     /// Self-attention layers.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "usize", range(min = 1, max = 4294967295u32))]
     pub layers: Option<usize>,
     /// Attention heads of a layer.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "usize", range(min = 1, max = 4294967295u32))]
     pub heads: Option<usize>,
     /// Channels of a head.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "usize", range(min = 1, max = 4294967295u32))]
     pub head_dim: Option<usize>,
     /// Tokens of a sequence, text included.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "usize", range(min = 1, max = 4294967295u32))]
     pub tokens: Option<usize>,
 }
 

@@ -116,6 +116,11 @@ impl<'a> Token<'a> {
         self.error(PlanErrorKind::WrongType, message)
     }
 
+    /// The value is an array.
+    pub(crate) fn is_array(&self) -> bool {
+        self.starts_with(b"[")
+    }
+
     fn starts_with(&self, bytes: &[u8]) -> bool {
         self.text
             .as_bytes()
