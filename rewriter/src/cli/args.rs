@@ -1,0 +1,162 @@
+//! Every flag, once: help, usage errors and completions come from here.
+
+use crate::find::InputsRequest;
+use crate::lower::RequestInputs;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Rewrites an exported ONNX diffusion transformer so that its self-attention follows a DiTFastAttn plan.
+///
+/// The rewritten model needs libditfastattn.so: register it as a custom-op library in whatever serves the model.
+#[derive(Debug, Parser)]
+#[command(
+    name = "dfa-rewrite",
+    version,
+    max_term_width = 100,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Exit codes: 0 done; 1 it ran and the answer is no (nothing to rewrite, the plan does not fit); 2 bad input, usage or I/O."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub rewrite: RewriteArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List every attention of a model: what it is, which form it would get, or why it does not match
+    Inspect(InspectArgs),
+    /// Draw plans as layers × steps heat maps
+    Plot(PlotArgs),
+    /// Print the JSON Schema of plan files
+    Schema,
+    /// Print shell completions
+    Completions {
+        /// The shell to complete for
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct RewriteArgs {
+    /// The exported model
+    #[arg(value_name = "MODEL", required = true)]
+    pub model: Option<PathBuf>,
+    /// The plan: which layer does what at which step (JSON)
+    #[arg(long, value_name = "PLAN", required = true)]
+    pub plan: Option<PathBuf>,
+    /// Where to write the rewritten model [default: MODEL with .dfa.onnx, beside it]
+    #[arg(short, long, value_name = "OUT")]
+    pub output: Option<PathBuf>,
+    /// Overwrite OUT if it exists
+    #[arg(long)]
+    pub force: bool,
+    /// Do everything but write the file
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How the inputs dfa_request_id, dfa_start and dfa_end are declared
+    #[arg(long, value_enum, value_name = "HOW", default_value = "optional")]
+    pub request_inputs: RequestInputsArg,
+    #[command(flatten)]
+    pub inputs: InputsArgs,
+    /// Print the report as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum RequestInputsArg {
+    /// With a default value: clients that do not know them need not feed them
+    Optional,
+    /// Ordinary inputs, fed at every run (Triton's sequence batcher)
+    Required,
+}
+
+impl From<RequestInputsArg> for RequestInputs {
+    fn from(arg: RequestInputsArg) -> Self {
+        match arg {
+            RequestInputsArg::Optional => Self::Optional,
+            RequestInputsArg::Required => Self::Required,
+        }
+    }
+}
+
+#[derive(Debug, Default, Args)]
+pub struct InputsArgs {
+    /// The model's timestep input, where it cannot be told from the graph
+    #[arg(long, value_name = "NAME")]
+    pub timestep_input: Option<String>,
+    /// The model's latents input, where it cannot be told from the graph
+    #[arg(long, value_name = "NAME")]
+    pub latents_input: Option<String>,
+}
+
+impl From<&InputsArgs> for InputsRequest {
+    fn from(args: &InputsArgs) -> Self {
+        Self {
+            timestep: args.timestep_input.clone(),
+            latents: args.latents_input.clone(),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The exported model
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Say also what this plan would do
+    #[arg(long, value_name = "PLAN")]
+    pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    pub inputs: InputsArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PlotArgs {
+    /// The plans to draw, side by side
+    #[arg(value_name = "PLAN", required = true)]
+    pub plans: Vec<PathBuf>,
+    /// The picture: .svg or .png
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+    /// Overwrite OUT if it exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_flag_table_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_rewrite_needs_a_model_and_a_plan() {
+        assert!(Cli::try_parse_from(["dfa-rewrite", "model.onnx"]).is_err());
+        let cli = Cli::try_parse_from(["dfa-rewrite", "model.onnx", "--plan", "d3.json"]).unwrap();
+        assert!(cli.command.is_none());
+        assert_eq!(cli.rewrite.plan.unwrap(), PathBuf::from("d3.json"));
+    }
+
+    #[test]
+    fn subcommands_do_not_need_the_rewrite_arguments() {
+        let cli = Cli::try_parse_from(["dfa-rewrite", "inspect", "model.onnx", "--json"]).unwrap();
+        assert!(matches!(
+            cli.command,
+            Some(Command::Inspect(InspectArgs { json: true, .. }))
+        ));
+    }
+}

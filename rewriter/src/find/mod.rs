@@ -1,0 +1,48 @@
+//! Finding attention by dataflow. Read-only: says what every softmax and attention operator is, and why.
+//!
+//! The order of things: [`inputs`] names the timestep, the latents and the conditioning; [`anchor`] recognises
+//! softmax(q·kᵀ)·v in any dialect; [`source`] follows q, k and v back to their projections and so tells self- from
+//! cross-attention; [`module`] tries to isolate the whole attention module. A new exporter dialect is a new way of
+//! finding, never a change in lowering. Every non-match carries a reason and the nodes it is about.
+
+mod anchor;
+mod inputs;
+mod module;
+mod operand;
+mod source;
+mod survey;
+
+pub use anchor::Core;
+pub use inputs::{Inputs, InputsError, InputsRequest};
+pub use module::{Module, dead_without, sweep_dead};
+pub use operand::Operand;
+pub use survey::{Kind, Layer, Site, Survey, survey};
+
+/// Why something does not match, with the names of the nodes it is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reason {
+    pub text: String,
+    pub nodes: Vec<String>,
+}
+
+impl Reason {
+    pub(crate) fn new(
+        text: impl Into<String>,
+        nodes: impl IntoIterator<Item = impl Into<String>>,
+    ) -> Self {
+        Self {
+            text: text.into(),
+            nodes: nodes.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)?;
+        if !self.nodes.is_empty() {
+            write!(f, " (at {})", self.nodes.join(", "))?;
+        }
+        Ok(())
+    }
+}

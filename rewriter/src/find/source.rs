@@ -1,0 +1,160 @@
+//! Where q, k and v come from: the inputs of their projections, and the graph inputs those depend on.
+
+use crate::onnx::{Graph, Node};
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+/// For every value, the graph inputs it depends on. `Shape` breaks dependence: a size is not data.
+#[derive(Debug)]
+pub struct Dependence {
+    of: HashMap<String, BTreeSet<usize>>,
+    inputs: HashMap<String, usize>,
+}
+
+impl Dependence {
+    pub fn new(graph: &Graph) -> Self {
+        let inputs: HashMap<String, usize> = graph
+            .inputs
+            .iter()
+            .enumerate()
+            .map(|(i, input)| (input.name.clone(), i))
+            .collect();
+        let mut of: HashMap<String, BTreeSet<usize>> = inputs
+            .iter()
+            .map(|(name, &i)| (name.clone(), BTreeSet::from([i])))
+            .collect();
+        for node in &graph.nodes {
+            let mut set = BTreeSet::new();
+            if !matches!(node.op(), "Shape" | "Size") {
+                for input in node.proto.input.iter().chain(&node.captured) {
+                    set.extend(of.get(input).into_iter().flatten());
+                }
+            }
+            for output in &node.proto.output {
+                of.insert(output.clone(), set.clone());
+            }
+        }
+        Self { of, inputs }
+    }
+
+    /// Whether `value` depends on the graph input called `input`.
+    pub fn on(&self, value: &str, input: &str) -> bool {
+        let Some(index) = self.inputs.get(input) else {
+            return false;
+        };
+        self.of.get(value).is_some_and(|set| set.contains(index))
+    }
+
+    fn on_anything(&self, value: &str) -> bool {
+        self.of.get(value).is_some_and(|set| !set.is_empty())
+    }
+}
+
+/// Whether `value` is a weight: constant, or computed from constants only.
+pub fn is_weight(graph: &Graph, value: &str) -> bool {
+    let mut at = value;
+    loop {
+        if graph.initializers.contains_key(at) {
+            return true;
+        }
+        match graph.producer(at) {
+            Some((node, _)) if node.is("Constant") => return true,
+            Some((node, _))
+                if node.domain().is_empty()
+                    && matches!(
+                        node.op(),
+                        "Transpose" | "Cast" | "Identity" | "DequantizeLinear" | "Reshape"
+                    ) =>
+            {
+                match node.input(0) {
+                    Some(input) => at = input,
+                    None => return false,
+                }
+            }
+            _ => return false,
+        }
+    }
+}
+
+/// The data operand of a projection: a product with a weight. `None` if `node` is no projection.
+pub fn projected<'n>(graph: &Graph, node: &'n Node) -> Option<&'n str> {
+    let (a, b) = (node.input(0)?, node.input(1));
+    match (node.domain(), node.op()) {
+        ("", "MatMul" | "Gemm" | "MatMulInteger")
+        | ("com.microsoft", "FusedMatMul" | "MatMulNBits" | "MatMulIntegerToFloat") => {
+            match (is_weight(graph, a), b.is_some_and(|b| is_weight(graph, b))) {
+                (false, true) => Some(a),
+                (true, false) => b,
+                _ => None,
+            }
+        }
+        ("", "Conv") if b.is_some_and(|b| is_weight(graph, b)) => Some(a),
+        _ => None,
+    }
+}
+
+/// The value behind casts and reshapes, so that two spellings of one tensor compare equal.
+pub fn root<'g>(graph: &'g Graph, value: &'g str) -> &'g str {
+    let mut at = value;
+    while let Some((node, slot)) = graph.producer(at) {
+        let transparent = node.domain().is_empty()
+            && slot == 0
+            && matches!(
+                node.op(),
+                "Reshape"
+                    | "Cast"
+                    | "Identity"
+                    | "Dropout"
+                    | "Flatten"
+                    | "Squeeze"
+                    | "Unsqueeze"
+                    | "QuantizeLinear"
+                    | "DequantizeLinear"
+                    | "DynamicQuantizeLinear"
+            );
+        match node.input(0) {
+            Some(input) if transparent => at = input,
+            _ => break,
+        }
+    }
+    at
+}
+
+/// Inputs of the projections that `value` is computed from, as they stand in the graph; without any projection, the graph
+/// inputs. Values that depend on nothing fed (position tables) are no source.
+pub fn sources(graph: &Graph, dependence: &Dependence, value: &str) -> BTreeSet<String> {
+    let mut projections = BTreeSet::new();
+    let mut inputs = BTreeSet::new();
+    let mut seen = HashSet::new();
+    let mut pending = vec![value];
+    while let Some(at) = pending.pop() {
+        if !seen.insert(at) || !dependence.on_anything(at) {
+            continue;
+        }
+        let Some((node, slot)) = graph.producer(at) else {
+            inputs.insert(at.to_owned());
+            continue;
+        };
+        if node.is("DynamicQuantizeLinear") && slot > 0 {
+            continue;
+        }
+        match projected(graph, node) {
+            Some(data) => {
+                if dependence.on_anything(data) {
+                    projections.insert(data.to_owned());
+                }
+            }
+            None => pending.extend(
+                node.proto
+                    .input
+                    .iter()
+                    .map(String::as_str)
+                    .filter(|i| !i.is_empty()),
+            ),
+        }
+    }
+    if projections.is_empty() {
+        inputs
+    } else {
+        projections
+    }
+}

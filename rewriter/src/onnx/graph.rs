@@ -1,0 +1,448 @@
+//! The main graph: its nodes and values indexed for dataflow, and the edits that can be written back.
+//!
+//! Reading decodes nodes, inputs, outputs, type annotations and small constants. The original bytes of every element are
+//! kept beside it, so [`Graph::serialize`] copies what an edit does not mention.
+
+use super::constant::{Constant, Data};
+use super::proto::{AttributeProto, AttributeType, NodeProto, TypeProto, ValueInfoProto};
+use super::wire::{self, Field};
+use bytes::Bytes;
+use prost::Message;
+use std::collections::{HashMap, HashSet};
+
+const FIELD_NODE: u32 = 1;
+const FIELD_INITIALIZER: u32 = 5;
+const FIELD_INPUT: u32 = 11;
+const FIELD_OUTPUT: u32 = 12;
+const FIELD_VALUE_INFO: u32 = 13;
+const FIELD_SPARSE_INITIALIZER: u32 = 15;
+
+/// A node: decoded, and the bytes it came from.
+#[derive(Clone, Debug)]
+pub struct Node {
+    pub proto: NodeProto,
+    pub raw: Bytes,
+    /// Names of outer values that the node's subgraphs use; consumers as much as its inputs are.
+    pub captured: Vec<String>,
+    attributes: Vec<AttributeProto>,
+}
+
+impl Node {
+    /// Operator name without its domain.
+    pub fn op(&self) -> &str {
+        self.proto.op_type.as_deref().unwrap_or("")
+    }
+
+    /// Domain, with `ai.onnx` written as the empty string.
+    pub fn domain(&self) -> &str {
+        match self.proto.domain.as_deref() {
+            None | Some("ai.onnx") => "",
+            Some(domain) => domain,
+        }
+    }
+
+    /// Whether this is the ONNX operator `op`.
+    pub fn is(&self, op: &str) -> bool {
+        self.op() == op && self.domain().is_empty()
+    }
+
+    /// The name to show people: the node's, or that of its first output.
+    pub fn label(&self) -> &str {
+        match self.proto.name.as_deref() {
+            Some(name) if !name.is_empty() => name,
+            _ => self
+                .proto
+                .output
+                .first()
+                .map_or("(unnamed)", String::as_str),
+        }
+    }
+
+    /// Input `i`, `None` where it is left out.
+    pub fn input(&self, i: usize) -> Option<&str> {
+        self.proto
+            .input
+            .get(i)
+            .map(String::as_str)
+            .filter(|n| !n.is_empty())
+    }
+
+    /// Output `i`; empty if it is left out.
+    pub fn output(&self, i: usize) -> &str {
+        self.proto.output.get(i).map_or("", String::as_str)
+    }
+
+    pub fn attribute(&self, name: &str) -> Option<&AttributeProto> {
+        self.attributes.iter().find(|a| a.name == name)
+    }
+
+    pub fn int(&self, name: &str) -> Option<i64> {
+        self.attribute(name).and_then(|a| a.i)
+    }
+
+    pub fn float(&self, name: &str) -> Option<f32> {
+        self.attribute(name).and_then(|a| a.f)
+    }
+
+    pub fn ints(&self, name: &str) -> Option<&[i64]> {
+        self.attribute(name).map(|a| a.ints.as_slice())
+    }
+
+    /// Whether any attribute is a subgraph.
+    pub fn has_subgraph(&self) -> bool {
+        self.attributes
+            .iter()
+            .any(|a| a.g.is_some() || !a.graphs.is_empty())
+    }
+
+    fn parse(raw: Bytes) -> Result<Self, String> {
+        let proto = NodeProto::decode(raw.clone()).map_err(|e| format!("bad node: {e}"))?;
+        let attributes = proto
+            .attribute
+            .iter()
+            .map(|a| AttributeProto::decode(a.clone()))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|e| {
+                format!(
+                    "bad attribute of node {}: {e}",
+                    proto.name.as_deref().unwrap_or("")
+                )
+            })?;
+        let mut captured = Vec::new();
+        for graph in attributes.iter().flat_map(|a| a.g.iter().chain(&a.graphs)) {
+            captured.extend(free_names(graph, 0)?);
+        }
+        Ok(Self {
+            proto,
+            raw,
+            captured,
+            attributes,
+        })
+    }
+}
+
+/// ONNX control flow nests a few levels; deeper is hostile and would exhaust the stack.
+const MAX_SUBGRAPH_DEPTH: usize = 32;
+
+/// Names that a serialized subgraph uses but does not define.
+fn free_names(graph: &Bytes, depth: usize) -> Result<Vec<String>, String> {
+    if depth > MAX_SUBGRAPH_DEPTH {
+        return Err(format!(
+            "subgraphs are nested more than {MAX_SUBGRAPH_DEPTH} deep"
+        ));
+    }
+    let fields = wire::split(graph).map_err(|e| format!("bad subgraph: {e}"))?;
+    let mut used = Vec::new();
+    let mut defined = HashSet::new();
+    for field in fields {
+        let Some(payload) = field.payload else {
+            continue;
+        };
+        match field.number {
+            FIELD_NODE => {
+                let node = Node::parse_nested(payload, depth + 1)?;
+                used.extend(node.proto.input.iter().cloned());
+                used.extend(node.captured);
+                defined.extend(node.proto.output);
+            }
+            FIELD_INITIALIZER => defined.extend(Constant::read(&payload).map(|(name, _)| name)),
+            FIELD_INPUT => defined.extend(ValueInfoProto::decode(payload).map(|v| v.name)),
+            FIELD_OUTPUT => used.extend(ValueInfoProto::decode(payload).map(|v| v.name)),
+            _ => {}
+        }
+    }
+    used.retain(|n| !n.is_empty() && !defined.contains(n));
+    Ok(used)
+}
+
+impl Node {
+    fn parse_nested(raw: Bytes, depth: usize) -> Result<Self, String> {
+        let proto = NodeProto::decode(raw.clone()).map_err(|e| format!("bad node: {e}"))?;
+        let mut captured = Vec::new();
+        for attribute in &proto.attribute {
+            let attribute = AttributeProto::decode(attribute.clone())
+                .map_err(|e| format!("bad attribute: {e}"))?;
+            for graph in attribute.g.iter().chain(&attribute.graphs) {
+                captured.extend(free_names(graph, depth)?);
+            }
+        }
+        Ok(Self {
+            proto,
+            raw,
+            captured,
+            attributes: Vec::new(),
+        })
+    }
+}
+
+/// A graph input that must be fed (or may be, where it has a default initializer).
+#[derive(Clone, Debug)]
+pub struct GraphInput {
+    pub name: String,
+    pub elem_type: i32,
+    /// Dimensions as declared: `Ok(size)` or `Err(name)`; `None` if the rank is unknown.
+    pub dims: Option<Vec<Result<i64, String>>>,
+    pub has_default: bool,
+}
+
+/// The main graph, indexed by value name.
+#[derive(Debug)]
+pub struct Graph {
+    pub nodes: Vec<Node>,
+    pub inputs: Vec<GraphInput>,
+    pub outputs: Vec<String>,
+    pub initializers: HashMap<String, Constant>,
+    pub value_info: HashMap<String, TypeProto>,
+    producers: HashMap<String, (usize, usize)>,
+    consumers: HashMap<String, Vec<usize>>,
+    fields: Vec<Field>,
+}
+
+impl Graph {
+    pub(super) fn parse(graph: &Bytes) -> Result<Self, String> {
+        let fields = wire::split(graph).map_err(|e| format!("bad graph: {e}"))?;
+        let mut nodes = Vec::new();
+        let mut initializers = HashMap::new();
+        let mut inputs = Vec::new();
+        let mut outputs = Vec::new();
+        let mut value_info = HashMap::new();
+        for field in &fields {
+            let Some(payload) = field.payload.clone() else {
+                continue;
+            };
+            let value = |what: &str| {
+                ValueInfoProto::decode(payload.clone())
+                    .map_err(|e| format!("bad graph {what}: {e}"))
+            };
+            match field.number {
+                FIELD_NODE => nodes.push(Node::parse(payload)?),
+                FIELD_INITIALIZER => {
+                    let (name, constant) = Constant::read(&payload).ok_or("bad initializer")?;
+                    initializers.insert(name, constant);
+                }
+                FIELD_INPUT => inputs.push(value("input")?),
+                FIELD_OUTPUT => outputs.push(value("output")?),
+                FIELD_VALUE_INFO => {
+                    let value = value("value_info")?;
+                    if let Some(ty) = value.r#type {
+                        value_info.insert(value.name, ty);
+                    }
+                }
+                FIELD_SPARSE_INITIALIZER => {}
+                _ => {}
+            }
+        }
+        for output in &outputs {
+            if let Some(ty) = &output.r#type {
+                value_info.insert(output.name.clone(), ty.clone());
+            }
+        }
+        let inputs = inputs
+            .into_iter()
+            .map(|input| {
+                let tensor = input.r#type.and_then(|t| t.tensor_type).unwrap_or_default();
+                let dims = tensor.shape.map(|s| {
+                    s.dim
+                        .into_iter()
+                        .map(|d| d.dim_value.ok_or_else(|| d.dim_param.unwrap_or_default()))
+                        .collect()
+                });
+                let has_default = initializers.contains_key(&input.name);
+                GraphInput {
+                    name: input.name,
+                    elem_type: tensor.elem_type,
+                    dims,
+                    has_default,
+                }
+            })
+            .collect();
+        let mut producers = HashMap::new();
+        let mut consumers: HashMap<String, Vec<usize>> = HashMap::new();
+        for (index, node) in nodes.iter().enumerate() {
+            for (slot, output) in node.proto.output.iter().enumerate() {
+                if !output.is_empty() && producers.insert(output.clone(), (index, slot)).is_some() {
+                    return Err(format!("the value `{output}` is produced twice"));
+                }
+            }
+            for input in node.proto.input.iter().chain(&node.captured) {
+                if !input.is_empty() {
+                    let list = consumers.entry(input.clone()).or_default();
+                    if list.last() != Some(&index) {
+                        list.push(index);
+                    }
+                }
+            }
+        }
+        for (index, node) in nodes.iter().enumerate() {
+            for input in &node.proto.input {
+                if producers
+                    .get(input)
+                    .is_some_and(|&(producer, _)| producer >= index)
+                {
+                    return Err(format!(
+                        "node `{}` uses `{input}` before it is produced",
+                        node.label()
+                    ));
+                }
+            }
+        }
+        let outputs = outputs.into_iter().map(|o| o.name).collect();
+        Ok(Self {
+            nodes,
+            inputs,
+            outputs,
+            initializers,
+            value_info,
+            producers,
+            consumers,
+            fields,
+        })
+    }
+
+    /// The node that produces `value` and its output slot.
+    pub fn producer(&self, value: &str) -> Option<(&Node, usize)> {
+        self.producer_index(value)
+            .map(|(index, slot)| (&self.nodes[index], slot))
+    }
+
+    pub fn producer_index(&self, value: &str) -> Option<(usize, usize)> {
+        self.producers.get(value).copied()
+    }
+
+    /// Indices of the nodes that use `value`, each once, in file order.
+    pub fn consumers(&self, value: &str) -> &[usize] {
+        self.consumers.get(value).map_or(&[], Vec::as_slice)
+    }
+
+    pub fn is_output(&self, value: &str) -> bool {
+        self.outputs.iter().any(|o| o == value)
+    }
+
+    /// The only node that uses `value`, if it is the only use.
+    pub fn only_consumer(&self, value: &str) -> Option<usize> {
+        match self.consumers(value) {
+            [only] if !self.is_output(value) => Some(*only),
+            _ => None,
+        }
+    }
+
+    /// The constant behind `value`: an initializer that no graph input overrides, or a `Constant` node.
+    pub fn constant(&self, value: &str) -> Option<Constant> {
+        if let Some(constant) = self.initializers.get(value) {
+            // An initializer that is also a graph input is a default that callers may override.
+            return (!self.inputs.iter().any(|i| i.name == value)).then(|| constant.clone());
+        }
+        let (node, _) = self.producer(value)?;
+        if !node.is("Constant") {
+            return None;
+        }
+        if let Some(tensor) = node.attribute("value").and_then(|a| a.t.as_ref()) {
+            return Constant::read(tensor).map(|(_, c)| c);
+        }
+        let scalar = |elem_type, data| Constant {
+            elem_type,
+            dims: vec![],
+            data: Some(data),
+        };
+        let list = |elem_type, n: usize, data| Constant {
+            elem_type,
+            dims: vec![n as i64],
+            data: Some(data),
+        };
+        use super::proto::elem_type::{FLOAT, INT64};
+        let attribute = node.attributes.first()?;
+        match (
+            attribute.name.as_str(),
+            AttributeType::try_from(attribute.r#type).ok()?,
+        ) {
+            ("value_int", _) => Some(scalar(INT64, Data::Ints(vec![attribute.i?]))),
+            ("value_float", _) => Some(scalar(FLOAT, Data::Floats(vec![f64::from(attribute.f?)]))),
+            ("value_ints", _) => Some(list(
+                INT64,
+                attribute.ints.len(),
+                Data::Ints(attribute.ints.clone()),
+            )),
+            ("value_floats", _) => Some(list(
+                FLOAT,
+                attribute.floats.len(),
+                Data::Floats(attribute.floats.iter().map(|&f| f64::from(f)).collect()),
+            )),
+            _ => None,
+        }
+    }
+
+    /// Every name of the graph: values, and the nodes' own names.
+    pub fn names(&self) -> HashSet<String> {
+        let mut names: HashSet<String> = self.inputs.iter().map(|i| i.name.clone()).collect();
+        names.extend(self.initializers.keys().cloned());
+        names.extend(self.value_info.keys().cloned());
+        for node in &self.nodes {
+            names.extend(node.proto.output.iter().cloned());
+            names.extend(node.proto.name.iter().cloned());
+            names.extend(node.captured.iter().cloned());
+        }
+        names
+    }
+
+    pub(super) fn initializer_payloads(&self) -> impl Iterator<Item = Bytes> + '_ {
+        self.fields
+            .iter()
+            .filter(|f| f.number == FIELD_INITIALIZER)
+            .filter_map(|f| f.payload.clone())
+    }
+
+    pub(super) fn serialize(&self, edit: &GraphEdit) -> Vec<Bytes> {
+        let mut pieces: Vec<Bytes> = Vec::with_capacity(self.fields.len() * 2);
+        let push = |pieces: &mut Vec<Bytes>, number: u32, message: &Bytes| {
+            pieces.push(wire::header(number, message.len()).into());
+            pieces.push(message.clone());
+        };
+        let mut pending_nodes = edit.nodes.as_deref();
+        for field in &self.fields {
+            let dropped = match (field.number, &field.payload) {
+                (FIELD_NODE, _) => edit.nodes.is_some(),
+                (FIELD_INITIALIZER, Some(p)) => {
+                    !edit.removed_initializers.is_empty()
+                        && Constant::read(p)
+                            .is_some_and(|(name, _)| edit.removed_initializers.contains(&name))
+                }
+                (FIELD_VALUE_INFO, Some(p)) => {
+                    !edit.removed_value_info.is_empty()
+                        && ValueInfoProto::decode(p.clone())
+                            .is_ok_and(|v| edit.removed_value_info.contains(&v.name))
+                }
+                _ => false,
+            };
+            if field.number == FIELD_NODE {
+                for node in pending_nodes.take().unwrap_or_default() {
+                    push(&mut pieces, FIELD_NODE, node);
+                }
+            }
+            if !dropped {
+                pieces.push(field.raw.clone());
+            }
+        }
+        for (number, messages) in [
+            (FIELD_INITIALIZER, &edit.added_initializers),
+            (FIELD_INPUT, &edit.added_inputs),
+            (FIELD_VALUE_INFO, &edit.added_value_info),
+        ] {
+            for message in messages {
+                push(&mut pieces, number, message);
+            }
+        }
+        pieces
+    }
+}
+
+/// What to change in a graph when it is written. The default changes nothing.
+#[derive(Debug, Default)]
+pub struct GraphEdit {
+    /// The whole node list, in order, as serialized `NodeProto`s; `None` keeps the file's.
+    pub nodes: Option<Vec<Bytes>>,
+    pub removed_initializers: HashSet<String>,
+    pub removed_value_info: HashSet<String>,
+    pub added_initializers: Vec<Bytes>,
+    pub added_inputs: Vec<Bytes>,
+    pub added_value_info: Vec<Bytes>,
+}

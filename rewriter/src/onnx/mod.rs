@@ -1,0 +1,19 @@
+//! ONNX files in and out, byte for byte.
+//!
+//! Owns the wire format: reading a `ModelProto` without copying weights, looking into the few messages the
+//! rewriter understands, and writing the file back so that every message it did not touch keeps its exact bytes,
+//! unknown fields included. Knows nothing about attention.
+
+mod constant;
+mod file;
+mod graph;
+mod proto;
+mod wire;
+
+pub use constant::{Constant, Data};
+pub use file::{ModelFile, ReadError, WriteError, write_atomically};
+pub use graph::{Graph, GraphEdit, GraphInput, Node};
+pub use proto::{
+    AttributeProto, AttributeType, DimensionProto, NodeProto, TensorProto, TensorShapeProto,
+    TensorTypeProto, TypeProto, ValueInfoProto, elem_type,
+};

@@ -1,0 +1,389 @@
+//! What `inspect` and a rewrite tell: the same facts as a table for people and as JSON for programs.
+
+use crate::find::{Kind, Layer, Survey};
+use crate::onnx::{ModelFile, elem_type};
+use crate::shapes::Facts;
+use comfy_table::{ContentArrangement, Table, presets};
+use ditfastattn_plans::{Action, CacheShape, Cfg, Plan, Workload};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// Everything about one model, and about a plan for it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub model: Model,
+    pub inputs: Inputs,
+    pub sites: Vec<Site>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<PlanReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Model {
+    pub path: String,
+    pub bytes: usize,
+    pub ir_version: i64,
+    pub opset: i64,
+    pub producer: String,
+    pub nodes: usize,
+    pub external_data: Vec<String>,
+    pub layers: usize,
+    pub module_form: usize,
+    pub core_form: usize,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Inputs {
+    pub timestep: String,
+    pub latents: String,
+    pub conditioning: Vec<String>,
+}
+
+/// One softmax or attention operator.
+#[derive(Debug, Serialize)]
+pub struct Site {
+    pub node: String,
+    pub op: String,
+    /// `self`, `joint`, `cross`, `elsewhere`, `unsupported` or `unknown`.
+    pub kind: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer: Option<usize>,
+    /// `module` or `core`, for layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub form: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<&'static str>,
+    /// First and last value of the wrapped module.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub region: Option<[String; 2]>,
+    /// Why it is left alone, or why only its core is replaced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reason_nodes: Vec<String>,
+}
+
+/// What a plan does to the model.
+#[derive(Debug, Serialize)]
+pub struct PlanReport {
+    pub name: Option<String>,
+    pub steps: usize,
+    pub cfg: String,
+    pub window: f64,
+    pub counts: Vec<(String, usize)>,
+    /// Shares of the dense cost that the plan leaves out; absent where the tokens are known at run time only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub saved: Option<Saved>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Saved {
+    pub tokens: usize,
+    pub width: usize,
+    pub rows: usize,
+    pub module_flops: f64,
+    pub attention_flops: f64,
+    pub peak_cache_bytes: u64,
+}
+
+impl Report {
+    pub fn new(model: &ModelFile, survey: &Survey) -> Self {
+        let layers: Vec<&Layer> = survey.layers().collect();
+        let module_form = layers.iter().filter(|l| l.module.is_ok()).count();
+        Self {
+            model: Model {
+                path: model.path.display().to_string(),
+                bytes: model.size,
+                ir_version: model.ir_version,
+                opset: model.onnx_opset(),
+                producer: model.producer.clone(),
+                nodes: model.graph.nodes.len(),
+                external_data: model.external_data_locations().into_iter().collect(),
+                layers: layers.len(),
+                module_form,
+                core_form: layers.len() - module_form,
+            },
+            inputs: Inputs {
+                timestep: survey.inputs.timestep.clone(),
+                latents: survey.inputs.latents.clone(),
+                conditioning: survey.inputs.conditioning.clone(),
+            },
+            sites: survey
+                .sites
+                .iter()
+                .map(|s| site(s, &survey.facts))
+                .collect(),
+            plan: None,
+            output: None,
+        }
+    }
+
+    /// Adds what `plan` does. `survey` must be the one this report was made of.
+    pub fn with_plan(mut self, plan: &Plan, survey: &Survey) -> Self {
+        let counts = plan.counts();
+        let fingerprint = survey.fingerprint();
+        // CFG in one batch, or as two runs of one row each; without CFG one row. An exported batch is what it is.
+        let per_image = if plan.cfg == Cfg::None { 1 } else { 2 };
+        let rows = survey
+            .facts
+            .static_batch
+            .and_then(|b| usize::try_from(b).ok())
+            .unwrap_or(per_image);
+        let element_bytes = match survey.layers().next().map(|l| l.core.elem_type) {
+            Some(elem_type::FLOAT16 | elem_type::BFLOAT16) => 2,
+            _ => 4,
+        };
+        let saved = (|| {
+            let (tokens, width) = (
+                fingerprint.tokens?,
+                fingerprint.heads? * fingerprint.head_dim?,
+            );
+            let text = plan.text.map_or(0, |t| t.tokens);
+            let cost = plan.cost(&Workload {
+                tokens,
+                text,
+                width,
+                rows,
+            });
+            let peak = plan.liveness().peak_bytes(&CacheShape {
+                rows,
+                tokens,
+                width,
+                element_bytes,
+            });
+            Some(Saved {
+                tokens,
+                width,
+                rows,
+                module_flops: cost.module_saved(),
+                attention_flops: cost.matmul_saved(),
+                peak_cache_bytes: peak.bytes,
+            })
+        })();
+        self.plan = Some(PlanReport {
+            name: plan.name.clone(),
+            steps: plan.step_count(),
+            cfg: serde_json::to_value(plan.cfg)
+                .ok()
+                .and_then(|v| v.as_str().map(str::to_owned))
+                .unwrap_or_default(),
+            window: plan.window,
+            counts: Action::ALL
+                .iter()
+                .map(|&a| (a.to_string(), counts.of(a)))
+                .collect(),
+            saved,
+        });
+        self
+    }
+
+    /// The table for people.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let m = &self.model;
+        let _ = writeln!(
+            text,
+            "{}: opset {}, IR {}, {} nodes, {}",
+            m.path,
+            m.opset,
+            m.ir_version,
+            m.nodes,
+            bytes(m.bytes as u64)
+        );
+        let _ = writeln!(
+            text,
+            "inputs: timestep `{}`, latents `{}`, conditioning {}",
+            self.inputs.timestep,
+            self.inputs.latents,
+            if self.inputs.conditioning.is_empty() {
+                "none".into()
+            } else {
+                format!("`{}`", self.inputs.conditioning.join("`, `"))
+            }
+        );
+        let mut table = Table::new();
+        table
+            .load_style(presets::NOTHING)
+            .set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header([
+            "layer",
+            "attention",
+            "form",
+            "heads×dim",
+            "tokens",
+            "dtype",
+            "node",
+        ]);
+        let or_dash = |s: Option<String>| s.unwrap_or_else(|| "-".into());
+        for s in &self.sites {
+            table.add_row([
+                or_dash(s.layer.map(|l| l.to_string())),
+                s.kind.into(),
+                s.form.unwrap_or("left alone").into(),
+                match (s.heads, s.head_dim) {
+                    (Some(h), Some(d)) => format!("{h}×{d}"),
+                    _ => "-".into(),
+                },
+                or_dash(s.tokens.clone()),
+                s.dtype.unwrap_or("-").into(),
+                s.node.clone(),
+            ]);
+        }
+        for line in table.lines() {
+            let _ = writeln!(text, "{}", line.trim_end());
+        }
+        for s in &self.sites {
+            if let Some(reason) = &s.reason {
+                let nodes: Vec<&str> = s
+                    .reason_nodes
+                    .iter()
+                    .map(String::as_str)
+                    .filter(|n| *n != s.node)
+                    .collect();
+                let at = if nodes.is_empty() {
+                    String::new()
+                } else {
+                    format!(" (at {})", nodes.join(", "))
+                };
+                let _ = writeln!(text, "{}: {reason}{at}", s.node);
+            }
+        }
+        let _ = writeln!(
+            text,
+            "{} self-attention layer(s): {} in module form, {} in core form; {} other site(s) left alone",
+            m.layers,
+            m.module_form,
+            m.core_form,
+            self.sites.len() - m.layers
+        );
+        if let Some(plan) = &self.plan {
+            let counts: Vec<_> = plan
+                .counts
+                .iter()
+                .filter(|(_, n)| *n > 0)
+                .map(|(action, n)| format!("{n} {action}"))
+                .collect();
+            let name = plan
+                .name
+                .as_deref()
+                .map_or(String::new(), |n| format!(" {n}"));
+            let _ = writeln!(
+                text,
+                "plan{name}: {} steps, cfg {}, window {}: {}",
+                plan.steps,
+                plan.cfg,
+                plan.window,
+                counts.join(", ")
+            );
+            match &plan.saved {
+                Some(s) => {
+                    let _ = writeln!(
+                        text,
+                        "attention FLOPs saved: {:.1} % (module: {:.1} %); peak cache {} per image ({} tokens × {}, {} row(s))",
+                        100.0 * s.attention_flops,
+                        100.0 * s.module_flops,
+                        bytes(s.peak_cache_bytes),
+                        s.tokens,
+                        s.width,
+                        s.rows
+                    );
+                }
+                None => {
+                    let _ = writeln!(
+                        text,
+                        "attention FLOPs saved and peak cache: known at run time (the token count is dynamic or differs between layers)"
+                    );
+                }
+            }
+        }
+        if let Some(output) = &self.output {
+            let _ = writeln!(text, "wrote {output}");
+        }
+        text
+    }
+}
+
+fn site(site: &crate::find::Site, facts: &Facts) -> Site {
+    let _ = facts;
+    let mut row = Site {
+        node: site.node.clone(),
+        op: site.op.clone(),
+        kind: "unknown",
+        layer: None,
+        form: None,
+        heads: None,
+        head_dim: None,
+        tokens: None,
+        dtype: None,
+        region: None,
+        reason: None,
+        reason_nodes: Vec::new(),
+    };
+    let mut because = |reason: &crate::find::Reason| {
+        row.reason = Some(reason.text.clone());
+        row.reason_nodes = reason.nodes.clone();
+    };
+    match &site.kind {
+        Kind::Layer(layer) => {
+            if let Err(reason) = &layer.module {
+                because(reason);
+            }
+            row.kind = if layer.joint { "joint" } else { "self" };
+            row.layer = Some(layer.index);
+            row.form = Some(if layer.module.is_ok() {
+                "module"
+            } else {
+                "core"
+            });
+            row.heads = layer.core.heads;
+            row.head_dim = layer.core.head_dim;
+            row.tokens = layer.core.tokens.clone();
+            row.dtype = Some(elem_type::name(layer.core.elem_type));
+            row.region = layer
+                .module
+                .as_ref()
+                .ok()
+                .map(|m| [m.source.clone(), m.sink.clone()]);
+        }
+        Kind::Cross { queries, keys } => {
+            row.kind = "cross";
+            row.reason = Some(format!(
+                "cross-attention: q comes from `{queries}`, k and v from `{keys}`"
+            ));
+        }
+        Kind::Elsewhere(reason) => {
+            because(reason);
+            row.kind = "elsewhere";
+        }
+        Kind::Unsupported(reason) => {
+            because(reason);
+            row.kind = "unsupported";
+        }
+        Kind::Unknown(reason) => because(reason),
+    }
+    row
+}
+
+/// `1.5 MiB`.
+pub fn bytes(n: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
+}

@@ -1,0 +1,240 @@
+//! One forward pass over the graph that gives every value its [`Fact`].
+
+use super::dim::{Dim, Symbol, Symbols};
+use super::ops;
+use crate::onnx::{Constant, Data, Graph, TypeProto};
+use std::collections::HashMap;
+
+/// The batch dimension of the latents; with classifier-free guidance in one run, both halves.
+pub const BATCH: Symbol = Symbol(0);
+
+/// The value of a small tensor, in row-major order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Integers (shape arithmetic), each possibly symbolic.
+    Ints(Vec<Dim>),
+    Floats(Vec<f64>),
+}
+
+/// What is known about one value.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Fact {
+    /// ONNX element type; 0 if unknown.
+    pub elem_type: i32,
+    pub shape: Option<Vec<Dim>>,
+    pub value: Option<Value>,
+}
+
+impl Fact {
+    pub fn of(elem_type: i32, shape: Option<Vec<Dim>>) -> Self {
+        Self {
+            elem_type,
+            shape,
+            value: None,
+        }
+    }
+
+    pub fn rank(&self) -> Option<usize> {
+        self.shape.as_ref().map(Vec::len)
+    }
+
+    /// The only element, if it is a known number.
+    pub fn scalar(&self) -> Option<f64> {
+        match self.value.as_ref()? {
+            Value::Ints(v) if v.len() == 1 => v[0].known().map(|i| i as f64),
+            Value::Floats(v) if v.len() == 1 => Some(v[0]),
+            _ => None,
+        }
+    }
+
+    /// All elements, if they are known integers.
+    pub fn known_ints(&self) -> Option<Vec<i64>> {
+        match self.value.as_ref()? {
+            Value::Ints(v) => v.iter().map(Dim::known).collect(),
+            Value::Floats(_) => None,
+        }
+    }
+
+    /// Whether the shape, or the value of a shape vector, changes with the batch. `None` if that is not known.
+    pub fn depends_on_batch(&self) -> Option<bool> {
+        let in_shape = self.shape.as_ref()?.iter().any(|d| d.depends_on(BATCH));
+        let in_value = match &self.value {
+            Some(Value::Ints(v)) => v.iter().any(|d| d.depends_on(BATCH)),
+            Some(Value::Floats(_)) => false,
+            // A rank-1 (or 0) integer tensor of unknown value may well be a shape.
+            None if ops::is_integer(self.elem_type) && self.rank()? <= 1 => return None,
+            None => false,
+        };
+        Some(in_shape || in_value)
+    }
+}
+
+impl From<&Constant> for Fact {
+    fn from(constant: &Constant) -> Self {
+        let value = constant.data.as_ref().map(|data| match data {
+            Data::Ints(v) => Value::Ints(v.iter().map(|&i| i.into()).collect()),
+            Data::Floats(v) => Value::Floats(v.clone()),
+        });
+        Self {
+            elem_type: constant.elem_type,
+            shape: Some(constant.dims.iter().map(|&d| d.into()).collect()),
+            value,
+        }
+    }
+}
+
+/// Facts about a whole graph.
+#[derive(Debug)]
+pub struct Facts {
+    pub symbols: Symbols,
+    /// The batch the exporter baked in; `None` if the batch is dynamic.
+    pub static_batch: Option<i64>,
+    facts: HashMap<String, Fact>,
+    batch_literals: HashMap<usize, Vec<i64>>,
+}
+
+impl Facts {
+    /// The fact about `value`; nothing known if it is not in the graph.
+    pub fn of(&self, value: &str) -> Fact {
+        self.facts.get(value).cloned().unwrap_or_default()
+    }
+
+    pub fn shape(&self, value: &str) -> Option<&[Dim]> {
+        self.facts.get(value)?.shape.as_deref()
+    }
+
+    /// `[batch, 64, 72]`, or `unknown`.
+    pub fn show(&self, value: &str) -> String {
+        match self.shape(value) {
+            Some(dims) => {
+                format!(
+                    "[{}]",
+                    dims.iter()
+                        .map(|d| self.symbols.show(d))
+                        .collect::<Vec<_>>()
+                        .join(", ")
+                )
+            }
+            None => "unknown".into(),
+        }
+    }
+
+    /// For a `Reshape` (by node index) whose constant target has the batch baked in: a target that works for any batch.
+    pub fn batch_free_target(&self, node: usize) -> Option<&[i64]> {
+        self.batch_literals.get(&node).map(Vec::as_slice)
+    }
+}
+
+/// Works through `graph` in order. `latents` names the input whose first dimension is the batch.
+pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
+    let mut symbols = Symbols::default();
+    assert_eq!(symbols.fresh("batch"), BATCH);
+    let latent_dims = latents
+        .and_then(|name| graph.inputs.iter().find(|i| i.name == name))
+        .and_then(|i| i.dims.as_ref())
+        .and_then(|dims| dims.first().cloned());
+    // A batch of one has no halves to take: leaving it a plain 1 keeps broadcasting exact.
+    let static_batch = latent_dims
+        .as_ref()
+        .and_then(|d| d.as_ref().ok())
+        .copied()
+        .filter(|&b| b > 1);
+    let mut facts = HashMap::new();
+    for input in &graph.inputs {
+        let shape = input.dims.as_ref().map(|dims| {
+            dims.iter()
+                .enumerate()
+                .map(|(axis, dim)| match dim {
+                    Ok(size) if axis == 0 && Some(*size) == static_batch => BATCH.into(),
+                    Ok(size) => Dim::from(*size),
+                    // Exporters name the batch per input when they are not told that it is shared.
+                    Err(_) if axis == 0 && matches!(latent_dims, Some(Err(_))) => BATCH.into(),
+                    Err(name) if Some(dim) == latent_dims.as_ref() && !name.is_empty() => {
+                        BATCH.into()
+                    }
+                    Err(name) if name.is_empty() => symbols.fresh("?").into(),
+                    Err(name) => symbols.named(name).into(),
+                })
+                .collect()
+        });
+        facts.insert(input.name.clone(), Fact::of(input.elem_type, shape));
+    }
+    for (name, constant) in &graph.initializers {
+        if !facts.contains_key(name) {
+            facts.insert(name.clone(), Fact::from(constant));
+        }
+    }
+    let batch_name = match latent_dims {
+        Some(Err(name)) if !name.is_empty() => Some(name),
+        _ => None,
+    };
+    let mut batch_literals = HashMap::new();
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let inputs: Vec<Fact> = node
+            .proto
+            .input
+            .iter()
+            .map(|name| facts.get(name).cloned().unwrap_or_default())
+            .collect();
+        let mut context = ops::Context {
+            graph,
+            node,
+            inputs: &inputs,
+            symbols: &mut symbols,
+            static_batch,
+            repaired: None,
+        };
+        let inferred = ops::outputs(&mut context);
+        if let Some(target) = context.repaired {
+            batch_literals.insert(index, target);
+        }
+        for (slot, name) in node.proto.output.iter().enumerate() {
+            let mut fact = inferred.get(slot).cloned().unwrap_or_default();
+            if let Some(annotated) = graph.value_info.get(name) {
+                let annotated =
+                    from_annotation(annotated, &mut symbols, batch_name.as_deref(), static_batch);
+                if fact.elem_type == 0 {
+                    fact.elem_type = annotated.elem_type;
+                }
+                if fact.shape.is_none() {
+                    fact.shape = annotated.shape;
+                }
+            }
+            facts.insert(name.clone(), fact);
+        }
+    }
+    Facts {
+        symbols,
+        static_batch,
+        facts,
+        batch_literals,
+    }
+}
+
+fn from_annotation(
+    ty: &TypeProto,
+    symbols: &mut Symbols,
+    batch_name: Option<&str>,
+    static_batch: Option<i64>,
+) -> Fact {
+    let Some(tensor) = &ty.tensor_type else {
+        return Fact::default();
+    };
+    let shape = tensor.shape.as_ref().map(|shape| {
+        shape
+            .dim
+            .iter()
+            .enumerate()
+            .map(
+                |(axis, dim)| match (dim.dim_value, dim.dim_param.as_deref()) {
+                    (Some(size), _) if axis == 0 && Some(size) == static_batch => BATCH.into(),
+                    (Some(size), _) => Dim::from(size),
+                    (None, Some(name)) if Some(name) == batch_name => BATCH.into(),
+                    (None, Some(name)) if !name.is_empty() => symbols.named(name).into(),
+                    _ => symbols.fresh("?").into(),
+                },
+            )
+            .collect()
+    });
+    Fact::of(tensor.elem_type, shape)
+}

@@ -1,0 +1,13 @@
+//! What is known about every value before the model runs: element type, symbolic shape and, for shape arithmetic and
+//! scales, the value itself.
+//!
+//! Exporters annotate few values (TorchScript: none), yet lowering must know which tensors carry the batch. Dimensions
+//! are exact symbolic products (`2·batch·64`), so `Reshape` targets built from `Shape` arithmetic resolve. Whatever cannot be
+//! resolved is unknown, never guessed.
+
+mod dim;
+mod infer;
+mod ops;
+
+pub use dim::{Dim, Symbol, Symbols};
+pub use infer::{BATCH, Fact, Facts, Value, infer};

@@ -1,0 +1,902 @@
+//! Shape and value rules per operator, for the operators of exported transformers. An operator without a rule yields
+//! nothing.
+
+use super::dim::{Dim, Symbols};
+use super::infer::{BATCH, Fact, Value};
+use crate::onnx::{Graph, Node, elem_type};
+
+/// What a rule may look at.
+pub(super) struct Context<'a> {
+    pub graph: &'a Graph,
+    pub node: &'a Node,
+    pub inputs: &'a [Fact],
+    pub symbols: &'a mut Symbols,
+    pub static_batch: Option<i64>,
+    /// Set by `Reshape` when its literal target has the batch baked in.
+    pub repaired: Option<Vec<i64>>,
+}
+
+pub(super) fn is_integer(ty: i32) -> bool {
+    matches!(ty, elem_type::INT32 | elem_type::INT64)
+}
+
+impl Context<'_> {
+    fn input(&self, i: usize) -> Option<&Fact> {
+        self.node.input(i).and(self.inputs.get(i))
+    }
+
+    fn ty(&self, i: usize) -> i32 {
+        self.input(i).map_or(0, |f| f.elem_type)
+    }
+
+    fn shape(&self, i: usize) -> Option<&[Dim]> {
+        self.input(i)?.shape.as_deref()
+    }
+
+    fn ints(&self, i: usize) -> Option<Vec<i64>> {
+        self.input(i)?.known_ints()
+    }
+
+    fn value(&self, i: usize) -> Option<&Value> {
+        self.input(i)?.value.as_ref()
+    }
+
+    /// Axes given as an attribute (old opsets) or as an input.
+    fn axes(&self, input: usize) -> Option<Vec<i64>> {
+        self.node
+            .ints("axes")
+            .map(<[i64]>::to_vec)
+            .or_else(|| self.ints(input))
+    }
+
+    fn fresh(&mut self) -> Dim {
+        self.symbols.fresh("?").into()
+    }
+}
+
+/// Position of `axis` (may be negative) in a tensor of `rank` dimensions.
+fn axis(axis: i64, rank: usize) -> Option<usize> {
+    let rank = i64::try_from(rank).ok()?;
+    let axis = if axis < 0 { axis + rank } else { axis };
+    (0..rank).contains(&axis).then_some(axis as usize)
+}
+
+pub(super) fn outputs(c: &mut Context) -> Vec<Fact> {
+    let count = c.node.proto.output.len();
+    let domain = c.node.domain().to_owned();
+    let op = c.node.op().to_owned();
+    match (domain.as_str(), op.as_str()) {
+        ("", "Split") => return split(c).unwrap_or_default(),
+        ("", "DynamicQuantizeLinear") => {
+            let shape = c.shape(0).map(<[Dim]>::to_vec);
+            return vec![
+                Fact::of(2, shape),
+                Fact::of(elem_type::FLOAT, Some(vec![])),
+                Fact::of(2, Some(vec![])),
+            ];
+        }
+        (
+            "",
+            "LayerNormalization" | "RMSNormalization" | "SimplifiedLayerNormalization" | "Dropout",
+        ) => {
+            return vec![same(c)];
+        }
+        ("com.microsoft", "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization") => {
+            let fact = same(c);
+            return vec![fact.clone(), Fact::default(), Fact::default(), fact];
+        }
+        _ => {}
+    }
+    let fact = match (domain.as_str(), op.as_str()) {
+        ("", op) => onnx(c, op),
+        ("com.microsoft", "FusedMatMul") => fused_matmul(c),
+        ("com.microsoft", "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu") => Some(same(c)),
+        ("com.microsoft", "MultiHeadAttention") if c.shape(0).is_some_and(|s| s.len() == 3) => {
+            Some(same(c))
+        }
+        _ => None,
+    };
+    let mut facts = vec![Fact::default(); count];
+    if let (Some(first), Some(fact)) = (facts.first_mut(), fact) {
+        *first = fact;
+    }
+    facts
+}
+
+fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
+    match op {
+        "Constant" => c.graph.constant(c.node.output(0)).as_ref().map(Fact::from),
+        "Identity" => c.input(0).cloned(),
+        "Cast" => cast(c),
+        "Shape" => shape(c),
+        "Size" => {
+            let size = Dim::product(c.shape(0)?)?;
+            Some(Fact {
+                elem_type: elem_type::INT64,
+                shape: Some(vec![]),
+                value: Some(Value::Ints(vec![size])),
+            })
+        }
+        "Gather" => gather(c),
+        "Slice" => slice(c),
+        "Concat" => concat(c),
+        "Unsqueeze" => unsqueeze(c),
+        "Squeeze" => squeeze(c),
+        "Reshape" => reshape(c),
+        "Flatten" => {
+            let dims = c.shape(0)?;
+            let at = axis_or_end(c.node.int("axis").unwrap_or(1), dims.len())?;
+            let (a, b) = (Dim::product(&dims[..at])?, Dim::product(&dims[at..])?);
+            Some(Fact::of(c.ty(0), Some(vec![a, b])))
+        }
+        "Transpose" => transpose(c),
+        "Expand" => expand(c),
+        "Tile" => {
+            let dims = c
+                .shape(0)?
+                .iter()
+                .zip(ints_value(c.value(1)?)?)
+                .map(|(d, n)| d.times(n))
+                .collect::<Option<_>>()?;
+            Some(Fact::of(c.ty(0), Some(dims)))
+        }
+        "OneHot" => one_hot(c),
+        "MatMul" => matmul(c, c.shape(0)?.to_vec(), c.shape(1)?.to_vec(), c.ty(0)),
+        "MatMulInteger" => matmul(
+            c,
+            c.shape(0)?.to_vec(),
+            c.shape(1)?.to_vec(),
+            elem_type::INT32,
+        ),
+        "Gemm" => gemm(c),
+        "Conv" => conv(c),
+        "Einsum" => einsum(c),
+        "Attention" => attention(c),
+        "ConstantOfShape" => {
+            let dims = ints_value(c.value(0)?)?.to_vec();
+            Some(Fact::of(0, Some(dims)))
+        }
+        "Range" => {
+            let dim = match (c.input(0)?.scalar(), c.value(1), c.input(2)?.scalar()) {
+                (Some(0.0), Some(Value::Ints(limit)), Some(1.0)) if limit.len() == 1 => {
+                    limit[0].clone()
+                }
+                _ => c.fresh(),
+            };
+            Some(Fact::of(c.ty(0), Some(vec![dim])))
+        }
+        "QuantizeLinear" => Some(Fact::of(
+            c.input(2).map_or(2, |f| f.elem_type),
+            c.shape(0).map(<[Dim]>::to_vec),
+        )),
+        "DequantizeLinear" => Some(Fact::of(c.ty(1), c.shape(0).map(<[Dim]>::to_vec))),
+        "ReduceMean" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceL2" | "ReduceProd" => {
+            reduce(c)
+        }
+        "Softmax"
+        | "LogSoftmax"
+        | "GroupNormalization"
+        | "InstanceNormalization"
+        | "BatchNormalization"
+        | "Trilu"
+        | "ScatterND"
+        | "ScatterElements"
+        | "CumSum"
+        | "Clip" => Some(same(c)),
+        "Neg" | "Abs" | "Exp" | "Log" | "Sqrt" | "Reciprocal" | "Sin" | "Cos" | "Tanh"
+        | "Sigmoid" | "Erf" | "Gelu" | "Relu" | "LeakyRelu" | "Elu" | "Selu" | "Softplus"
+        | "Floor" | "Ceil" | "Round" | "Sign" | "HardSwish" | "HardSigmoid" | "Swish" | "Mish" => {
+            unary(c, op)
+        }
+        "Not" => Some(same(c)),
+        "IsNaN" | "IsInf" => Some(Fact::of(elem_type::BOOL, c.shape(0).map(<[Dim]>::to_vec))),
+        "Equal" | "Greater" | "Less" | "GreaterOrEqual" | "LessOrEqual" | "And" | "Or" | "Xor" => {
+            let dims = broadcast(c.shape(0)?, c.shape(1)?)?;
+            Some(Fact::of(elem_type::BOOL, Some(dims)))
+        }
+        "Where" => {
+            let dims = broadcast(&broadcast(c.shape(0)?, c.shape(1)?)?, c.shape(2)?)?;
+            Some(Fact::of(c.ty(1), Some(dims)))
+        }
+        "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Mod" | "Min" | "Max" | "PRelu" => binary(c, op),
+        _ => None,
+    }
+}
+
+fn same(c: &Context) -> Fact {
+    Fact::of(c.ty(0), c.shape(0).map(<[Dim]>::to_vec))
+}
+
+fn axis_or_end(at: i64, rank: usize) -> Option<usize> {
+    if at == i64::try_from(rank).ok()? {
+        Some(rank)
+    } else {
+        axis(at, rank)
+    }
+}
+
+fn ints_value(value: &Value) -> Option<&[Dim]> {
+    match value {
+        Value::Ints(v) => Some(v),
+        Value::Floats(_) => None,
+    }
+}
+
+fn cast(c: &Context) -> Option<Fact> {
+    let to = i32::try_from(c.node.int("to")?).ok()?;
+    let value = match (c.value(0), to) {
+        (Some(Value::Ints(v)), elem_type::INT32 | elem_type::INT64) => Some(Value::Ints(v.clone())),
+        (Some(Value::Ints(v)), _) => v
+            .iter()
+            .map(Dim::known)
+            .map(|i| i.map(|i| i as f64))
+            .collect::<Option<_>>()
+            .map(Value::Floats),
+        (Some(Value::Floats(v)), elem_type::INT32 | elem_type::INT64) => Some(Value::Ints(
+            v.iter().map(|f| Dim::from(f.trunc() as i64)).collect(),
+        )),
+        (Some(Value::Floats(v)), ty) => {
+            Some(Value::Floats(v.iter().map(|&f| round_to(ty, f)).collect()))
+        }
+        (None, _) => None,
+    };
+    Some(Fact {
+        elem_type: to,
+        shape: c.shape(0).map(<[Dim]>::to_vec),
+        value,
+    })
+}
+
+/// The value a float of type `ty` would hold; a shape-derived scale in float16 carries that rounding.
+fn round_to(ty: i32, value: f64) -> f64 {
+    match ty {
+        elem_type::FLOAT16 => half::f16::from_f64(value).to_f64(),
+        elem_type::BFLOAT16 => half::bf16::from_f64(value).to_f64(),
+        elem_type::FLOAT => f64::from(value as f32),
+        _ => value,
+    }
+}
+
+fn shape(c: &Context) -> Option<Fact> {
+    let dims = c.shape(0)?;
+    let rank = i64::try_from(dims.len()).ok()?;
+    let clamp = |at: i64| (if at < 0 { at + rank } else { at }).clamp(0, rank) as usize;
+    let start = clamp(c.node.int("start").unwrap_or(0));
+    let end = clamp(c.node.int("end").unwrap_or(rank)).max(start);
+    let dims = dims[start..end].to_vec();
+    Some(Fact {
+        elem_type: elem_type::INT64,
+        shape: Some(vec![(dims.len() as i64).into()]),
+        value: Some(Value::Ints(dims)),
+    })
+}
+
+fn gather(c: &Context) -> Option<Fact> {
+    let data = c.shape(0)?;
+    let indices = c.shape(1)?;
+    let at = axis(c.node.int("axis").unwrap_or(0), data.len())?;
+    let dims: Vec<Dim> = data[..at]
+        .iter()
+        .chain(indices)
+        .chain(&data[at + 1..])
+        .cloned()
+        .collect();
+    let value = (|| {
+        if data.len() != 1 {
+            return None;
+        }
+        let picked = c.ints(1)?;
+        let pick = |i: i64, len: usize| axis(i, len);
+        match c.value(0)? {
+            Value::Ints(v) => picked
+                .iter()
+                .map(|&i| v.get(pick(i, v.len())?).cloned())
+                .collect::<Option<_>>()
+                .map(Value::Ints),
+            Value::Floats(v) => picked
+                .iter()
+                .map(|&i| v.get(pick(i, v.len())?).copied())
+                .collect::<Option<_>>()
+                .map(Value::Floats),
+        }
+    })();
+    Some(Fact {
+        elem_type: c.ty(0),
+        shape: Some(dims),
+        value,
+    })
+}
+
+fn slice(c: &mut Context) -> Option<Fact> {
+    let mut dims = c.shape(0)?.to_vec();
+    let starts = c
+        .node
+        .ints("starts")
+        .map(<[i64]>::to_vec)
+        .or_else(|| c.ints(1));
+    let ends = c
+        .node
+        .ints("ends")
+        .map(<[i64]>::to_vec)
+        .or_else(|| c.ints(2));
+    let axes = c
+        .axes(3)
+        .or_else(|| (c.input(3).is_none()).then(|| (0..dims.len() as i64).collect()));
+    let steps = if c.input(4).is_some() {
+        c.ints(4)
+    } else {
+        Some(vec![1; dims.len()])
+    };
+    let axes = axes?;
+    let mut value = None;
+    for (i, &at) in axes.iter().enumerate() {
+        let at = axis(at, dims.len())?;
+        let start = starts.as_ref().and_then(|s| s.get(i).copied());
+        let end = ends.as_ref().and_then(|s| s.get(i).copied());
+        let step = steps.as_ref().and_then(|s| s.get(i).copied());
+        let known = dims[at].known();
+        dims[at] = match (start, end, step, known) {
+            (Some(start), Some(end), Some(step), Some(size)) => {
+                let (count, picked) = positions(start, end, step, size)?;
+                if dims.len() == 1 && picked.len() as i64 == count {
+                    value = c.value(0).and_then(|v| match v {
+                        Value::Ints(v) => picked
+                            .iter()
+                            .map(|&p| v.get(p).cloned())
+                            .collect::<Option<_>>()
+                            .map(Value::Ints),
+                        Value::Floats(v) => picked
+                            .iter()
+                            .map(|&p| v.get(p).copied())
+                            .collect::<Option<_>>()
+                            .map(Value::Floats),
+                    });
+                }
+                count.into()
+            }
+            (Some(0), Some(end), Some(1), None) if end >= i64::from(i32::MAX) => dims[at].clone(),
+            _ => c.fresh(),
+        };
+    }
+    Some(Fact {
+        elem_type: c.ty(0),
+        shape: Some(dims),
+        value,
+    })
+}
+
+/// Positions that a slice of an axis of `size` elements picks: their count, and the list itself where the axis is short enough
+/// to be a shape vector.
+fn positions(start: i64, end: i64, step: i64, size: i64) -> Option<(i64, Vec<usize>)> {
+    const LISTED: i64 = 64;
+    let wrap = |at: i64| if at < 0 { at.saturating_add(size) } else { at };
+    let (start, span) = match step {
+        1.. => {
+            let start = wrap(start).clamp(0, size);
+            (start, wrap(end).clamp(0, size) - start)
+        }
+        0 => return None,
+        _ => {
+            let start = wrap(start).clamp(-1, size - 1);
+            (start, start - wrap(end).clamp(-1, size - 1))
+        }
+    };
+    let stride = i64::try_from(step.unsigned_abs()).ok()?;
+    let count = if span <= 0 {
+        0
+    } else {
+        (span - 1) / stride + 1
+    };
+    let list = if size <= LISTED {
+        (0..count).map(|i| (start + i * step) as usize).collect()
+    } else {
+        Vec::new()
+    };
+    Some((count, list))
+}
+
+fn concat(c: &mut Context) -> Option<Fact> {
+    let count = c.inputs.len();
+    let mut dims = c.shape(0)?.to_vec();
+    let at = axis(c.node.int("axis").unwrap_or(0), dims.len())?;
+    for i in 1..count {
+        let other = c.shape(i)?.to_vec();
+        if other.len() != dims.len() {
+            return None;
+        }
+        let sum = c.symbols.sum(&dims[at], &other[at], false)?;
+        for (axis, dim) in other.into_iter().enumerate() {
+            dims[axis] = if axis == at {
+                sum.clone()
+            } else {
+                unify(&dims[axis], &dim)
+            };
+        }
+    }
+    let value = (dims.len() == 1)
+        .then(|| {
+            let mut all = Vec::new();
+            for i in 0..count {
+                all.extend(ints_value(c.value(i)?)?.iter().cloned());
+            }
+            Some(Value::Ints(all))
+        })
+        .flatten();
+    Some(Fact {
+        elem_type: c.ty(0),
+        shape: Some(dims),
+        value,
+    })
+}
+
+fn unsqueeze(c: &Context) -> Option<Fact> {
+    let mut dims = c.shape(0)?.to_vec();
+    let axes = c.axes(1)?;
+    let rank = dims.len() + axes.len();
+    let mut axes = axes
+        .into_iter()
+        .map(|a| axis(a, rank))
+        .collect::<Option<Vec<_>>>()?;
+    axes.sort_unstable();
+    for at in axes {
+        dims.insert(at.min(dims.len()), 1.into());
+    }
+    Some(Fact {
+        elem_type: c.ty(0),
+        shape: Some(dims),
+        value: c.value(0).cloned(),
+    })
+}
+
+fn squeeze(c: &Context) -> Option<Fact> {
+    let dims = c.shape(0)?;
+    let axes = match c.axes(1) {
+        Some(axes) => axes
+            .into_iter()
+            .map(|a| axis(a, dims.len()))
+            .collect::<Option<Vec<_>>>()?,
+        None if c.input(1).is_none() => {
+            let known = dims.iter().map(Dim::known).collect::<Option<Vec<_>>>()?;
+            known
+                .iter()
+                .enumerate()
+                .filter(|&(_, &d)| d == 1)
+                .map(|(i, _)| i)
+                .collect()
+        }
+        None => return None,
+    };
+    let dims = dims
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| !axes.contains(i))
+        .map(|(_, d)| d.clone())
+        .collect();
+    Some(Fact {
+        elem_type: c.ty(0),
+        shape: Some(dims),
+        value: c.value(0).cloned(),
+    })
+}
+
+fn reshape(c: &mut Context) -> Option<Fact> {
+    let ty = c.ty(0);
+    let target = ints_value(c.value(1)?)?.to_vec();
+    let value = (target.len() <= 1).then(|| c.value(0).cloned()).flatten();
+    let input = c.shape(0).map(<[Dim]>::to_vec);
+    let allow_zero = c.node.int("allowzero") == Some(1);
+    let mut dims = Vec::with_capacity(target.len());
+    let mut inferred = None;
+    for (i, dim) in target.iter().enumerate() {
+        dims.push(match dim.known() {
+            Some(-1) => {
+                inferred = Some(i);
+                1.into()
+            }
+            Some(0) if !allow_zero => input.as_ref()?.get(i)?.clone(),
+            _ => dim.clone(),
+        });
+    }
+    let Some(input) = input else {
+        // The input's shape is unknown; only a target without -1 says everything.
+        return inferred.is_none().then(|| Fact::of(ty, Some(dims)));
+    };
+    let total = Dim::product(&input)?;
+    let resolve = |dims: &[Dim]| Some(total.over(&Dim::product(dims)?));
+    // A batch that the exporter baked into the target: the input's size still depends on the batch, the target's does not.
+    let first = target.first().and_then(Dim::known);
+    if let (Some(batch), Some(first)) = (c.static_batch, first) {
+        let rest = resolve(&dims)?;
+        let misses_batch = rest.as_ref().is_some_and(|r| r.depends_on(BATCH));
+        if misses_batch && first > 0 && first % batch == 0 && inferred != Some(0) {
+            dims[0] = Dim::from(BATCH).times(&(first / batch).into())?;
+            let literal = |d: &Dim| d.known();
+            let mut repaired = target.iter().map(literal).collect::<Option<Vec<_>>>();
+            if let Some(repaired) = &mut repaired {
+                if inferred.is_none() {
+                    repaired[0] = -1;
+                } else if input.first() == Some(&dims[0]) && !allow_zero {
+                    repaired[0] = 0;
+                } else {
+                    repaired.clear();
+                }
+            }
+            c.repaired = repaired.filter(|r| !r.is_empty());
+        }
+    }
+    if let Some(i) = inferred {
+        dims[i] = resolve(&dims)??;
+    }
+    Some(Fact {
+        elem_type: ty,
+        shape: Some(dims),
+        value,
+    })
+}
+
+fn transpose(c: &Context) -> Option<Fact> {
+    let dims = c.shape(0)?;
+    let perm: Vec<i64> = match c.node.ints("perm") {
+        Some(perm) if !perm.is_empty() => perm.to_vec(),
+        _ => (0..dims.len() as i64).rev().collect(),
+    };
+    if perm.len() != dims.len() {
+        return None;
+    }
+    let dims = perm
+        .iter()
+        .map(|&p| Some(dims[axis(p, dims.len())?].clone()))
+        .collect::<Option<_>>()?;
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+fn expand(c: &Context) -> Option<Fact> {
+    let target = ints_value(c.value(1)?)?;
+    Some(Fact::of(c.ty(0), Some(broadcast(c.shape(0)?, target)?)))
+}
+
+/// TorchScript spells `repeat_interleave` with it: a shape vector of ones and one repeat count.
+fn one_hot(c: &Context) -> Option<Fact> {
+    let mut dims = c.shape(0)?.to_vec();
+    let depth = c.input(1)?.scalar()? as i64;
+    let at = axis(c.node.int("axis").unwrap_or(-1), dims.len() + 1)?;
+    dims.insert(at, depth.into());
+    let value = (|| {
+        let [hot] = c.ints(0)?[..] else { return None };
+        let [off, on] = ints_value(c.value(2)?)? else {
+            return None;
+        };
+        let hot = axis(hot, usize::try_from(depth).ok()?)?;
+        (depth <= 64).then(|| {
+            Value::Ints(
+                (0..depth as usize)
+                    .map(|i| if i == hot { on } else { off }.clone())
+                    .collect(),
+            )
+        })
+    })();
+    Some(Fact {
+        elem_type: c.ty(2),
+        shape: Some(dims),
+        value,
+    })
+}
+
+fn matmul(c: &mut Context, a: Vec<Dim>, b: Vec<Dim>, ty: i32) -> Option<Fact> {
+    let _ = c;
+    let (ra, rb) = (a.len(), b.len());
+    if ra == 0 || rb == 0 {
+        return None;
+    }
+    let mut dims = broadcast(&a[..ra.saturating_sub(2)], &b[..rb.saturating_sub(2)])?;
+    if ra >= 2 {
+        dims.push(a[ra - 2].clone());
+    }
+    if rb >= 2 {
+        dims.push(b[rb - 1].clone());
+    }
+    Some(Fact::of(ty, Some(dims)))
+}
+
+fn fused_matmul(c: &mut Context) -> Option<Fact> {
+    let (mut a, mut b) = (c.shape(0)?.to_vec(), c.shape(1)?.to_vec());
+    if c.node.int("transBatchA").unwrap_or(0) != 0 || c.node.int("transBatchB").unwrap_or(0) != 0 {
+        return None;
+    }
+    for (flag, dims) in [("transA", &mut a), ("transB", &mut b)] {
+        let n = dims.len();
+        if c.node.int(flag).unwrap_or(0) != 0 && n >= 2 {
+            dims.swap(n - 1, n - 2);
+        }
+    }
+    let ty = c.ty(0);
+    matmul(c, a, b, ty)
+}
+
+fn gemm(c: &Context) -> Option<Fact> {
+    let (a, b) = (c.shape(0)?, c.shape(1)?);
+    if a.len() != 2 || b.len() != 2 {
+        return None;
+    }
+    let trans = |name: &str| c.node.int(name).unwrap_or(0) != 0;
+    let rows = a[usize::from(trans("transA"))].clone();
+    let columns = b[usize::from(!trans("transB"))].clone();
+    Some(Fact::of(c.ty(0), Some(vec![rows, columns])))
+}
+
+fn conv(c: &mut Context) -> Option<Fact> {
+    let (x, w) = (c.shape(0)?.to_vec(), c.shape(1)?.to_vec());
+    if x.len() < 3 || x.len() != w.len() {
+        return None;
+    }
+    let spatial = x.len() - 2;
+    let list = |name: &str, default: i64, len: usize| {
+        c.node
+            .ints(name)
+            .filter(|v| v.len() == len)
+            .map_or_else(|| vec![default; len], <[i64]>::to_vec)
+    };
+    let (strides, dilations, pads) = (
+        list("strides", 1, spatial),
+        list("dilations", 1, spatial),
+        list("pads", 0, 2 * spatial),
+    );
+    if c.node
+        .attribute("auto_pad")
+        .and_then(|a| a.s.as_ref())
+        .is_some_and(|s| &s[..] != b"NOTSET")
+    {
+        return None;
+    }
+    let mut dims = vec![x[0].clone(), w[0].clone()];
+    for i in 0..spatial {
+        let kernel = w[i + 2].known()?;
+        let reach = dilations[i].checked_mul(kernel - 1)?.checked_add(1)?;
+        let padding = pads[i].checked_add(pads[i + spatial])?;
+        dims.push(match x[i + 2].known() {
+            Some(size) => (size
+                .checked_add(padding)?
+                .checked_sub(reach)?
+                .div_euclid(strides[i].max(1))
+                + 1)
+            .into(),
+            // A patch embedding: the image is a whole number of patches.
+            None if reach == strides[i] && padding == 0 => x[i + 2].over(&strides[i].into())?,
+            None if strides[i] == 1 && padding == reach - 1 => x[i + 2].clone(),
+            None => c.fresh(),
+        });
+    }
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+fn einsum(c: &Context) -> Option<Fact> {
+    let equation = c.node.attribute("equation")?.s.as_ref()?;
+    let equation = std::str::from_utf8(equation).ok()?.replace(' ', "");
+    let (terms, result) = equation.split_once("->")?;
+    if equation.contains('.') {
+        return None;
+    }
+    let mut sizes = std::collections::HashMap::new();
+    for (i, term) in terms.split(',').enumerate() {
+        let dims = c.shape(i)?;
+        if term.chars().count() != dims.len() {
+            return None;
+        }
+        sizes.extend(term.chars().zip(dims.iter().cloned()));
+    }
+    let dims = result
+        .chars()
+        .map(|l| sizes.get(&l).cloned())
+        .collect::<Option<_>>()?;
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+fn attention(c: &Context) -> Option<Fact> {
+    let (q, v) = (c.shape(0)?, c.shape(2)?);
+    let mut dims = q.to_vec();
+    match q.len() {
+        4 => *dims.last_mut()? = v.last()?.clone(),
+        3 => {
+            let (heads, kv_heads) = (c.node.int("q_num_heads")?, c.node.int("kv_num_heads")?);
+            let head_dim = v.last()?.over(&kv_heads.into())?;
+            *dims.last_mut()? = head_dim.times(&heads.into())?;
+        }
+        _ => return None,
+    }
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+fn split(c: &mut Context) -> Option<Vec<Fact>> {
+    let dims = c.shape(0)?.to_vec();
+    let count = c.node.proto.output.len();
+    let at = axis(c.node.int("axis").unwrap_or(0), dims.len())?;
+    let sizes = c
+        .node
+        .ints("split")
+        .filter(|s| !s.is_empty())
+        .map(<[i64]>::to_vec)
+        .or_else(|| c.ints(1));
+    let ty = c.ty(0);
+    let value = c.value(0).filter(|_| dims.len() == 1).cloned();
+    let mut offset = 0usize;
+    (0..count)
+        .map(|i| {
+            let mut out = dims.clone();
+            out[at] = match &sizes {
+                Some(sizes) => (*sizes.get(i)?).into(),
+                None => dims[at].over(&(count as i64).into())?,
+            };
+            let piece = match (
+                &value,
+                out[at].known().and_then(|n| usize::try_from(n).ok()),
+            ) {
+                (Some(Value::Ints(v)), Some(n)) => {
+                    v.get(offset..offset + n).map(|s| Value::Ints(s.to_vec()))
+                }
+                _ => None,
+            };
+            offset += out[at]
+                .known()
+                .and_then(|n| usize::try_from(n).ok())
+                .unwrap_or(0);
+            Some(Fact {
+                elem_type: ty,
+                shape: Some(out),
+                value: piece,
+            })
+        })
+        .collect()
+}
+
+fn reduce(c: &Context) -> Option<Fact> {
+    let dims = c.shape(0)?;
+    let keep = c.node.int("keepdims").unwrap_or(1) != 0;
+    let axes: Vec<usize> = match c.axes(1) {
+        Some(axes) => axes
+            .into_iter()
+            .map(|a| axis(a, dims.len()))
+            .collect::<Option<_>>()?,
+        None if c.input(1).is_none() => (0..dims.len()).collect(),
+        None => return None,
+    };
+    let dims = dims
+        .iter()
+        .enumerate()
+        .filter_map(|(i, d)| {
+            if !axes.contains(&i) {
+                Some(d.clone())
+            } else {
+                keep.then(|| 1.into())
+            }
+        })
+        .collect();
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+fn unary(c: &Context, op: &str) -> Option<Fact> {
+    let mut fact = same(c);
+    fact.value = match (c.value(0), op) {
+        (Some(Value::Ints(v)), "Neg") => v
+            .iter()
+            .map(|d| d.times(&(-1).into()))
+            .collect::<Option<_>>()
+            .map(Value::Ints),
+        (Some(Value::Floats(v)), _) => {
+            let apply: fn(f64) -> f64 = match op {
+                "Sqrt" => f64::sqrt,
+                "Reciprocal" => f64::recip,
+                "Neg" => |x| -x,
+                "Floor" => f64::floor,
+                "Ceil" => f64::ceil,
+                _ => return Some(fact),
+            };
+            Some(Value::Floats(
+                v.iter()
+                    .map(|&x| round_to(fact.elem_type, apply(x)))
+                    .collect(),
+            ))
+        }
+        _ => None,
+    };
+    Some(fact)
+}
+
+fn binary(c: &mut Context, op: &str) -> Option<Fact> {
+    let (Some(a), Some(b)) = (c.shape(0), c.shape(1)) else {
+        return Some(Fact::of(c.ty(0), None));
+    };
+    let dims = broadcast(a, b)?;
+    let ty = c.ty(0);
+    let values = (c.value(0).cloned(), c.value(1).cloned());
+    let value = match values {
+        (Some(Value::Ints(a)), Some(Value::Ints(b))) => pairs(&a, &b).and_then(|pairs| {
+            pairs
+                .into_iter()
+                .map(|(a, b)| match op {
+                    "Add" => c.symbols.sum(&a, &b, false),
+                    "Sub" => c.symbols.sum(&a, &b, true),
+                    "Mul" => a.times(&b),
+                    "Div" => match (a.known(), b.known()) {
+                        // ONNX integer division truncates; sizes are never negative.
+                        (Some(a), Some(b)) if b != 0 => a.checked_div(b).map(Dim::from),
+                        (Some(_), Some(_)) => None,
+                        _ => a.over(&b),
+                    },
+                    "Mod" => match (a.known()?, b.known()?) {
+                        (a, b) if b != 0 => a.checked_rem(b).map(Dim::from),
+                        _ => None,
+                    },
+                    _ => None,
+                })
+                .collect::<Option<_>>()
+                .map(Value::Ints)
+        }),
+        (Some(Value::Floats(a)), Some(Value::Floats(b))) => pairs(&a, &b).and_then(|pairs| {
+            let apply: fn(f64, f64) -> f64 = match op {
+                "Add" => |a, b| a + b,
+                "Sub" => |a, b| a - b,
+                "Mul" => |a, b| a * b,
+                "Div" => |a, b| a / b,
+                "Pow" => f64::powf,
+                _ => return None,
+            };
+            Some(Value::Floats(
+                pairs
+                    .into_iter()
+                    .map(|(a, b)| round_to(ty, apply(a, b)))
+                    .collect(),
+            ))
+        }),
+        _ => None,
+    };
+    Some(Fact {
+        elem_type: ty,
+        shape: Some(dims),
+        value,
+    })
+}
+
+/// Pairs up two value lists of equal length, or repeats the one that has a single element.
+fn pairs<T: Clone>(a: &[T], b: &[T]) -> Option<Vec<(T, T)>> {
+    match (a.len(), b.len()) {
+        (x, y) if x == y => Some(a.iter().cloned().zip(b.iter().cloned()).collect()),
+        (1, _) => Some(b.iter().map(|y| (a[0].clone(), y.clone())).collect()),
+        (_, 1) => Some(a.iter().map(|x| (x.clone(), b[0].clone())).collect()),
+        _ => None,
+    }
+}
+
+/// Numpy broadcasting; where two symbolic sizes meet they must be equal at run time.
+fn broadcast(a: &[Dim], b: &[Dim]) -> Option<Vec<Dim>> {
+    let rank = a.len().max(b.len());
+    let one = Dim::from(1);
+    let at = |dims: &[Dim], i: usize| {
+        (i + dims.len())
+            .checked_sub(rank)
+            .map_or_else(|| one.clone(), |j| dims[j].clone())
+    };
+    Some(
+        (0..rank)
+            .map(|i| unify_broadcast(&at(a, i), &at(b, i)))
+            .collect(),
+    )
+}
+
+fn unify_broadcast(a: &Dim, b: &Dim) -> Dim {
+    match (a.known(), b.known()) {
+        (Some(1), _) => b.clone(),
+        (_, Some(1)) => a.clone(),
+        _ => unify(a, b),
+    }
+}
+
+/// The better known of two sizes that must be equal: the batch, then a number, then the first.
+fn unify(a: &Dim, b: &Dim) -> Dim {
+    if a == b || a.depends_on(BATCH) {
+        a.clone()
+    } else if b.depends_on(BATCH) || (b.known().is_some() && a.known().is_none()) {
+        b.clone()
+    } else {
+        a.clone()
+    }
+}
