@@ -11,6 +11,8 @@ pub enum PlanErrorKind {
     TooLarge,
     /// The file is not UTF-8.
     NotUtf8,
+    /// The file is a Python pickle, as the authors' plans are.
+    Pickle,
     /// The file is not JSON.
     Syntax,
     /// A key occurs twice in one object.

@@ -9,7 +9,7 @@
 //! wrong half under `wa-rs+asc`; they stay valid here, only better than their search thought.
 
 use crate::parse::{refuse_large, refuse_misplaced};
-use crate::source::{Source, Token};
+use crate::source::{Member, Source, Token};
 use crate::{Action, Cfg, Plan, PlanError, PlanErrorKind as Kind};
 
 /// xDiT's name, the authors' name, ours.
@@ -79,14 +79,7 @@ fn authors<'a>(document: &Token<'a>) -> Result<Vec<Block<'a>>, PlanError> {
         .enumerate()
     {
         let name = format!("block {i}");
-        let members = token.object(&name)?;
-        let attention = members.iter().find(|(key, ..)| key == "attn1").map(|m| m.2);
-        let methods = attention.ok_or_else(|| {
-            token.error(
-                Kind::MissingKey,
-                format!("{name} needs the key `attn1`, the methods of its self-attention"),
-            )
-        })?;
+        let methods = token.object(&name)?.required("attn1")?;
         let methods = methods.array(&format!("attn1 of {name}"), "methods")?;
         blocks.push(Block {
             name,
@@ -116,9 +109,14 @@ fn xdit<'a>(document: &Token<'a>) -> Result<Vec<Block<'a>>, PlanError> {
 
 /// The values of `{"<prefix>0": …, "<prefix>1": …}` in the order of their numbers.
 fn numbered<'a>(object: &Token<'a>, name: &str, prefix: &str) -> Result<Vec<Token<'a>>, PlanError> {
-    let members = object.object(name)?;
+    let members = object.object(name)?.members;
     let mut values = vec![None; members.len()];
-    for (key, key_token, value) in &members {
+    for Member {
+        text: key,
+        key: key_token,
+        value,
+    } in &members
+    {
         let number = key
             .strip_prefix(prefix)
             .and_then(|number| number.parse::<usize>().ok());
@@ -127,7 +125,7 @@ fn numbered<'a>(object: &Token<'a>, name: &str, prefix: &str) -> Result<Vec<Toke
         let number = number.ok_or_else(|| {
             let what = format!(
                 "unknown key {} in {name}, expected {prefix}0, {prefix}1, …",
-                key_token.shown()
+                key_token.shown_name()
             );
             key_token.error(Kind::UnknownKey, what)
         })?;
@@ -135,7 +133,7 @@ fn numbered<'a>(object: &Token<'a>, name: &str, prefix: &str) -> Result<Vec<Toke
             let what = format!(
                 "{name} has {} members but one is {}; some number below is missing",
                 members.len(),
-                key_token.shown()
+                key_token.shown_name()
             );
             key_token.error(Kind::Import, what)
         })?;
@@ -181,7 +179,7 @@ fn transposed(
                     .collect();
                 let what = format!(
                     "unknown method {}, expected one of {}",
-                    token.shown(),
+                    token.shown_name(),
                     names.join(", ")
                 );
                 token.error(Kind::UnknownAction, what)

@@ -40,46 +40,61 @@ impl Plan {
     pub fn parse(json: &str) -> Result<Plan, PlanError> {
         refuse_large(json.len())?;
         let document = Source::read(json)?;
-        let members = document.object("a plan")?;
-        let find = |name: &str| members.iter().find(|(key, ..)| key == name).map(|m| m.2);
+        let plan = document.object("a plan")?;
 
         // Which format and version comes first: another version may well have other keys.
-        let format = find("format");
-        let version = find("version");
-        if let Some(format) = format
+        if let Some(format) = plan.get("format")
             && format.string("format")? != FORMAT
         {
-            let what = format!(
-                "format must be `{FORMAT}`, found {}; this is no plan file",
-                format.shown()
-            );
+            let found = format.shown();
+            let what = format!("format must be `{FORMAT}`, found {found}; this is no plan file");
             return Err(format.error(Kind::WrongFormat, what));
         }
-        if let Some(version) = version
-            && version.count("version", 0)? != VERSION as usize
+        if let Some(version) = plan.get("version")
+            && version.text() != VERSION.to_string()
         {
+            let kind = if version.is_number() {
+                Kind::WrongVersion
+            } else {
+                Kind::WrongType
+            };
+            let found = version.shown();
             let what = format!(
-                "plan version {} is not supported, expected {VERSION}; use a newer release",
-                version.shown()
+                "plan version {found} is not supported, expected the number {VERSION}; use a release that reads it"
             );
-            return Err(version.error(Kind::WrongVersion, what));
+            return Err(version.error(kind, what));
         }
-        refuse_unknown_keys(&members, "a plan", &KEYS)?;
-        require(&document, format, "format", "a plan")?;
-        require(&document, version, "version", "a plan")?;
-        let steps = require(&document, find("steps"), "steps", "a plan")?;
+        plan.refuse_others(&KEYS)?;
+        plan.required("format")?;
+        plan.required("version")?;
+        let steps = plan.required("steps")?;
 
-        let name = find("name").map(|t| t.string("name")).transpose()?;
-        let delta = find("delta")
+        let name = plan
+            .optional("name")?
+            .map(|t| t.string("name"))
+            .transpose()?;
+        let delta = plan
+            .optional("delta")?
             .map(|t| at_least_zero(&t, "delta"))
             .transpose()?;
-        let window = find("window").map_or(Ok(DEFAULT_WINDOW), |t| window(&t))?;
-        let cfg = find("cfg").map_or(Ok(Cfg::None), |t| cfg_name(&t))?;
-        let timesteps = find("timesteps")
+        let window = plan
+            .optional("window")?
+            .map_or(Ok(DEFAULT_WINDOW), |t| window(&t))?;
+        let cfg = plan
+            .optional("cfg")?
+            .map_or(Ok(Cfg::None), |t| cfg_name(&t))?;
+        let timesteps = plan
+            .optional("timesteps")?
             .map(|t| Ok((t, timestep_values(&t)?)))
             .transpose()?;
-        let text = find("text").map(|t| text_tokens(&t)).transpose()?;
-        let model = find("model").map(|t| fingerprint(&t)).transpose()?;
+        let text = plan
+            .optional("text")?
+            .map(|t| text_tokens(&t))
+            .transpose()?;
+        let model = plan
+            .optional("model")?
+            .map(|t| fingerprint(&t))
+            .transpose()?;
         let steps = rows(&steps, cfg)?;
         if let Some((token, values)) = &timesteps
             && values.len() != steps.len()
@@ -111,6 +126,18 @@ impl Plan {
     /// As [`Plan::parse`]; bytes that are not UTF-8 are refused at the first of them.
     pub fn parse_bytes(json: &[u8]) -> Result<Plan, PlanError> {
         refuse_large(json.len())?;
+        if json.starts_with(b"PK\x03\x04") || json.starts_with(b"\x80") {
+            let message =
+                "this is a Python pickle, as the authors of DiTFastAttn write their plans; \
+                           convert it to JSON and import it (docs/plan-format.md)"
+                    .to_owned();
+            return Err(PlanError {
+                kind: Kind::Pickle,
+                line: 1,
+                column: 1,
+                message,
+            });
+        }
         match std::str::from_utf8(json) {
             Ok(text) => Plan::parse(text),
             Err(error) => {
@@ -143,43 +170,6 @@ pub(crate) fn refuse_large(bytes: usize) -> Result<(), PlanError> {
     })
 }
 
-type Member<'a> = (String, Token<'a>, Token<'a>);
-
-fn refuse_unknown_keys(
-    members: &[Member<'_>],
-    object: &str,
-    known: &[&str],
-) -> Result<(), PlanError> {
-    match members
-        .iter()
-        .find(|(key, ..)| !known.contains(&key.as_str()))
-    {
-        None => Ok(()),
-        Some((_, key, _)) => {
-            let what = format!(
-                "unknown key {} in {object}, expected one of {}",
-                key.shown(),
-                known.join(", ")
-            );
-            Err(key.error(Kind::UnknownKey, what))
-        }
-    }
-}
-
-fn require<'a>(
-    object: &Token<'a>,
-    value: Option<Token<'a>>,
-    key: &str,
-    name: &str,
-) -> Result<Token<'a>, PlanError> {
-    value.ok_or_else(|| {
-        object.error(
-            Kind::MissingKey,
-            format!("{name} needs the key `{key}`, which is absent; add it"),
-        )
-    })
-}
-
 fn at_least_zero(token: &Token<'_>, name: &str) -> Result<f64, PlanError> {
     let number = token.number(name)?;
     if number >= 0.0 {
@@ -208,7 +198,10 @@ fn cfg_name(token: &Token<'_>) -> Result<Cfg, PlanError> {
         let names = Cfg::ALL.map(Cfg::name).join(", ");
         token.error(
             Kind::UnknownCfg,
-            format!("unknown cfg {}, expected one of {names}", token.shown()),
+            format!(
+                "unknown cfg {}, expected one of {names}",
+                token.shown_name()
+            ),
         )
     })
 }
@@ -222,19 +215,18 @@ fn timestep_values(token: &Token<'_>) -> Result<Vec<f64>, PlanError> {
 }
 
 fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
-    let members = token.object("text")?;
-    refuse_unknown_keys(&members, "text", &["tokens", "side"])?;
-    let find = |name: &str| {
-        let value = members.iter().find(|(key, ..)| key == name).map(|m| m.2);
-        require(token, value, name, "text")
-    };
-    let tokens = find("tokens")?.count("text.tokens", 0)?;
-    let side = find("side")?;
+    let text = token.object("text")?;
+    text.refuse_others(&["tokens", "side"])?;
+    let tokens = text.required("tokens")?.count("text.tokens", 0)?;
+    let side = text.required("side")?;
     let side = match side.string("text.side")?.as_str() {
         "start" => Side::Start,
         "end" => Side::End,
         _ => {
-            let what = format!("unknown text.side {}, expected start or end", side.shown());
+            let what = format!(
+                "unknown text.side {}, expected start or end",
+                side.shown_name()
+            );
             return Err(side.error(Kind::UnknownSide, what));
         }
     };
@@ -242,16 +234,12 @@ fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
 }
 
 fn fingerprint(token: &Token<'_>) -> Result<Fingerprint, PlanError> {
-    let members = token.object("model")?;
-    refuse_unknown_keys(
-        &members,
-        "model",
-        &["layers", "heads", "head_dim", "tokens"],
-    )?;
-    let count = |name: &str| {
-        let value = members.iter().find(|(key, ..)| key == name).map(|m| m.2);
+    let model = token.object("model")?;
+    model.refuse_others(&["layers", "heads", "head_dim", "tokens"])?;
+    let count = |key: &str| {
+        let value = model.optional(key)?;
         value
-            .map(|t| t.count(&format!("model.{name}"), 1))
+            .map(|t| t.count(&format!("model.{key}"), 1))
             .transpose()
     };
     Ok(Fingerprint {
@@ -298,7 +286,10 @@ fn action(token: &Token<'_>, step: usize, layer: usize, cfg: Cfg) -> Result<Acti
     let name = format!("steps[{step}][{layer}]");
     let action: Action = token.string(&name)?.parse().map_err(|_| {
         let names = Action::ALL.map(Action::name).join(", ");
-        let what = format!("unknown action {}, expected one of {names}", token.shown());
+        let what = format!(
+            "unknown action {}, expected one of {names}",
+            token.shown_name()
+        );
         token.error(Kind::UnknownAction, what)
     })?;
     refuse_misplaced(action, &name, token, step, cfg)?;

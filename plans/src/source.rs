@@ -3,6 +3,8 @@
 //! serde_json does the reading; this module only keeps the borrowed raw tokens, whose addresses
 //! inside the text are their positions. It knows JSON, not plans.
 
+use std::collections::HashSet;
+
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
@@ -48,7 +50,10 @@ impl<'a> Source<'a> {
             .take(error.line().max(1) - 1)
             .map(str::len)
             .sum();
-        let at = start + error.column().max(1) - 1;
+        let at = match error.is_eof() {
+            true => self.0.len(),
+            false => start + error.column().max(1) - 1,
+        };
         let text = error.to_string();
         let what = text.split(" at line ").next().unwrap_or(&text);
         self.error_at(at, PlanErrorKind::Syntax, format!("not JSON: {what}"))
@@ -91,28 +96,30 @@ impl<'a> Token<'a> {
 
     /// The token for a message: scalars as written, cut to a sensible length; others by type.
     pub(crate) fn shown(&self) -> String {
-        const LONGEST: usize = 40;
         match self.text.as_bytes().first() {
             Some(b'{') => "an object".to_owned(),
             Some(b'[') => "an array".to_owned(),
-            _ => {
-                let mut shown: String = self.text.chars().take(LONGEST).flat_map(visible).collect();
-                if self.text.chars().nth(LONGEST).is_some() {
-                    shown.push('…');
-                }
-                format!("`{shown}`")
-            }
+            _ => quoted(self.text),
         }
     }
 
+    /// A string that should have been one of a few names, without its JSON quotes.
+    pub(crate) fn shown_name(&self) -> String {
+        quoted(self.text.trim_matches('"'))
+    }
+
+    /// The value is a number.
+    pub(crate) fn is_number(&self) -> bool {
+        self.starts_with(b"-0123456789")
+    }
+
+    /// The token as written.
+    pub(crate) fn text(&self) -> &'a str {
+        self.text
+    }
+
     fn wrong_type(&self, name: &str, expected: &str) -> PlanError {
-        let found = self.shown();
-        let hint = if self.text == "null" {
-            "; leave the key out instead"
-        } else {
-            ""
-        };
-        let message = format!("{name} must be {expected}, found {found}{hint}");
+        let message = format!("{name} must be {expected}, found {}", self.shown());
         self.error(PlanErrorKind::WrongType, message)
     }
 
@@ -128,27 +135,28 @@ impl<'a> Token<'a> {
             .is_some_and(|b| bytes.contains(b))
     }
 
-    /// The members of an object in the order of the file; a key that occurs twice is refused.
-    pub(crate) fn object(
-        &self,
-        name: &str,
-    ) -> Result<Vec<(String, Token<'a>, Token<'a>)>, PlanError> {
+    /// The value as an object called `name`; a key that occurs twice is refused.
+    pub(crate) fn object(&self, name: &str) -> Result<Object<'a>, PlanError> {
         if !self.starts_with(b"{") {
             return Err(self.wrong_type(name, "an object"));
         }
         let Members(raw) = self.reread(name)?;
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         let mut members = Vec::with_capacity(raw.len());
         for (key, value) in raw {
-            let key = self.source.token(key);
+            let (key, value) = (self.source.token(key), self.source.token(value));
             let text = key.string("a key")?;
             if !seen.insert(text.clone()) {
-                let what = format!("key {} occurs twice in {name}; keep one", key.shown());
+                let what = format!("key {} occurs twice in {name}; keep one", key.shown_name());
                 return Err(key.error(PlanErrorKind::DuplicateKey, what));
             }
-            members.push((text, key, self.source.token(value)));
+            members.push(Member { text, key, value });
         }
-        Ok(members)
+        Ok(Object {
+            name: name.to_owned(),
+            token: *self,
+            members,
+        })
     }
 
     /// The elements of an array.
@@ -170,7 +178,7 @@ impl<'a> Token<'a> {
 
     /// A finite number, rounded to the nearest float64.
     pub(crate) fn number(&self, name: &str) -> Result<f64, PlanError> {
-        if !self.starts_with(b"-0123456789") {
+        if !self.is_number() {
             return Err(self.wrong_type(name, "a number"));
         }
         match self.text.parse::<f64>() {
@@ -184,7 +192,7 @@ impl<'a> Token<'a> {
 
     /// A whole number from `least` to 2³² − 1, written without point or exponent.
     pub(crate) fn count(&self, name: &str, least: u32) -> Result<usize, PlanError> {
-        if !self.starts_with(b"-0123456789") || self.text.contains(['.', 'e', 'E']) {
+        if !self.is_number() || self.text.contains(['.', 'e', 'E']) {
             return Err(self.wrong_type(name, "a whole number"));
         }
         match self.text.parse::<u32>() {
@@ -208,15 +216,87 @@ impl<'a> Token<'a> {
     }
 }
 
-/// Control and direction characters are spelled out, so that a hostile file cannot rewrite the
-/// terminal or the sentence around it.
-fn visible(c: char) -> impl Iterator<Item = char> {
-    let printable = c.is_ascii_graphic() || c == ' ' || c.is_alphanumeric();
-    let escaped = (!printable).then(|| c.escape_default());
-    printable
-        .then_some(c)
-        .into_iter()
-        .chain(escaped.into_iter().flatten())
+/// One member of an object.
+pub(crate) struct Member<'a> {
+    /// The decoded key.
+    pub(crate) text: String,
+    pub(crate) key: Token<'a>,
+    pub(crate) value: Token<'a>,
+}
+
+/// An object with distinct keys, in the order of the file.
+pub(crate) struct Object<'a> {
+    name: String,
+    token: Token<'a>,
+    pub(crate) members: Vec<Member<'a>>,
+}
+
+impl<'a> Object<'a> {
+    /// The value of a key, if it is there.
+    pub(crate) fn get(&self, key: &str) -> Option<Token<'a>> {
+        self.members
+            .iter()
+            .find(|member| member.text == key)
+            .map(|member| member.value)
+    }
+
+    /// The value of a key that may be absent; `null` is no way to say so.
+    pub(crate) fn optional(&self, key: &str) -> Result<Option<Token<'a>>, PlanError> {
+        match self.get(key) {
+            Some(value) if value.text == "null" => {
+                let what = format!("{key} in {} is null; leave the key out instead", self.name);
+                Err(value.error(PlanErrorKind::WrongType, what))
+            }
+            value => Ok(value),
+        }
+    }
+
+    /// The value of a key that must be there.
+    pub(crate) fn required(&self, key: &str) -> Result<Token<'a>, PlanError> {
+        self.get(key).ok_or_else(|| {
+            let what = format!(
+                "{} needs the key `{key}`, which is absent; add it",
+                self.name
+            );
+            self.token.error(PlanErrorKind::MissingKey, what)
+        })
+    }
+
+    /// Refuses the first key that is not among the `known`.
+    pub(crate) fn refuse_others(&self, known: &[&str]) -> Result<(), PlanError> {
+        let other = self
+            .members
+            .iter()
+            .find(|member| !known.contains(&member.text.as_str()));
+        other.map_or(Ok(()), |member| {
+            let (key, known) = (member.key.shown_name(), known.join(", "));
+            let what = format!(
+                "unknown key {key} in {}, expected one of {known}",
+                self.name
+            );
+            Err(member.key.error(PlanErrorKind::UnknownKey, what))
+        })
+    }
+}
+
+/// Text for a message, in backticks. All that is not plain ASCII is spelled out: a hostile file
+/// cannot rewrite the terminal, and a look-alike letter shows as what it is.
+fn quoted(text: &str) -> String {
+    const LONGEST: usize = 40;
+    let plain = |c: char| c.is_ascii_graphic() || c == ' ';
+    let mut shown = String::from("`");
+    for c in text.chars().take(LONGEST) {
+        match plain(c) {
+            true => shown.push(c),
+            false => shown.extend(c.escape_default()),
+        }
+    }
+    shown.push_str(if text.chars().nth(LONGEST).is_some() {
+        "…`"
+    } else {
+        "`"
+    });
+    shown
 }
 
 /// An object's members, raw and in order, repeated keys included.
