@@ -97,6 +97,29 @@ fn written_plans_look_like_this() {
     );
 }
 
+/// The first fenced block of JSON in the documentation, and the short plan below it.
+#[test]
+fn the_documented_plans_are_plans() {
+    let text = include_str!("../../docs/plan-format.md");
+    let fenced = text
+        .split("```json\n")
+        .nth(1)
+        .unwrap()
+        .split("```")
+        .next()
+        .unwrap();
+    let plan = Plan::parse(fenced).unwrap();
+    assert_eq!((plan.layers(), plan.step_count()), (3, 4));
+    let short = text
+        .split('`')
+        .find(|span| span.starts_with("{\"format\""))
+        .unwrap();
+    assert!(Plan::parse(short).is_ok(), "{short}");
+    for json in [fenced, short] {
+        assert!(schema().is_valid(&serde_json::from_str(json).unwrap()));
+    }
+}
+
 #[test]
 fn a_fingerprint_compares_what_both_sides_know() {
     let plan = Fingerprint {

@@ -119,11 +119,14 @@ fn a_million_wrong_cells_cost_one_message() {
     );
 }
 
+/// Breaks one rule of a valid plan.
+type Spoil = fn(&mut Plan);
+
 #[test]
 fn plans_built_in_memory_are_held_to_the_rules_of_the_file() {
     let good = Plan::all_full(2, 2);
     assert_eq!(good.validate(), Ok(()));
-    let bad: [(PlanErrorKind, fn(&mut Plan)); 7] = [
+    let bad: [(PlanErrorKind, Spoil); 7] = [
         (PlanErrorKind::OutOfRange, |plan| plan.window = 0.0),
         (PlanErrorKind::WrongType, |plan| plan.window = f64::NAN),
         (PlanErrorKind::WrongType, |plan| {
