@@ -33,12 +33,14 @@ pub(crate) struct Gemm {
 }
 
 impl Gemm {
+    /// Computes the product, and calls `between` after each tile of it (a microsecond or less).
+    ///
     /// # Safety
     /// For every row < rows, step < steps and lane < vectors · `S::F32_LANES`: `a + row·a_row + step·a_step` and
     /// `b + step·QUERIES + lane` must be readable, `c + row·QUERIES + lane` readable and writable, and C must not
     /// overlap A or B.
     #[inline(always)]
-    pub unsafe fn run<S: Simd>(self, simd: S) {
+    pub unsafe fn run<S: Simd>(self, simd: S, mut between: impl FnMut()) {
         // With 32 registers 6 × 4 accumulators, 4 of B and a broadcast; with 16 registers 6 × 2, 2 and 1.
         let wide = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
         let mut done = 0;
@@ -54,10 +56,10 @@ impl Gemm {
             // SAFETY: a part of the columns of what this function's contract allows.
             unsafe {
                 match n {
-                    4 => columns::<S, 4>(simd, part),
-                    3 => columns::<S, 3>(simd, part),
-                    2 => columns::<S, 2>(simd, part),
-                    _ => columns::<S, 1>(simd, part),
+                    4 => columns::<S, 4>(simd, part, &mut between),
+                    3 => columns::<S, 3>(simd, part, &mut between),
+                    2 => columns::<S, 2>(simd, part, &mut between),
+                    _ => columns::<S, 1>(simd, part, &mut between),
                 }
             }
             done += n;
@@ -67,7 +69,7 @@ impl Gemm {
 
 /// NR vectors of columns, rows in sixes.
 #[inline(always)]
-unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm) {
+unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm, between: &mut impl FnMut()) {
     let mut row = 0;
     while row < g.rows {
         let n = (g.rows - row).min(6);
@@ -89,6 +91,7 @@ unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm) {
                 _ => tile::<S, 1, NR>(simd, part),
             }
         }
+        between();
         row += n;
     }
 }

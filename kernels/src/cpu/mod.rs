@@ -38,7 +38,7 @@ pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) {
         return;
     }
     // Blocks in one task share packed keys and values; more of them save packing, fewer of them balance better.
-    let per_task = (planes * blocks / 32).clamp(1, 4).min(blocks);
+    let per_task = (planes * blocks / 32).clamp(1, 8).min(blocks);
     let per_plane = blocks.div_ceil(per_task);
     let shared = Shared(a);
     pool.run(planes * per_plane, &|i| {

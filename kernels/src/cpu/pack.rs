@@ -224,48 +224,220 @@ unsafe fn write_part<T: Copy>(p: *mut T, stride: isize, part: &[T]) {
 }
 
 /// `to[j][i] = from[i][j]` for i < rows, j < columns; rows of `from` are `from_stride` apart, of `to` `to_stride`.
+///
+/// # Safety
+/// Those elements must be readable and writable, and the two matrices must not overlap.
 #[inline(always)]
-pub(crate) fn transpose(
-    from: &[f32],
-    from_stride: usize,
-    to: &mut [f32],
-    to_stride: usize,
+pub(crate) unsafe fn transpose(
+    from: *const f32,
+    from_stride: isize,
+    to: *mut f32,
+    to_stride: isize,
     rows: usize,
     columns: usize,
 ) {
-    if rows == 0 || columns == 0 {
-        return;
-    }
-    assert!(columns <= from_stride && (rows - 1) * from_stride + columns <= from.len());
-    assert!(rows <= to_stride && (columns - 1) * to_stride + rows <= to.len());
-    let (f, t) = (from.as_ptr(), to.as_mut_ptr());
-    // SAFETY: i < rows and j < columns below, and the assertions bound both matrices.
+    let f = |i: usize, j: usize| from.wrapping_offset(i as isize * from_stride + j as isize);
+    let t = |i: usize, j: usize| to.wrapping_offset(j as isize * to_stride + i as isize);
+    let (r4, c4) = (rows / 4 * 4, columns / 4 * 4);
+    // SAFETY: i < rows and j < columns throughout.
     unsafe {
-        let (r4, c4) = (rows / 4 * 4, columns / 4 * 4);
         for j in (0..c4).step_by(4) {
             for i in (0..r4).step_by(4) {
-                let a: [[f32; 4]; 4] = std::array::from_fn(|k| {
-                    f.add((i + k) * from_stride + j)
-                        .cast::<[f32; 4]>()
-                        .read_unaligned()
-                });
-                for k in 0..4 {
-                    let line = [a[0][k], a[1][k], a[2][k], a[3][k]];
-                    t.add((j + k) * to_stride + i)
-                        .cast::<[f32; 4]>()
-                        .write_unaligned(line);
-                }
+                transpose_4x4(f(i, j), from_stride, t(i, j), to_stride);
             }
             for i in r4..rows {
-                for k in 0..4 {
-                    *t.add((j + k) * to_stride + i) = *f.add(i * from_stride + j + k);
+                for j in j..j + 4 {
+                    *t(i, j) = *f(i, j);
                 }
             }
         }
         for j in c4..columns {
             for i in 0..rows {
-                *t.add(j * to_stride + i) = *f.add(i * from_stride + j);
+                *t(i, j) = *f(i, j);
             }
         }
+    }
+}
+
+/// Left to itself the compiler moves the 16 elements one by one.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn transpose_4x4(from: *const f32, from_stride: isize, to: *mut f32, to_stride: isize) {
+    use std::arch::x86_64::{
+        _mm_loadu_ps, _mm_movehl_ps, _mm_movelh_ps, _mm_storeu_ps, _mm_unpackhi_ps, _mm_unpacklo_ps,
+    };
+    // SAFETY: SSE is part of x86-64; the caller says that 4 × 4 elements can be read and written.
+    unsafe {
+        let row = |i: isize| _mm_loadu_ps(from.offset(i * from_stride));
+        let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+        let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+        let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+        _mm_storeu_ps(to, _mm_movelh_ps(ab, cd));
+        _mm_storeu_ps(to.offset(to_stride), _mm_movehl_ps(cd, ab));
+        _mm_storeu_ps(to.offset(2 * to_stride), _mm_movelh_ps(ab_high, cd_high));
+        _mm_storeu_ps(to.offset(3 * to_stride), _mm_movehl_ps(cd_high, ab_high));
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+unsafe fn transpose_4x4(from: *const f32, from_stride: isize, to: *mut f32, to_stride: isize) {
+    for i in 0..4 {
+        for j in 0..4 {
+            // SAFETY: the caller says that 4 × 4 elements can be read and written.
+            unsafe { *to.offset(j * to_stride + i) = *from.offset(i * from_stride + j) }
+        }
+    }
+}
+
+/// Reads tokens `tokens` of a plane into `to`, `[channels, stride]`, whatever the tensor's layout.
+///
+/// # Safety
+/// As for [`gather`]; `rows` must hold `[tokens, channels]`.
+#[inline(always)]
+pub(crate) unsafe fn gather_channels(
+    t: &Input<'_>,
+    p: Plane,
+    tokens: Range<usize>,
+    channels: usize,
+    stride: usize,
+    to: &mut [f32],
+    rows: &mut [f32],
+) {
+    let n = tokens.len();
+    assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= to.len()));
+    // SAFETY: the caller says that the elements are readable; `to` was compared above.
+    unsafe {
+        match Order::natural(t.strides, stride) {
+            Order::Tokens if t.dtype == DType::F32 && t.strides.channel == 1 => {
+                let from = t
+                    .data
+                    .cast::<f32>()
+                    .offset(offset(t.strides, p, tokens.start, 0));
+                transpose(
+                    from,
+                    t.strides.token,
+                    to.as_mut_ptr(),
+                    stride as isize,
+                    n,
+                    channels,
+                );
+            }
+            Order::Tokens => {
+                gather(t, p, tokens, channels, Order::Tokens, rows);
+                let from = rows[..n * channels].as_ptr();
+                transpose(
+                    from,
+                    channels as isize,
+                    to.as_mut_ptr(),
+                    stride as isize,
+                    n,
+                    channels,
+                );
+            }
+            order => gather(t, p, tokens, channels, order, to),
+        }
+    }
+}
+
+/// Writes `from`, `[channels, stride]`, to tokens `tokens` of a plane, whatever the tensor's layout.
+///
+/// # Safety
+/// As for [`scatter`]; `rows` must hold `[tokens, channels]`.
+#[inline(always)]
+pub(crate) unsafe fn scatter_channels(
+    t: &Output<'_>,
+    p: Plane,
+    tokens: Range<usize>,
+    channels: usize,
+    stride: usize,
+    from: &[f32],
+    rows: &mut [f32],
+) {
+    let n = tokens.len();
+    assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= from.len()));
+    // SAFETY: the caller says that the elements are this task's to write; `from` was compared above.
+    unsafe {
+        match Order::natural(t.strides, stride) {
+            Order::Tokens if t.dtype == DType::F32 && t.strides.channel == 1 => {
+                let to = t
+                    .data
+                    .cast::<f32>()
+                    .offset(offset(t.strides, p, tokens.start, 0));
+                transpose(
+                    from.as_ptr(),
+                    stride as isize,
+                    to,
+                    t.strides.token,
+                    channels,
+                    n,
+                );
+            }
+            Order::Tokens => {
+                let to = rows[..n * channels].as_mut_ptr();
+                transpose(
+                    from.as_ptr(),
+                    stride as isize,
+                    to,
+                    channels as isize,
+                    channels,
+                    n,
+                );
+                scatter(t, p, tokens, channels, Order::Tokens, rows);
+            }
+            order => scatter(t, p, tokens, channels, order, from),
+        }
+    }
+}
+
+/// Asks for the memory of coming tokens a token at a time, while something else is computed.
+pub(crate) struct Ahead {
+    next: *const u8,
+    token: isize,
+    bytes: isize,
+    left: usize,
+}
+
+impl Ahead {
+    /// Of tokens `tokens` of a plane. Layouts whose channels are not neighbours are left to the hardware.
+    pub fn new(t: &Input<'_>, p: Plane, tokens: Range<usize>, channels: usize) -> Self {
+        let size = t.dtype.size() as isize;
+        let at = offset(t.strides, p, tokens.start, 0) * size;
+        Ahead {
+            next: t.data.wrapping_offset(at),
+            token: t.strides.token * size,
+            bytes: channels as isize * size,
+            left: if t.strides.channel == 1 {
+                tokens.len()
+            } else {
+                0
+            },
+        }
+    }
+
+    pub fn nothing() -> Self {
+        Ahead {
+            next: std::ptr::null(),
+            token: 0,
+            bytes: 0,
+            left: 0,
+        }
+    }
+
+    /// Asks for one more token; says whether there was one.
+    #[inline(always)]
+    pub fn step(&mut self) -> bool {
+        if self.left == 0 {
+            return false;
+        }
+        self.left -= 1;
+        #[cfg(target_arch = "x86_64")]
+        for at in (0..self.bytes).step_by(64) {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: a prefetch is allowed on any address; SSE is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_offset(at).cast()) }
+        }
+        self.next = self.next.wrapping_offset(self.token);
+        true
     }
 }

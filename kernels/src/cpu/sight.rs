@@ -87,7 +87,7 @@ impl Sight {
             }
             Pass::Outside(_) => self.vectors.iter().any(|v| {
                 let image = trim(keys, &self.text);
-                !image.is_empty() && !(v.every.start <= image.start && image.end <= v.every.end)
+                !image.is_empty() && (image.start < v.every.start || v.every.end < image.end)
             }),
         }
     }

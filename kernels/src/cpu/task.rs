@@ -9,14 +9,14 @@ use pulp::{Simd, WithSimd};
 
 use super::exp::exp2;
 use super::gemm::{Gemm, QUERIES, load, store};
-use super::pack::{Order, Plane, gather, scatter, transpose};
+use super::pack::{Ahead, Order, Plane, gather, gather_channels, scatter_channels};
 use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Sight, row};
-use crate::api::{Attention, Mode, Strides};
+use crate::api::{Attention, Mode};
 
 /// Keys in a block. With [`QUERIES`] it sets the working set: scores, Q, O, K and V of a block should stay in L2
 /// and mostly in L1.
-const KEYS: usize = 96;
+const KEYS: usize = 120;
 
 /// How much a row's scores (in powers of two) may exceed its reference before sums are rescaled.
 const SLACK: f32 = 8.0;
@@ -228,15 +228,7 @@ unsafe fn pack_q(
         q.fill(0.0);
     }
     // SAFETY: promised by the caller.
-    unsafe {
-        match Order::natural(a.q.strides, QUERIES) {
-            Order::Tokens => {
-                gather(&a.q, plane, queries.clone(), d, Order::Tokens, rows);
-                transpose(rows, d, q, QUERIES, queries.len(), d);
-            }
-            order => gather(&a.q, plane, queries.clone(), d, order, q),
-        }
-    }
+    unsafe { gather_channels(&a.q, plane, queries.clone(), d, QUERIES, q, rows) };
     if sign != 1.0 {
         for x in q.iter_mut() {
             *x *= sign;
@@ -284,11 +276,22 @@ fn pass<S: Simd>(
                 context.v,
             );
         }
-        context.v_wild = pass != Pass::All && wild(a.v.strides, keys.len(), context);
+        context.v_wild = pass != Pass::All && wild(keys.len(), context);
+        let next = keys.end..s.kv_tokens.min(keys.end + KEYS);
+        let mut ahead = if sights.iter().any(|sight| sight.touches(&next)) {
+            [
+                Ahead::new(&a.k, plane, next.clone(), s.head_dim),
+                Ahead::new(&a.v, plane, next, s.v_dim),
+            ]
+        } else {
+            [Ahead::nothing(), Ahead::nothing()]
+        };
         for (block, sight) in blocks.iter_mut().zip(&sights) {
             if sight.touches(&keys) {
                 sight.segments(keys.clone(), &mut segments);
-                step(simd, context, block, sight, pass, first, &segments);
+                step(
+                    simd, context, block, sight, pass, first, &segments, &mut ahead,
+                );
             }
         }
     }
@@ -296,7 +299,7 @@ fn pass<S: Simd>(
 
 /// Whether the packed values of `keys` keys hold an infinity or a NaN.
 #[inline(always)]
-fn wild(_: Strides, keys: usize, context: &Context<'_>) -> bool {
+fn wild(keys: usize, context: &Context<'_>) -> bool {
     let bad = |line: &[f32]| {
         let mut sum = [0f32; 16];
         let (lines, rest) = line.as_chunks::<16>();
@@ -317,6 +320,7 @@ fn wild(_: Strides, keys: usize, context: &Context<'_>) -> bool {
 
 /// One query block against one key block: scores, softmax, values.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn step<S: Simd>(
     simd: S,
     context: &mut Context<'_>,
@@ -325,6 +329,7 @@ fn step<S: Simd>(
     pass: Pass,
     first: usize,
     segments: &[Segment],
+    ahead: &mut [Ahead; 2],
 ) {
     let lanes = S::F32_LANES;
     let (d, dv) = (context.head_dim, context.v_dim);
@@ -356,7 +361,9 @@ fn step<S: Simd>(
                 vectors: seg.vectors.len(),
                 add: false,
             }
-            .run(simd);
+            .run(simd, || {
+                let _ = ahead[0].step() || ahead[1].step();
+            });
         }
     }
     for seg in segments {
@@ -402,7 +409,9 @@ fn step<S: Simd>(
                 vectors: seg.vectors.len(),
                 add: true,
             }
-            .run(simd);
+            .run(simd, || {
+                let _ = ahead[0].step() || ahead[1].step();
+            });
         }
     }
 }
@@ -636,48 +645,26 @@ unsafe fn finish<S: Simd>(
         // Nothing was added: the empty sum is 0, not 0 / 0.
         block.sum.fill(1.0);
     }
-    let n = block.queries.len();
     let o = &mut more[..dv * QUERIES];
+    let tokens = block.queries.clone();
     if let Mode::FullCapture { residual, .. } = &a.mode {
         divide(simd, block.o, o, block.sum, Some(block.w));
         // SAFETY: promised by the caller.
-        unsafe {
-            match Order::natural(residual.strides, QUERIES) {
-                Order::Tokens => {
-                    transpose(o, QUERIES, rows, dv, dv, n);
-                    scatter(
-                        residual,
-                        plane,
-                        block.queries.clone(),
-                        dv,
-                        Order::Tokens,
-                        rows,
-                    );
-                }
-                order => scatter(residual, plane, block.queries.clone(), dv, order, o),
-            }
-        }
+        unsafe { scatter_channels(residual, plane, tokens.clone(), dv, QUERIES, o, rows) };
     }
     divide(simd, block.o, o, block.sum, None);
-    let order = Order::natural(a.out.strides, QUERIES);
-    let o: &mut [f32] = if order == Order::Tokens {
-        transpose(o, QUERIES, rows, dv, dv, n);
-        &mut rows[..n * dv]
-    } else {
-        o
-    };
     if let Mode::Window {
         residual: Some(residual),
         ..
     } = &a.mode
     {
-        // O of the block has been read; its place takes the residual, in the order the output is in.
+        // The sums are spent; their place takes the residual.
         // SAFETY: promised by the caller.
-        unsafe { gather(residual, plane, block.queries.clone(), dv, order, block.o) };
+        unsafe { gather_channels(residual, plane, tokens.clone(), dv, QUERIES, block.o, rows) };
         for (x, r) in o.iter_mut().zip(block.o.iter()) {
             *x += r;
         }
     }
     // SAFETY: promised by the caller.
-    unsafe { scatter(&a.out, plane, block.queries.clone(), dv, order, o) };
+    unsafe { scatter_channels(&a.out, plane, tokens, dv, QUERIES, o, rows) };
 }
