@@ -1,0 +1,146 @@
+//! The host: one ONNX Runtime that loaded this library, and the version of its function table.
+//!
+//! Owns how that table is read: field by field and never above the host's version. A `&OrtApi` is never formed,
+//! since an older host's table is shorter than our struct.
+
+use std::ffi::{CStr, CString};
+
+use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatusPtr};
+
+use super::status::{Code, Error};
+
+/// The oldest function table that has everything we call (`KernelContext_ParallelFor`, shape inference).
+pub const MIN_API: u32 = 17;
+
+/// A host's function table.
+///
+/// Kept with every object that comes from the host rather than in a global: two copies of ONNX Runtime may live in
+/// one process and share this library.
+#[derive(Clone, Copy, Debug)]
+pub struct Host {
+    api: *const OrtApi,
+    /// Minor version of the host: 32 for 1.32.0.
+    pub minor: u32,
+}
+
+// SAFETY: the table is immutable, 'static data of the host's library, and its functions may be called from any thread.
+unsafe impl Send for Host {}
+// SAFETY: as above.
+unsafe impl Sync for Host {}
+
+/// Reads one function pointer of the host's table.
+///
+/// Evaluates to the function, which is still unsafe to call. Only fields of API 17 exist in our `OrtApi`
+/// (feature `api-17` of ort-sys), so none beyond the end of a host's table can be named here.
+macro_rules! function {
+    ($host:expr, $name:ident) => {{
+        let api = $host.table();
+        // Most callers are inside an unsafe block already, for the call itself.
+        #[allow(unused_unsafe)]
+        // SAFETY: `Host::new` keeps tables of at least API 17 only, and our `OrtApi` ends there, so the field lies
+        // inside the host's table. `addr_of!` makes no reference to the table.
+        let function = unsafe { std::ptr::addr_of!((*api).$name).read() };
+        function
+    }};
+}
+pub(crate) use function;
+
+impl Host {
+    /// The table of the host behind `base`.
+    ///
+    /// # Errors
+    /// A status made by the host if it is older than 1.17; a null status is never returned as an error unless the
+    /// host cannot even make one.
+    ///
+    /// # Safety
+    /// `base` is the pointer that ONNX Runtime handed to `RegisterCustomOps`.
+    pub unsafe fn new(base: *const OrtApiBase) -> Result<Host, OrtStatusPtr> {
+        // SAFETY: the caller's promise. Both fields exist since the first release.
+        let (get_api, get_version) = unsafe { ((*base).GetApi, (*base).GetVersionString) };
+        // SAFETY: returns a static, NUL-terminated string.
+        let version = unsafe { CStr::from_ptr(get_version()) }.to_string_lossy();
+        // Ask only after looking at the version: GetApi above the host's version prints to stderr and returns null.
+        if let Some(minor) = minor_version(&version)
+            && minor >= MIN_API
+        {
+            // SAFETY: plain call into the host.
+            let api = unsafe { get_api(MIN_API) };
+            if !api.is_null() {
+                return Ok(Host { api, minor });
+            }
+        }
+        // SAFETY: API 1 exists in every release.
+        let oldest = unsafe { get_api(1) };
+        if oldest.is_null() {
+            return Err(OrtStatusPtr(std::ptr::null_mut()));
+        }
+        let message = CString::new(format!(
+            "ditfastattn: this library needs ONNX Runtime 1.{MIN_API} or newer, the host is {version}; \
+             upgrade onnxruntime, or run the model that was not rewritten"
+        ))
+        .unwrap_or_default();
+        // SAFETY: CreateStatus is the first field of every version of the table and copies the message.
+        Err(unsafe {
+            let create = std::ptr::addr_of!((*oldest).CreateStatus).read();
+            create(OrtErrorCode::ORT_FAIL, message.as_ptr())
+        })
+    }
+
+    pub(crate) fn table(&self) -> *const OrtApi {
+        self.api
+    }
+
+    /// Turns a status of the host into a result and releases it.
+    pub(crate) fn check(&self, status: OrtStatusPtr) -> Result<(), Error> {
+        if status.0.is_null() {
+            return Ok(());
+        }
+        let message = function!(self, GetErrorMessage);
+        let release = function!(self, ReleaseStatus);
+        // SAFETY: a non-null status of this host, used until released once; the message is copied before that.
+        let text = unsafe {
+            let text = CStr::from_ptr(message(status.0))
+                .to_string_lossy()
+                .into_owned();
+            release(status.0);
+            text
+        };
+        Err(Error::new(Code::Fail, text))
+    }
+
+    /// Makes a status for ONNX Runtime out of an error.
+    pub(crate) fn status(&self, error: &Error) -> OrtStatusPtr {
+        let text = format!("ditfastattn: {}", error.message.replace('\0', " "));
+        let text = CString::new(text).unwrap_or_default();
+        let create = function!(self, CreateStatus);
+        // SAFETY: a valid code and a NUL-terminated string that the host copies.
+        unsafe { create(error.code.into(), text.as_ptr()) }
+    }
+}
+
+/// `1.32.0` → 32; hosts of another major version are newer than anything tried, and their minor is unknown.
+fn minor_version(version: &str) -> Option<u32> {
+    let mut parts = version.split('.');
+    let major: u32 = parts.next()?.parse().ok()?;
+    let minor: u32 = parts.next()?.parse().ok()?;
+    match major {
+        1 => Some(minor),
+        0 => None,
+        _ => Some(u32::MAX),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::minor_version;
+
+    #[test]
+    fn versions_are_read_from_the_string() {
+        assert_eq!(minor_version("1.32.0"), Some(32));
+        assert_eq!(minor_version("1.16.3-dev+abc"), Some(16));
+        assert_eq!(minor_version("2.0.0"), Some(u32::MAX));
+        assert_eq!(minor_version("0.9.1"), None);
+        assert_eq!(minor_version(""), None);
+        assert_eq!(minor_version("nightly"), None);
+    }
+}

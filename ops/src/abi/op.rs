@@ -1,0 +1,338 @@
+//! The table of callbacks that ONNX Runtime calls for one operator, filled from a Rust type.
+//!
+//! Owns the life of kernel objects: made in `CreateKernelV2`, shared by every thread that computes, freed in
+//! `KernelDestroy`. Kernels get `&self`: ONNX Runtime runs one kernel from many threads at once.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+use ort_sys::{
+    ONNXTensorElementDataType, OrtApi, OrtCustomOp, OrtCustomOpInputOutputCharacteristic,
+    OrtKernelContext, OrtKernelInfo, OrtMemType, OrtShapeInferContext, OrtStatusPtr,
+};
+
+use super::context::Context;
+use super::host::Host;
+use super::info::Info;
+use super::shape::InferContext;
+use super::status::{Code, Error, caught, guard};
+
+/// What computes a node.
+pub trait Kernel: Send + Sync + Sized + 'static {
+    /// Reads and checks the node's attributes.
+    fn create(info: &Info<'_>) -> Result<Self, Error>;
+
+    /// Computes the node once. Runs concurrently with itself.
+    fn compute(&self, context: &Context<'_>) -> Result<(), Error>;
+}
+
+/// Type of a port. `Any` accepts every tensor type.
+#[derive(Clone, Copy, Debug)]
+pub enum Type {
+    F32,
+    F16,
+    BF16,
+    I64,
+    Bool,
+    Any,
+}
+
+impl Type {
+    fn raw(self) -> ONNXTensorElementDataType {
+        use ONNXTensorElementDataType as D;
+        match self {
+            Type::F32 => D::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+            Type::F16 => D::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+            Type::BF16 => D::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16,
+            Type::I64 => D::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64,
+            Type::Bool => D::ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL,
+            Type::Any => D::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED,
+        }
+    }
+}
+
+/// How often a port occurs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arity {
+    One,
+    Optional,
+    /// Any number from one on, each of its own type; must be the last port.
+    Variadic,
+}
+
+/// One input or output.
+#[derive(Clone, Copy, Debug)]
+pub struct Port {
+    pub ty: Type,
+    pub arity: Arity,
+}
+
+impl Port {
+    pub const fn one(ty: Type) -> Port {
+        Port {
+            ty,
+            arity: Arity::One,
+        }
+    }
+
+    pub const fn optional(ty: Type) -> Port {
+        Port {
+            ty,
+            arity: Arity::Optional,
+        }
+    }
+
+    pub const fn variadic(ty: Type) -> Port {
+        Port {
+            ty,
+            arity: Arity::Variadic,
+        }
+    }
+
+    fn characteristic(self) -> OrtCustomOpInputOutputCharacteristic {
+        use OrtCustomOpInputOutputCharacteristic as C;
+        match self.arity {
+            Arity::One => C::INPUT_OUTPUT_REQUIRED,
+            Arity::Optional => C::INPUT_OUTPUT_OPTIONAL,
+            Arity::Variadic => C::INPUT_OUTPUT_VARIADIC,
+        }
+    }
+}
+
+/// Says what is certain about the shapes of a node's outputs.
+pub type Infer = fn(&InferContext<'_>) -> Result<(), Error>;
+
+/// The static face of an operator. Registrations of one name may differ in types only.
+#[derive(Debug)]
+pub struct Spec {
+    pub name: &'static CStr,
+    pub inputs: &'static [Port],
+    pub outputs: &'static [Port],
+    pub infer: Option<Infer>,
+}
+
+impl Spec {
+    fn display_name(&self) -> &'static str {
+        self.name.to_str().unwrap_or("?")
+    }
+}
+
+/// An operator as registered with one host. `raw` must stay first: the host gives back pointers to it.
+#[repr(C)]
+pub(crate) struct Op {
+    raw: OrtCustomOp,
+    host: Host,
+    spec: &'static Spec,
+}
+
+/// A kernel with what its callbacks need.
+struct Instance<K> {
+    host: Host,
+    op: &'static str,
+    node: String,
+    kernel: K,
+}
+
+/// Hosts before 1.24 dereference a null pointer in shape inference when an optional input is skipped with an empty
+/// name (onnxruntime#26199): they are given no inference for such ops.
+const SAFE_INFERENCE_WITH_OPTIONALS: u32 = 24;
+
+impl Op {
+    /// The operator `K` with the face `spec`, for `host`. Leaked: sessions keep pointers to it.
+    pub(crate) fn leak<K: Kernel>(host: Host, spec: &'static Spec) -> &'static Op {
+        let has_optional = spec
+            .inputs
+            .iter()
+            .any(|port| port.arity == Arity::Optional);
+        let infers = spec.infer.is_some()
+            && (!has_optional || host.minor >= SAFE_INFERENCE_WITH_OPTIONALS);
+        Box::leak(Box::new(Op {
+            raw: OrtCustomOp {
+                // The version of the fields that are filled here, not of the host.
+                version: super::host::MIN_API,
+                CreateKernel: None,
+                GetName: Some(name),
+                GetExecutionProviderType: Some(provider),
+                GetInputType: Some(input_type),
+                GetInputTypeCount: Some(input_count),
+                GetOutputType: Some(output_type),
+                GetOutputTypeCount: Some(output_count),
+                KernelCompute: None,
+                KernelDestroy: Some(destroy::<K>),
+                GetInputCharacteristic: Some(input_characteristic),
+                GetOutputCharacteristic: Some(output_characteristic),
+                GetInputMemoryType: Some(input_memory),
+                GetVariadicInputMinArity: Some(min_arity),
+                GetVariadicInputHomogeneity: Some(heterogeneous),
+                GetVariadicOutputMinArity: Some(min_arity),
+                GetVariadicOutputHomogeneity: Some(heterogeneous),
+                CreateKernelV2: Some(create::<K>),
+                KernelComputeV2: Some(compute::<K>),
+                InferOutputShapeFn: if infers { Some(infer) } else { None },
+                GetStartVersion: Some(start_version),
+                GetEndVersion: Some(end_version),
+            },
+            host,
+            spec,
+        }))
+    }
+
+    pub(crate) fn raw(&'static self) -> *const OrtCustomOp {
+        std::ptr::from_ref(self).cast()
+    }
+}
+
+/// # Safety
+/// `raw` is the pointer from [`Op::raw`], which the host hands back unchanged.
+unsafe fn op(raw: *const OrtCustomOp) -> &'static Op {
+    // SAFETY: the caller's promise; the pointer was made from the whole `Op`, which is never freed.
+    unsafe { &*raw.cast::<Op>() }
+}
+
+// Callbacks without a status: they only read the static table and cannot panic for indices that the host takes from
+// the counts it was given; `get` keeps a confused host from making them.
+
+unsafe extern "system" fn name(raw: *const OrtCustomOp) -> *const c_char {
+    // SAFETY: the host hands back our pointer.
+    unsafe { op(raw) }.spec.name.as_ptr()
+}
+
+unsafe extern "system" fn provider(_: *const OrtCustomOp) -> *const c_char {
+    // Null is the CPU provider.
+    std::ptr::null()
+}
+
+unsafe extern "system" fn input_count(raw: *const OrtCustomOp) -> usize {
+    // SAFETY: the host hands back our pointer.
+    unsafe { op(raw) }.spec.inputs.len()
+}
+
+unsafe extern "system" fn output_count(raw: *const OrtCustomOp) -> usize {
+    // SAFETY: the host hands back our pointer.
+    unsafe { op(raw) }.spec.outputs.len()
+}
+
+fn port(ports: &[Port], index: usize) -> Port {
+    ports.get(index).copied().unwrap_or(Port::one(Type::Any))
+}
+
+unsafe extern "system" fn input_type(
+    raw: *const OrtCustomOp,
+    index: usize,
+) -> ONNXTensorElementDataType {
+    // SAFETY: the host hands back our pointer.
+    port(unsafe { op(raw) }.spec.inputs, index).ty.raw()
+}
+
+unsafe extern "system" fn output_type(
+    raw: *const OrtCustomOp,
+    index: usize,
+) -> ONNXTensorElementDataType {
+    // SAFETY: the host hands back our pointer.
+    port(unsafe { op(raw) }.spec.outputs, index).ty.raw()
+}
+
+unsafe extern "system" fn input_characteristic(
+    raw: *const OrtCustomOp,
+    index: usize,
+) -> OrtCustomOpInputOutputCharacteristic {
+    // SAFETY: the host hands back our pointer.
+    port(unsafe { op(raw) }.spec.inputs, index).characteristic()
+}
+
+unsafe extern "system" fn output_characteristic(
+    raw: *const OrtCustomOp,
+    index: usize,
+) -> OrtCustomOpInputOutputCharacteristic {
+    // SAFETY: the host hands back our pointer.
+    port(unsafe { op(raw) }.spec.outputs, index).characteristic()
+}
+
+unsafe extern "system" fn input_memory(_: *const OrtCustomOp, _: usize) -> OrtMemType {
+    OrtMemType::OrtMemTypeDefault
+}
+
+unsafe extern "system" fn min_arity(_: *const OrtCustomOp) -> c_int {
+    1
+}
+
+unsafe extern "system" fn heterogeneous(_: *const OrtCustomOp) -> c_int {
+    0
+}
+
+unsafe extern "system" fn start_version(_: *const OrtCustomOp) -> c_int {
+    1
+}
+
+unsafe extern "system" fn end_version(_: *const OrtCustomOp) -> c_int {
+    c_int::MAX
+}
+
+unsafe extern "system" fn create<K: Kernel>(
+    raw: *const OrtCustomOp,
+    _: *const OrtApi,
+    info: *const OrtKernelInfo,
+    kernel: *mut *mut c_void,
+) -> OrtStatusPtr {
+    // SAFETY: the host hands back our pointer.
+    let op = unsafe { op(raw) };
+    guard(&op.host, || {
+        // SAFETY: the info lives during this call.
+        let info = unsafe { Info::new(&op.host, info) };
+        let node = info.node_name();
+        let name = op.spec.display_name();
+        let made = caught(|| K::create(&info)).map_err(|error| error.at(name, &node))?;
+        let instance = Box::new(Instance {
+            host: op.host,
+            op: name,
+            node,
+            kernel: made,
+        });
+        // SAFETY: a place for the answer, given by the host.
+        unsafe { kernel.write(Box::into_raw(instance).cast()) };
+        Ok(())
+    })
+}
+
+unsafe extern "system" fn compute<K: Kernel>(
+    kernel: *mut c_void,
+    context: *mut OrtKernelContext,
+) -> OrtStatusPtr {
+    // SAFETY: made by `create::<K>`, alive until `destroy::<K>`; shared by threads, hence only `&`.
+    let instance = unsafe { &*kernel.cast_const().cast::<Instance<K>>() };
+    guard(&instance.host, || {
+        // SAFETY: the context lives during this call.
+        let context = unsafe { Context::new(&instance.host, context) };
+        caught(|| instance.kernel.compute(&context))
+            .map_err(|error| error.at(instance.op, &instance.node))
+    })
+}
+
+unsafe extern "system" fn destroy<K: Kernel>(kernel: *mut c_void) {
+    // There is no status to return: a panic in a destructor is reported by the panic hook and goes no further.
+    let _ = caught(|| {
+        // SAFETY: made by `create::<K>`; the host destroys each kernel once, when no thread computes with it.
+        drop(unsafe { Box::from_raw(kernel.cast::<Instance<K>>()) });
+        Ok(())
+    });
+}
+
+unsafe extern "system" fn infer(
+    raw: *const OrtCustomOp,
+    context: *mut OrtShapeInferContext,
+) -> OrtStatusPtr {
+    // SAFETY: the host hands back our pointer.
+    let op = unsafe { op(raw) };
+    // Errors are swallowed: the host ignores and leaks the status. Kernels check shapes when they compute.
+    let _ = caught(|| {
+        // SAFETY: the context lives during this call.
+        let context = unsafe { InferContext::new(&op.host, context) };
+        op.spec.infer.map_or(Ok(()), |infer| infer(&context))
+    });
+    OrtStatusPtr(std::ptr::null_mut())
+}
+
+impl From<std::collections::TryReserveError> for Error {
+    fn from(error: std::collections::TryReserveError) -> Self {
+        Error::new(Code::RuntimeException, error.to_string())
+    }
+}

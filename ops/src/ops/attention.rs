@@ -1,0 +1,463 @@
+//! `DiTFastAttn`: the attention of one layer in one run.
+//!
+//! Owns the mapping from a directive to kernel calls: which rows, which residual, what is captured. In the core form it
+//! also does what select, share and reuse do around a whole region.
+
+use std::sync::Arc;
+
+use ditfastattn_kernels::{self as kernels, Band, Input, Mode, Output, Shape, Strides};
+use ditfastattn_plans::{Plan, Side, TextTokens};
+
+use crate::abi::context::Context;
+use crate::abi::info::Info;
+use crate::abi::op::Kernel;
+use crate::abi::shape::{Dim, InferContext};
+use crate::abi::status::{Code, Error};
+use crate::state::{Directive, Residual, Rows, Run, Work};
+
+use super::layer::{ByType, all_finite, by_type, in_run, layer_of};
+use super::layout::{Layout, View};
+use super::share::{keep, serve};
+use super::storage::{CachedTensor, Real, allocate, values};
+
+/// q, k, v, ticket → softmax(scale · q kᵀ) v, as the run's directive says.
+///
+/// In the form `module` the tensors hold the rows that `DiTFastAttnSelect` let through; in the form `core` they hold
+/// the whole batch, and so does the output.
+#[derive(Debug)]
+pub(crate) struct DiTFastAttn {
+    layer: usize,
+    scale: f32,
+    core: bool,
+    layouts: Layouts,
+    /// Overrides the plan's text tokens: a layer may see other tokens than the rest of the model.
+    text: Option<TextTokens>,
+}
+
+#[derive(Debug)]
+struct Layouts {
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    o: Layout,
+}
+
+const DEFAULT_LAYOUT: &str = "BHSD";
+
+impl Kernel for DiTFastAttn {
+    fn create(info: &Info<'_>) -> Result<Self, Error> {
+        if info.has_input(4)? {
+            return Err(Error::new(
+                Code::NotImplemented,
+                "it has a mask (input 4), which this version does not support; \
+                 leave the layer out when rewriting, or use a newer library",
+            ));
+        }
+        let layout = |name: &str| {
+            let text = info.string(name);
+            Layout::parse(text.as_deref().unwrap_or(DEFAULT_LAYOUT))
+                .map_err(|error| Error::graph(format!("{name}: {}", error.message)))
+        };
+        let layouts = Layouts {
+            q: layout("q_layout")?,
+            k: layout("k_layout")?,
+            v: layout("v_layout")?,
+            o: layout("o_layout")?,
+        };
+        let core = match info.string("form").as_deref() {
+            None | Some("module") => false,
+            Some("core") => true,
+            Some(other) => {
+                return Err(Error::graph(format!(
+                    "the attribute `form` is `{other}`, expected `module` or `core`"
+                )));
+            }
+        };
+        if core && !layouts.o.batch_is_outermost() {
+            return Err(Error::graph(
+                "the form `core` needs an o_layout that starts with B: it copies halves of the batch",
+            ));
+        }
+        Ok(DiTFastAttn {
+            layer: layer_of(info)?,
+            scale: info.float("scale").unwrap_or(0.0),
+            core,
+            layouts,
+            text: text_of(info)?,
+        })
+    }
+
+    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+        let q = context.input(0)?;
+        by_type(q.element(), Call { op: self, context })
+    }
+}
+
+/// The optional attributes `text` (tokens) and `text_side` (`start` or `end`).
+fn text_of(info: &Info<'_>) -> Result<Option<TextTokens>, Error> {
+    let Some(tokens) = info.int("text") else {
+        return Ok(None);
+    };
+    let side = match info.string("text_side").as_deref() {
+        None | Some("end") => Side::End,
+        Some("start") => Side::Start,
+        Some(other) => {
+            return Err(Error::graph(format!(
+                "the attribute `text_side` is `{other}`, expected `start` or `end`"
+            )));
+        }
+    };
+    let tokens = usize::try_from(tokens).map_err(|_| {
+        Error::graph(format!(
+            "the attribute `text` is {tokens}, expected 0 or more"
+        ))
+    })?;
+    Ok(Some(TextTokens { tokens, side }))
+}
+
+struct Call<'a> {
+    op: &'a DiTFastAttn,
+    context: &'a Context<'a>,
+}
+
+impl ByType for Call<'_> {
+    fn call<T: Real>(self) -> Result<(), Error> {
+        let (op, context) = (self.op, self.context);
+        let ticket = context.input(3)?;
+        in_run(&ticket, op.layer, |run, directive| {
+            let operands = Operands::<T>::read(op, context)?;
+            let o_dims = operands.output_dims(&op.layouts.o)?;
+            let mut out = context.output(0, &o_dims)?;
+            let out = out.as_mut_slice::<T>().unwrap_or_default();
+            let call = Layer {
+                op,
+                context,
+                run,
+                directive,
+                operands,
+            };
+            if op.core {
+                call.whole_batch(out, &o_dims)
+            } else if directive.work == Work::Reuse {
+                Err(Error::graph(format!(
+                    "layer {} is served from the cache in this run, yet it was computed; \
+                     the If around it must take its condition from the skip output of the same run",
+                    op.layer
+                )))
+            } else {
+                call.compute(0, call.operands.q.1.batch, out)
+            }
+        })
+    }
+}
+
+/// q, k, v as batch, heads, tokens and channels.
+struct Operands<'a, T> {
+    q: (&'a [T], View),
+    k: (&'a [T], View),
+    v: (&'a [T], View),
+}
+
+impl<'a, T: Real> Operands<'a, T> {
+    fn read(op: &DiTFastAttn, context: &Context<'a>) -> Result<Self, Error> {
+        let (q, k, v) = (context.input(0)?, context.input(1)?, context.input(2)?);
+        let Layouts {
+            q: q_layout,
+            k: k_layout,
+            v: v_layout,
+            ..
+        } = &op.layouts;
+        // Operands of rank 3 have as many heads as those of rank 4; if all are of rank 3, their heads are batch rows.
+        let kv_heads = k_layout
+            .heads(k.dims())
+            .or(v_layout.heads(v.dims()))
+            .or(q_layout.heads(q.dims()))
+            .unwrap_or(1);
+        let q_heads = q_layout.heads(q.dims()).unwrap_or(kv_heads);
+        let operands = Operands {
+            q: (
+                values(&q, "q")?,
+                q_layout.view(q.dims(), q_heads, "q")?,
+            ),
+            k: (
+                values(&k, "k")?,
+                k_layout.view(k.dims(), kv_heads, "k")?,
+            ),
+            v: (
+                values(&v, "v")?,
+                v_layout.view(v.dims(), kv_heads, "v")?,
+            ),
+        };
+        let (q_view, k_view, v_view) = (operands.q.1, operands.k.1, operands.v.1);
+        if q_view.batch != k_view.batch
+            || k_view.batch != v_view.batch
+            || q_view.channels != k_view.channels
+            || k_view.tokens != v_view.tokens
+            || k_view.heads != v_view.heads
+        {
+            return Err(Error::invalid(format!(
+                "q {:?}, k {:?} and v {:?} do not belong together; expected one batch, q and k of one head size, \
+                 k and v of one length and number of heads",
+                q.dims(),
+                k.dims(),
+                v.dims()
+            )));
+        }
+        Ok(operands)
+    }
+
+    fn output_dims(&self, layout: &Layout) -> Result<Vec<usize>, Error> {
+        let (q, v) = (&self.q.1, &self.v.1);
+        layout
+            .dims([q.batch, q.heads, q.tokens, v.channels], |b, h| {
+                b.checked_mul(h)
+            })
+            .ok_or_else(|| Error::invalid("the output's shape overflows"))
+    }
+}
+
+/// One layer in one run.
+struct Layer<'a, T> {
+    op: &'a DiTFastAttn,
+    context: &'a Context<'a>,
+    run: &'a Arc<Run<CachedTensor>>,
+    directive: Directive,
+    operands: Operands<'a, T>,
+}
+
+impl<T: Real> Layer<'_, T> {
+    /// The core form: selects, computes, shares, keeps, reuses.
+    fn whole_batch(&self, out: &mut [T], o_dims: &[usize]) -> Result<(), Error> {
+        let layer = self.op.layer;
+        if self.directive.work == Work::Reuse {
+            let kept = self.run.output(layer, 0).ok_or_else(|| {
+                Error::new(
+                    Code::RuntimeException,
+                    format!("layer {layer} has lost its cached output"),
+                )
+            })?;
+            let dims = super::share::rows_of_both(kept.dims(), kept.rows());
+            if dims != o_dims || serve(self.context, &kept, out).is_none() {
+                return Err(Error::new(
+                    Code::RuntimeException,
+                    format!(
+                        "layer {layer} has a cached output of shape {dims:?} where {o_dims:?} is needed; \
+                         the latents did not show the change, so feed dfa_start when shapes change"
+                    ),
+                ));
+            }
+            self.run.finish(layer, 0, 1, None);
+            return Ok(());
+        }
+        let batch = self.operands.q.1.batch;
+        let kept = match self.directive.rows {
+            Rows::All => {
+                self.compute(0, batch, out)?;
+                keep(self.context, self.run, self.directive, out, o_dims)
+            }
+            Rows::Half => {
+                let mut half_dims = o_dims.to_vec();
+                super::select::halve(&mut half_dims)?;
+                let conditional_first = self.run.program().conditional_first();
+                let (first, second) = out.split_at_mut(out.len() / 2);
+                let (from, to, start) = if conditional_first {
+                    (first, second, 0)
+                } else {
+                    (second, first, batch / 2)
+                };
+                self.compute(start, batch / 2, from)?;
+                super::layer::copy(self.context, from, to);
+                keep(self.context, self.run, self.directive, from, &half_dims)
+            }
+        };
+        self.run.finish(layer, 0, 1, kept);
+        Ok(())
+    }
+
+    /// Attention of rows `start..start + rows` of the operands into `out`, which holds just those rows.
+    fn compute(&self, start: usize, rows: usize, out: &mut [T]) -> Result<(), Error> {
+        match self.directive.work {
+            Work::Full if self.directive.capture => self.capture(start, rows, out),
+            Work::Window => match self.residual(rows) {
+                Some((residual, offset)) => self.window(start, rows, out, &residual, offset),
+                None => {
+                    self.run.discard_residual(self.op.layer);
+                    self.attention(start, rows, out, Mode::Full)
+                }
+            },
+            Work::Full | Work::Reuse => self.attention(start, rows, out, Mode::Full),
+        }
+    }
+
+    fn capture(&self, start: usize, rows: usize, out: &mut [T]) -> Result<(), Error> {
+        let dims = self.residual_dims(rows);
+        let len = dims.iter().product();
+        let Some(mut room) = allocate::<T>(self.run, len) else {
+            return self.attention(start, rows, out, Mode::Full);
+        };
+        room.values.resize(len, T::default());
+        let mode = Mode::FullCapture {
+            band: self.band(),
+            residual: Output::from_slice(&mut room.values, self.residual_strides()),
+        };
+        self.attention(start, rows, out, mode)?;
+        if all_finite(self.context, &room.values) {
+            let tensor = room.store(&dims, self.directive.rows);
+            self.run.capture(self.op.layer, tensor, self.directive.rows);
+        } else {
+            self.run.refuse_non_finite();
+        }
+        Ok(())
+    }
+
+    /// The residual for the `rows` rows at hand, and the row at which they start in it; `None` if it does not fit.
+    fn residual(&self, rows: usize) -> Option<(Residual<CachedTensor>, usize)> {
+        let residual = self.run.residual(self.op.layer)?;
+        let conditional_first = self.run.program().conditional_first();
+        let (stored, offset) = match (self.directive.rows, residual.rows) {
+            (Rows::All, Rows::All) | (Rows::Half, Rows::Half) => (rows, 0),
+            // R of the conditional half stands for both halves.
+            (Rows::All, Rows::Half) if rows.is_multiple_of(2) => (rows / 2, 0),
+            (Rows::All, Rows::Half) => return None,
+            (Rows::Half, Rows::All) => (rows * 2, if conditional_first { 0 } else { rows }),
+        };
+        let fits = residual.tensor.dims() == self.residual_dims(stored)
+            && residual.tensor.values::<T>().is_some();
+        fits.then_some((residual, offset))
+    }
+
+    /// Window attention plus residual. A residual of half the rows is used twice.
+    fn window(
+        &self,
+        start: usize,
+        rows: usize,
+        out: &mut [T],
+        residual: &Residual<CachedTensor>,
+        offset: usize,
+    ) -> Result<(), Error> {
+        let strides = self.residual_strides();
+        let values = residual.tensor.values::<T>().unwrap_or_default();
+        let values = values
+            .get(offset * strides.batch.unsigned_abs()..)
+            .unwrap_or_default();
+        let mode = || Mode::Window {
+            band: self.band(),
+            residual: Some(Input::from_slice(values, strides)),
+        };
+        if self.directive.rows == Rows::All && residual.rows == Rows::Half {
+            self.attention(start, rows / 2, out, mode())?;
+            let row = self.output_view()?.strides.batch.unsigned_abs();
+            let second = out.get_mut(rows / 2 * row..).unwrap_or_default();
+            self.attention(start + rows / 2, rows / 2, second, mode())
+        } else {
+            self.attention(start, rows, out, mode())
+        }
+    }
+
+    fn attention(&self, start: usize, rows: usize, out: &mut [T], mode: Mode<'_>) -> Result<(), Error> {
+        let Operands { q, k, v } = &self.operands;
+        let o = self.output_view()?;
+        let shape = Shape {
+            batch: rows,
+            heads: q.1.heads,
+            kv_heads: k.1.heads,
+            q_tokens: q.1.tokens,
+            kv_tokens: k.1.tokens,
+            head_dim: q.1.channels,
+            v_dim: v.1.channels,
+        };
+        let scale = if self.op.scale == 0.0 {
+            1.0 / (q.1.channels as f32).sqrt()
+        } else {
+            self.op.scale
+        };
+        kernels::attention(
+            &kernels::Attention {
+                shape,
+                scale,
+                q: from_row(*q, start),
+                k: from_row(*k, start),
+                v: from_row(*v, start),
+                out: Output::from_slice(out, o.strides),
+                mode,
+            },
+            self.context,
+        )
+        .map_err(|error| Error::invalid(error.to_string()))
+    }
+
+    /// The output as batch, heads, tokens and channels. Its strides hold for parts of the batch too.
+    fn output_view(&self) -> Result<View, Error> {
+        let layout = &self.op.layouts.o;
+        let dims = self.operands.output_dims(layout)?;
+        layout.view(&dims, self.operands.q.1.heads, "the output")
+    }
+
+    fn residual_dims(&self, rows: usize) -> [usize; 4] {
+        let (q, v) = (&self.operands.q.1, &self.operands.v.1);
+        [rows, q.heads, q.tokens, v.channels]
+    }
+
+    fn residual_strides(&self) -> Strides {
+        let (q, v) = (&self.operands.q.1, &self.operands.v.1);
+        Strides::bhsd(q.heads, q.tokens, v.channels)
+    }
+
+    fn band(&self) -> Band {
+        band(self.run.program().plan(), self.op.text, self.operands.q.1.tokens)
+    }
+}
+
+/// An operand from row `start` on; the kernel checks that what it needs is there.
+fn from_row<'a, T: Real>((values, view): (&'a [T], View), start: usize) -> Input<'a> {
+    let first = (start * view.strides.batch.unsigned_abs()).min(values.len());
+    Input::from_slice(&values[first..], view.strides)
+}
+
+/// The band of a sequence of `tokens`, by the plan; `text` overrides the plan's text tokens.
+fn band(plan: &Plan, text: Option<TextTokens>, tokens: usize) -> Band {
+    let text = text.or(plan.text);
+    let count = text.map_or(0, |text| text.tokens).min(tokens);
+    Band {
+        half_width: plan.half_width(tokens, count),
+        text: count,
+        text_at_start: text.is_some_and(|text| text.side == Side::Start),
+    }
+}
+
+/// The output's shape follows from those of q and v.
+pub(super) fn infer(context: &InferContext<'_>) -> Result<(), Error> {
+    let layout = |name| {
+        let text = context.string(name);
+        Layout::parse(text.as_deref().unwrap_or(DEFAULT_LAYOUT))
+    };
+    let (Some(q), Some(v)) = (context.input(0)?, context.input(2)?) else {
+        return Ok(());
+    };
+    let o_layout = layout(c"o_layout")?;
+    let q_sizes = layout(c"q_layout")?.sizes(&q);
+    let v_sizes = layout(c"v_layout")?.sizes(&v);
+    let (Some([batch, heads, tokens, _]), Some([_, v_heads, _, channels])) = (q_sizes, v_sizes) else {
+        return Ok(());
+    };
+    // Folded heads would have to be divided or multiplied: left to the graph's own annotations.
+    let (Some(b), Some(h), Some(s), Some(d)) = (batch, heads, tokens, channels) else {
+        return Ok(());
+    };
+    if v_heads.is_none() {
+        return Ok(());
+    }
+    let fold = |b: &Dim, h: &Dim| match (b, h) {
+        (Dim::Size(b), Dim::Size(h)) => Some(b * h),
+        _ => None,
+    };
+    let folded = fold(b, h).map(Dim::Size);
+    let dims = o_layout.dims(
+        [b.clone(), h.clone(), s.clone(), d.clone()],
+        |_, _| folded.clone(),
+    );
+    match dims {
+        Some(dims) => context.set_output(0, &dims),
+        None => Ok(()),
+    }
+}

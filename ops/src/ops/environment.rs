@@ -1,0 +1,88 @@
+//! What the operators take from the outside world and give to it: environment variables, the clock, statistics.
+//!
+//! | variable | meaning | default |
+//! |---|---|---|
+//! | `DITFASTATTN_CACHE_BYTES` | bytes of cached tensors in the whole process; 0 turns caching off | a quarter of the memory, at most 8 GiB |
+//! | `DITFASTATTN_IDLE_SECONDS` | a request that has not run for so long is forgotten | 600 |
+//! | `DITFASTATTN_STATS` | file to which the counters are written when a session ends | none |
+//!
+//! The first two are read once, when the first session with a rewritten model is made.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde_json::{Map, Value};
+
+use crate::state::Limits;
+
+use super::PROCESS;
+
+/// More than one 2K image needs (3.9 GiB for PixArt-Σ at 2048², float16), and not so much that it surprises.
+const LARGEST_DEFAULT: u64 = 8 << 30;
+
+const IDLE_SECONDS: u64 = 600;
+
+/// The limits that the environment asks for. Values that are no numbers are ignored.
+pub(super) fn limits() -> Limits {
+    let number = |name: &str| -> Option<u64> { std::env::var(name).ok()?.trim().parse().ok() };
+    Limits {
+        bytes: number("DITFASTATTN_CACHE_BYTES").unwrap_or_else(default_bytes),
+        idle_ms: number("DITFASTATTN_IDLE_SECONDS")
+            .unwrap_or(IDLE_SECONDS)
+            .saturating_mul(1000),
+    }
+}
+
+fn default_bytes() -> u64 {
+    let quarter = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+            let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+            Some(kib * 1024 / 4)
+        });
+    quarter.unwrap_or(LARGEST_DEFAULT).min(LARGEST_DEFAULT)
+}
+
+/// Milliseconds since the first use of the library.
+pub(super) fn clock() -> impl Fn() -> u64 + Send + Sync {
+    let start = Instant::now();
+    move || u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The counters of the whole process, as one JSON object. Works, with zeros, before any session exists.
+pub fn stats_json() -> String {
+    let mut stats = Map::new();
+    stats.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+    for (name, value) in PROCESS.counters.all() {
+        stats.insert(name.into(), value.into());
+    }
+    let sessions = PROCESS.sessions();
+    let live: usize = sessions.iter().map(|s| s.live_requests()).sum();
+    stats.insert("sessions".into(), sessions.len().into());
+    stats.insert("live_requests".into(), live.into());
+    stats.insert("runs_in_flight".into(), PROCESS.runs_in_flight().into());
+    stats.insert("bytes".into(), PROCESS.bytes().into());
+    stats.insert("peak_bytes".into(), PROCESS.peak_bytes().into());
+    stats.insert("budget_bytes".into(), PROCESS.limits.bytes.into());
+    Value::Object(stats).to_string()
+}
+
+/// Forgets every request and zeroes the counters.
+pub fn reset() {
+    PROCESS.reset();
+}
+
+/// Writes the counters to the file that the environment names, if any. The error says which.
+pub(super) fn write_stats() -> Result<(), String> {
+    let Some(path) = std::env::var_os("DITFASTATTN_STATS").filter(|path| !path.is_empty()) else {
+        return Ok(());
+    };
+    let path = Path::new(&path);
+    // A reader never sees half a file: write beside it, then rename.
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(format!(".{}.tmp", std::process::id()));
+    std::fs::write(&partial, stats_json() + "\n")
+        .and_then(|()| std::fs::rename(&partial, path))
+        .map_err(|error| format!("cannot write DITFASTATTN_STATS={}: {error}", path.display()))
+}

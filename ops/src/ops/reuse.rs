@@ -1,0 +1,79 @@
+//! `DiTFastAttnReuse`: the kept output of a layer, in place of computing it.
+
+use crate::abi::context::Context;
+use crate::abi::info::Info;
+use crate::abi::op::Kernel;
+use crate::abi::status::{Code, Error};
+use crate::state::Work;
+
+use super::layer::{ByType, Sink, by_type, in_run, layer_of};
+use super::share::{rows_of_both, serve};
+use super::storage::Real;
+
+/// x (the region's input: gives the element type and the batch), ticket → y. Finishes the layer.
+#[derive(Debug)]
+pub(crate) struct Reuse {
+    layer: usize,
+    sink: Sink,
+}
+
+impl Kernel for Reuse {
+    fn create(info: &Info<'_>) -> Result<Self, Error> {
+        Ok(Reuse {
+            layer: layer_of(info)?,
+            sink: Sink::of(info)?,
+        })
+    }
+
+    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+        let x = context.input(0)?;
+        by_type(
+            x.element(),
+            Call {
+                reuse: self,
+                context,
+            },
+        )
+    }
+}
+
+struct Call<'a> {
+    reuse: &'a Reuse,
+    context: &'a Context<'a>,
+}
+
+impl ByType for Call<'_> {
+    fn call<T: Real>(self) -> Result<(), Error> {
+        let (context, Reuse { layer, sink }) = (self.context, self.reuse);
+        let (x, ticket) = (context.input(0)?, context.input(1)?);
+        in_run(&ticket, *layer, |run, directive| {
+            let kept = run
+                .output(*layer, sink.index)
+                .filter(|_| directive.work == Work::Reuse)
+                .ok_or_else(|| {
+                    Error::graph(format!(
+                        "layer {layer} is computed in this run, yet its cached output is asked for; \
+                         the If around it must take its condition from the skip output of the same run"
+                    ))
+                })?;
+            let dims = rows_of_both(kept.dims(), kept.rows());
+            if x.dims().len() == dims.len() && x.dims().first() != dims.first() {
+                return Err(Error::new(
+                    Code::RuntimeException,
+                    format!(
+                        "layer {layer} has a cached output of shape {dims:?} for an input of shape {:?}; \
+                         the latents did not show the change of batch, so feed dfa_start when it changes",
+                        x.dims()
+                    ),
+                ));
+            }
+            let mut out = context.output(0, &dims)?;
+            let to = out.as_mut_slice::<T>().unwrap_or_default();
+            serve(context, &kept, to).ok_or_else(|| {
+                Error::invalid(format!("layer {layer} has a cached output of another type"))
+            })?;
+            run.finish(*layer, sink.index, sink.count, None);
+            Ok(())
+        })
+    }
+}

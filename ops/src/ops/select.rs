@@ -1,0 +1,90 @@
+//! `DiTFastAttnSelect`: the rows of its input that the layer computes in this run.
+
+use crate::abi::context::Context;
+use crate::abi::info::Info;
+use crate::abi::op::Kernel;
+use crate::abi::status::Error;
+use crate::state::{Rows, Work};
+
+use super::layer::{ByType, by_type, copy, in_run, layer_of};
+use super::storage::{Real, values};
+
+/// x `[B, …]`, ticket → x' `[B, …]`, or `[B/2, …]` (the conditional half) under ASC.
+#[derive(Debug)]
+pub(crate) struct Select {
+    layer: usize,
+}
+
+impl Kernel for Select {
+    fn create(info: &Info<'_>) -> Result<Self, Error> {
+        Ok(Select {
+            layer: layer_of(info)?,
+        })
+    }
+
+    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+        let x = context.input(0)?;
+        by_type(
+            x.element(),
+            Call {
+                select: self,
+                context,
+            },
+        )
+    }
+}
+
+struct Call<'a> {
+    select: &'a Select,
+    context: &'a Context<'a>,
+}
+
+impl ByType for Call<'_> {
+    fn call<T: Real>(self) -> Result<(), Error> {
+        let context = self.context;
+        let (x, ticket) = (context.input(0)?, context.input(1)?);
+        in_run(&ticket, self.select.layer, |run, directive| {
+            if directive.work == Work::Reuse && !run.program().is_core(self.select.layer) {
+                return Err(Error::graph(format!(
+                    "layer {} is served from the cache in this run, yet its inputs are selected; \
+                     the If around it must take its condition from the skip output of the same run",
+                    self.select.layer
+                )));
+            }
+            let from = values::<T>(&x, "x")?;
+            let mut dims = x.dims().to_vec();
+            let from = match directive.rows {
+                Rows::All => from,
+                Rows::Half => {
+                    halve(&mut dims)?;
+                    half_of(from, run.program().conditional_first())
+                }
+            };
+            let mut out = context.output(0, &dims)?;
+            let to = out.as_mut_slice::<T>().unwrap_or_default();
+            copy(context, from, to);
+            Ok(())
+        })
+    }
+}
+
+/// Halves dimension 0.
+pub(super) fn halve(dims: &mut [usize]) -> Result<(), Error> {
+    match dims.first_mut() {
+        Some(rows) if rows.is_multiple_of(2) => {
+            *rows /= 2;
+            Ok(())
+        }
+        rows => Err(Error::invalid(format!(
+            "a batch of {:?} rows cannot be halved, though the latents' batch is even; \
+             expected the rows of both halves of guidance, one after the other",
+            rows.map_or(0, |rows| *rows)
+        ))),
+    }
+}
+
+/// The conditional half of a tensor whose rows are halves of guidance.
+pub(super) fn half_of<T>(values: &[T], conditional_first: bool) -> &[T] {
+    let (first, second) = values.split_at(values.len() / 2);
+    if conditional_first { first } else { second }
+}

@@ -1,0 +1,119 @@
+//! `DiTFastAttnShare`: the output of a layer's region for all rows, kept if a later run reads it. And what keeping and
+//! serving outputs means, for the core form too.
+
+use std::sync::Arc;
+
+use crate::abi::context::Context;
+use crate::abi::info::Info;
+use crate::abi::op::Kernel;
+use crate::abi::status::Error;
+use crate::state::{Directive, Rows, Run, Work};
+
+use super::layer::{ByType, Sink, all_finite, by_type, copy, in_run, layer_of};
+use super::storage::{CachedTensor, Real, allocate, values};
+
+/// y' `[B', …]`, ticket → y `[B, …]`: both halves the computed one under ASC, else a copy. Finishes the layer.
+#[derive(Debug)]
+pub(crate) struct Share {
+    layer: usize,
+    sink: Sink,
+}
+
+impl Kernel for Share {
+    fn create(info: &Info<'_>) -> Result<Self, Error> {
+        Ok(Share {
+            layer: layer_of(info)?,
+            sink: Sink::of(info)?,
+        })
+    }
+
+    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+        let y = context.input(0)?;
+        by_type(
+            y.element(),
+            Call {
+                share: self,
+                context,
+            },
+        )
+    }
+}
+
+struct Call<'a> {
+    share: &'a Share,
+    context: &'a Context<'a>,
+}
+
+impl ByType for Call<'_> {
+    fn call<T: Real>(self) -> Result<(), Error> {
+        let (context, Share { layer, sink }) = (self.context, self.share);
+        let (y, ticket) = (context.input(0)?, context.input(1)?);
+        in_run(&ticket, *layer, |run, directive| {
+            if directive.work == Work::Reuse {
+                return Err(Error::graph(format!(
+                    "layer {layer} is served from the cache in this run, yet it was computed; \
+                     the If around it must take its condition from the skip output of the same run"
+                )));
+            }
+            let from = values::<T>(&y, "y'")?;
+            let dims = rows_of_both(y.dims(), directive.rows);
+            let mut out = context.output(0, &dims)?;
+            let to = out.as_mut_slice::<T>().unwrap_or_default();
+            match directive.rows {
+                Rows::All => copy(context, from, to),
+                Rows::Half => double(context, from, to),
+            }
+            let kept = keep(context, run, directive, from, y.dims());
+            run.finish(*layer, sink.index, sink.count, kept);
+            Ok(())
+        })
+    }
+}
+
+/// A copy of what a layer computed, if the directive asks for one and it can be had.
+///
+/// `computed` are the rows that the directive names, shaped `dims`.
+pub(super) fn keep<T: Real>(
+    context: &Context<'_>,
+    run: &Arc<Run<CachedTensor>>,
+    directive: Directive,
+    computed: &[T],
+    dims: &[usize],
+) -> Option<CachedTensor> {
+    if !directive.keep {
+        return None;
+    }
+    if !all_finite(context, computed) {
+        run.refuse_non_finite();
+        return None;
+    }
+    let mut room = allocate::<T>(run, computed.len())?;
+    room.values.extend_from_slice(computed);
+    Some(room.store(dims, directive.rows))
+}
+
+/// Writes a kept output for all rows. `to` has the shape [`rows_of_both`] of the kept one.
+pub(super) fn serve<T: Real>(context: &Context<'_>, kept: &CachedTensor, to: &mut [T]) -> Option<()> {
+    let from = kept.values::<T>()?;
+    match kept.rows() {
+        Rows::All => copy(context, from, to),
+        Rows::Half => double(context, from, to),
+    }
+    Some(())
+}
+
+/// The shape of all rows, given the shape of `rows`.
+pub(super) fn rows_of_both(dims: &[usize], rows: Rows) -> Vec<usize> {
+    let mut dims = dims.to_vec();
+    if let (Rows::Half, Some(first)) = (rows, dims.first_mut()) {
+        *first *= 2;
+    }
+    dims
+}
+
+/// Both halves of `to` become `half`.
+fn double<T: Copy + Send + Sync>(context: &Context<'_>, half: &[T], to: &mut [T]) {
+    let (first, second) = to.split_at_mut(half.len());
+    copy(context, half, first);
+    copy(context, half, second);
+}

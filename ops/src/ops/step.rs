@@ -1,0 +1,247 @@
+//! `DiTFastAttnStep`: one per model. Looks at what the run is fed, and tells every layer what to do.
+//!
+//! Owns the session's state, and the translation of tensors into a [`Call`].
+
+use std::sync::Arc;
+
+use ditfastattn_plans::Plan;
+use half::{bf16, f16};
+
+use crate::abi::context::Context;
+use crate::abi::info::{Info, Logger};
+use crate::abi::op::Kernel;
+use crate::abi::shape::{Dim, InferContext};
+use crate::abi::status::Error;
+use crate::abi::tensor::{ElementType, Tensor};
+use crate::state::{Call, Evidence, Feed, Program, Run, Session, Signature, Values};
+
+use super::storage::CachedTensor;
+use super::{CONTRACT, PROCESS, environment};
+
+const TIMESTEP: usize = 0;
+const REQUEST: usize = 1;
+const START: usize = 2;
+const END: usize = 3;
+const LATENTS: usize = 4;
+
+/// Rows of one timestep tensor may differ by this part of their size and still be one timestep.
+const SAME_TIMESTEP: f64 = 1e-6;
+
+/// timestep, request id, start, end, latents, conditioning… → ticket `[2]`, then one bool per layer: true if the layer is
+/// served from the cache and its region skipped.
+#[derive(Debug)]
+pub(crate) struct Step {
+    session: Arc<Session<CachedTensor>>,
+    layers: usize,
+    logger: Option<Logger>,
+}
+
+impl Kernel for Step {
+    fn create(info: &Info<'_>) -> Result<Self, Error> {
+        let contract = info.int("contract").unwrap_or(CONTRACT);
+        if contract != CONTRACT {
+            return Err(Error::graph(format!(
+                "the model was rewritten for version {contract} of the operators, this library has version {CONTRACT}; \
+                 use the dfa-rewrite and the library of one release"
+            )));
+        }
+        let text = info
+            .string("plan")
+            .ok_or_else(|| Error::graph("the attribute `plan` (string) is missing"))?;
+        let plan = Plan::parse(&text)
+            .map_err(|error| Error::graph(format!("the attribute `plan`: {error}")))?;
+        let layers = plan.layers();
+        let declared = info.int("layers").unwrap_or(layers as i64);
+        if declared != layers as i64 {
+            return Err(Error::graph(format!(
+                "the attribute `layers` is {declared}, its plan has {layers} layers"
+            )));
+        }
+        let outputs = info.output_count()?;
+        if outputs != layers + 1 {
+            return Err(Error::graph(format!(
+                "it has {outputs} outputs, expected {}: the ticket and one per layer",
+                layers + 1
+            )));
+        }
+        let core = info
+            .ints("core_layers")
+            .unwrap_or_default()
+            .into_iter()
+            .map(|layer| {
+                usize::try_from(layer)
+                    .ok()
+                    .filter(|&layer| layer < layers)
+                    .ok_or_else(|| {
+                        Error::graph(format!(
+                            "the attribute `core_layers` names layer {layer} of {layers}"
+                        ))
+                    })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Step {
+            session: Session::new(Arc::clone(&PROCESS), Program::new(plan, &core)),
+            layers,
+            logger: info.logger(),
+        })
+    }
+
+    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+        let call = read_call(context)?;
+        let (run, notices) = self.session.begin(call);
+        for notice in notices {
+            context.warn(&notice.to_string());
+        }
+        let written = self.write(context, &run);
+        if written.is_err() {
+            run.fail();
+        }
+        written
+    }
+}
+
+impl Step {
+    fn write(&self, context: &Context<'_>, run: &Run<CachedTensor>) -> Result<(), Error> {
+        let mut ticket = context.output(0, &[2])?;
+        ticket
+            .as_mut_slice::<i64>()
+            .ok_or_else(|| Error::graph("the ticket output is not int64"))?
+            .copy_from_slice(&run.ticket());
+        for layer in 0..self.layers {
+            let mut skip = context.output(layer + 1, &[])?;
+            let byte = skip.bytes().and_then(<[u8]>::first_mut);
+            *byte.ok_or_else(|| Error::graph("a skip output is not bool"))? =
+                u8::from(run.skips(layer));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        let mut lines: Vec<String> = vec![];
+        let numbers = self.session.counters.all();
+        let numbers = numbers.iter().filter(|(_, value)| *value > 0);
+        lines.push(format!(
+            "session ends:{}",
+            numbers
+                .map(|(name, value)| format!(" {name}={value}"))
+                .collect::<String>()
+        ));
+        lines.extend(environment::write_stats().err());
+        if let Some(logger) = &self.logger {
+            lines.iter().for_each(|line| logger.info(line));
+        }
+    }
+}
+
+fn read_call(context: &Context<'_>) -> Result<Call, Error> {
+    let request = context.input(REQUEST)?;
+    let request = match request.as_slice::<i64>() {
+        Some(&[id]) => id,
+        _ => {
+            return Err(Error::invalid(format!(
+                "dfa_request_id is {} {:?}, expected one int64",
+                request.element(),
+                request.dims()
+            )));
+        }
+    };
+    let start = flag(&context.input(START)?, "dfa_start")?;
+    let end = flag(&context.input(END)?, "dfa_end")?;
+    let fed = (LATENTS..context.input_count()?)
+        .filter_map(|index| context.optional_input(index).transpose())
+        .collect::<Result<Vec<_>, _>>()?;
+    let rows = fed
+        .first()
+        .and_then(|latents| latents.dims().first().copied())
+        .unwrap_or(1);
+    let evidence = (request == 0).then(|| {
+        let feeds: Vec<Feed<'_>> = fed.iter().map(feed).collect();
+        let (latents, conditioning) = feeds.split_first()?;
+        Some(Evidence::new(*latents, conditioning, rows))
+    });
+    Ok(Call {
+        timestep: timestep(&context.input(TIMESTEP)?)?,
+        request,
+        start,
+        end,
+        rows,
+        signature: Signature(
+            fed.iter()
+                .map(|tensor| (tag(tensor.element()), tensor.dims().to_vec()))
+                .collect(),
+        ),
+        evidence: evidence.flatten(),
+    })
+}
+
+fn flag(tensor: &Tensor<'_>, name: &str) -> Result<bool, Error> {
+    match (tensor.element(), tensor.bytes()) {
+        (ElementType::Bool, Some(&[byte])) => Ok(byte != 0),
+        (element, _) => Err(Error::invalid(format!(
+            "{name} is {element} {:?}, expected one bool",
+            tensor.dims()
+        ))),
+    }
+}
+
+/// The one value of a timestep tensor; `None` if it has none, or several.
+fn timestep(tensor: &Tensor<'_>) -> Result<Option<f64>, Error> {
+    let one = match tensor.element() {
+        ElementType::F32 => common(tensor.as_slice::<f32>(), |&x| f64::from(x)),
+        ElementType::F64 => common(tensor.as_slice::<f64>(), |&x| x),
+        ElementType::F16 => common(tensor.as_slice::<f16>(), |&x| x.to_f64()),
+        ElementType::BF16 => common(tensor.as_slice::<bf16>(), |&x| x.to_f64()),
+        ElementType::I32 => common(tensor.as_slice::<i32>(), |&x| f64::from(x)),
+        ElementType::I64 => common(tensor.as_slice::<i64>(), |&x| x as f64),
+        other => {
+            return Err(Error::invalid(format!(
+                "the timestep is of type {other}, \
+                 expected float, double, float16, bfloat16, int32 or int64"
+            )));
+        }
+    };
+    Ok(one)
+}
+
+fn common<T>(values: Option<&[T]>, number: impl Fn(&T) -> f64) -> Option<f64> {
+    let values = values?;
+    let first = number(values.first()?);
+    let near = |x: f64| (x - first).abs() <= SAME_TIMESTEP * first.abs();
+    values.iter().all(|x| near(number(x))).then_some(first)
+}
+
+fn feed<'a>(tensor: &'a Tensor<'a>) -> Feed<'a> {
+    let values = match tensor.element() {
+        ElementType::F32 => tensor.as_slice().map(Values::F32),
+        ElementType::F64 => tensor.as_slice().map(Values::F64),
+        ElementType::F16 => tensor.as_slice().map(Values::F16),
+        ElementType::BF16 => tensor.as_slice().map(Values::BF16),
+        _ => None,
+    };
+    Feed {
+        dims: tensor.dims(),
+        element: tag(tensor.element()),
+        bytes: tensor.bytes(),
+        values: values.unwrap_or(Values::Other),
+    }
+}
+
+/// A number per element type.
+fn tag(element: ElementType) -> u32 {
+    use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+    match element {
+        ElementType::Other(raw) => raw.unsigned_abs() | 1 << 31,
+        known => (BuildHasherDefault::<DefaultHasher>::default().hash_one(known) as u32) >> 1,
+    }
+}
+
+/// The ticket is `[2]`, every skip a scalar.
+pub(super) fn infer(context: &InferContext<'_>) -> Result<(), Error> {
+    context.set_output(0, &[Dim::Size(2)])?;
+    for layer in 0..context.int(c"layers").unwrap_or(0) {
+        context.set_output(layer as usize + 1, &[])?;
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! Cached tensors in CPU memory.
+
+use std::sync::Arc;
+
+use ditfastattn_kernels::Element;
+use half::{bf16, f16};
+
+use crate::abi::status::Error;
+use crate::abi::tensor::{Scalar, Tensor};
+use crate::state::{Lease, Rows, Run};
+
+/// A cached tensor: a cheap handle on immutable numbers.
+pub type CachedTensor = Arc<Stored>;
+
+/// The numbers, their shape, and the part of the budget that they hold.
+#[derive(Debug)]
+pub struct Stored {
+    dims: Vec<usize>,
+    /// `Half`: the rows of one half of guidance, which stand for those of the other half too.
+    rows: Rows,
+    data: Data,
+    _lease: Lease,
+}
+
+#[derive(Debug)]
+enum Data {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+}
+
+/// An element type of cached tensors and of the tensors that layers compute.
+pub(super) trait Real: Scalar + Element + Default {
+    fn wrap(values: Vec<Self>) -> Storage;
+    fn unwrap(stored: &Stored) -> Option<&[Self]>;
+    fn is_finite(self) -> bool;
+}
+
+/// Numbers on their way into a [`Stored`].
+pub(super) struct Storage(Data);
+
+macro_rules! real {
+    ($($ty:ident $variant:ident),*) => { $(
+        impl Real for $ty {
+            fn wrap(values: Vec<Self>) -> Storage {
+                Storage(Data::$variant(values))
+            }
+            fn unwrap(stored: &Stored) -> Option<&[Self]> {
+                match &stored.data {
+                    Data::$variant(values) => Some(values),
+                    _ => None,
+                }
+            }
+            fn is_finite(self) -> bool {
+                $ty::is_finite(self)
+            }
+        }
+    )* };
+}
+real!(f32 F32, f16 F16, bf16 BF16);
+
+impl Stored {
+    pub fn dims(&self) -> &[usize] {
+        &self.dims
+    }
+
+    pub fn rows(&self) -> Rows {
+        self.rows
+    }
+
+    /// The numbers, if they are of type `T`.
+    pub(super) fn values<T: Real>(&self) -> Option<&[T]> {
+        T::unwrap(self)
+    }
+}
+
+/// Room for a tensor that a run wants to keep; `None` if the budget or the machine has none.
+pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<Room<T>> {
+    let lease = run.reserve(len.checked_mul(size_of::<T>())?)?;
+    let mut values = Vec::new();
+    // The tensor is only a cache: where the system has no memory for it, the layer goes without.
+    values.try_reserve_exact(len).ok()?;
+    Some(Room { values, lease })
+}
+
+/// Memory for a cached tensor that is still being written.
+pub(super) struct Room<T> {
+    /// Empty, with capacity for the whole tensor.
+    pub values: Vec<T>,
+    lease: Lease,
+}
+
+impl<T: Real> Room<T> {
+    /// The finished tensor. The caller has filled `values` with as many numbers as `dims` say.
+    pub fn store(self, dims: &[usize], rows: Rows) -> CachedTensor {
+        debug_assert_eq!(self.values.len(), dims.iter().product::<usize>());
+        Arc::new(Stored {
+            dims: dims.to_vec(),
+            rows,
+            data: T::wrap(self.values).0,
+            _lease: self.lease,
+        })
+    }
+}
+
+/// The elements of a tensor as the type the operator was registered for.
+pub(super) fn values<'a, T: Real>(tensor: &Tensor<'a>, what: &str) -> Result<&'a [T], Error> {
+    tensor.as_slice::<T>().ok_or_else(|| {
+        Error::invalid(format!(
+            "{what} is of type {}, expected {}",
+            tensor.element(),
+            T::ELEMENT
+        ))
+    })
+}

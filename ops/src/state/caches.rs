@@ -1,0 +1,69 @@
+//! The cached tensors of one layer, per branch of guidance, and when they die.
+
+use super::Cached;
+use super::directive::{Directive, Rows, Work};
+
+/// A residual R = O − W and the rows it covers.
+#[derive(Clone, Debug)]
+pub struct Residual<T> {
+    pub tensor: T,
+    /// `Half`: R of the conditional half, which stands for both.
+    pub rows: Rows,
+}
+
+/// What a layer keeps between runs. With `cfg: separate` branch 0 is the conditional run and branch 1 the other;
+/// otherwise everything is in branch 0.
+#[derive(Clone, Debug)]
+pub struct LayerCaches<T> {
+    pub residual: [Option<Residual<T>>; 2],
+    /// The layer's outputs, one per sink of its region; empty if not kept.
+    pub output: [Vec<T>; 2],
+}
+
+impl<T> Default for LayerCaches<T> {
+    fn default() -> Self {
+        LayerCaches {
+            residual: [None, None],
+            output: [Vec::new(), Vec::new()],
+        }
+    }
+}
+
+impl<T: Cached> LayerCaches<T> {
+    /// The second run takes over what the first run of the same step has: its output and, if that step refreshed R,
+    /// its R (or the absence of one).
+    pub fn take_from_first(&mut self, residual_too: bool) {
+        self.output[1] = self.output[0].clone();
+        if residual_too {
+            self.residual[1] = self.residual[0].clone();
+        }
+    }
+
+    /// The layer has run: replaces what it replaced and drops what nobody will read.
+    ///
+    /// `captured` and `outputs` are what the run left; `outputs` is empty if it kept none.
+    pub fn settle(
+        &mut self,
+        branch: usize,
+        directive: &Directive,
+        captured: Option<Residual<T>>,
+        outputs: Vec<T>,
+    ) {
+        if directive.work == Work::Full && !directive.spare_residual {
+            // R is of the latest full step. If that one could not be kept, an older one must not stand in for it.
+            self.residual[branch] = captured;
+        }
+        if directive.work != Work::Reuse {
+            self.output[branch] = outputs;
+        }
+        if !directive.residual_live {
+            self.residual[branch] = None;
+        }
+        if !directive.keep {
+            self.output[branch] = Vec::new();
+        }
+        if branch == 1 && !directive.first_output_live {
+            self.output[0] = Vec::new();
+        }
+    }
+}

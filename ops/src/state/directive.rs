@@ -1,0 +1,185 @@
+//! What one layer does in one run, decided before any layer runs.
+//!
+//! The plan says what should happen, the caches what can: a missing tensor turns `ast` and `wa-rs` into full attention.
+//! Directives do not change during a run.
+
+use ditfastattn_plans::Action;
+
+use super::Cached;
+use super::caches::LayerCaches;
+use super::program::Program;
+
+/// What a layer computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Attention over all keys.
+    Full,
+    /// Attention inside the band, plus the cached R.
+    Window,
+    /// Nothing: the cached output is served.
+    Reuse,
+}
+
+/// Rows of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    All,
+    /// The conditional half; the other half copies its result.
+    Half,
+}
+
+/// What one layer does in one run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Directive {
+    pub work: Work,
+    pub rows: Rows,
+    /// Full attention also keeps R.
+    pub capture: bool,
+    /// The output is kept (or stays kept, for [`Work::Reuse`]).
+    pub keep: bool,
+    /// R is still read after this run.
+    pub(super) residual_live: bool,
+    /// Full attention in place of a lost `ast` leaves the R that the plan put there.
+    pub(super) spare_residual: bool,
+    /// Second run of a step: the first run's output is still read after it.
+    pub(super) first_output_live: bool,
+}
+
+/// How a run follows the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// As planned.
+    Planned,
+    /// The caches are gone: everything full on all rows, keeping what later steps read.
+    Recapture,
+    /// Not part of a generation we know: everything full, nothing kept.
+    Dense,
+}
+
+/// What was lost against the plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Loss {
+    /// A tensor that the plan counts on is not cached.
+    pub missing: bool,
+    /// The layer computes more than planned, for whatever reason.
+    pub recompute: bool,
+}
+
+/// One run, as far as decisions about its layers go.
+#[derive(Debug)]
+pub(super) struct Situation<'a> {
+    pub program: &'a Program,
+    pub mode: Mode,
+    pub step: usize,
+    pub branch: usize,
+    /// The batch really has two halves: guidance is batched and the rows are even.
+    pub halves: bool,
+    /// The second run of a step may take the outputs of the first.
+    pub may_share: bool,
+}
+
+impl Situation<'_> {
+    /// What `layer` does. Moves the first run's tensors over if the second run takes them.
+    pub fn decide<T: Cached>(&self, layer: usize, caches: &mut LayerCaches<T>) -> (Directive, Loss) {
+        let program = self.program;
+        let planned = program.action(self.step, layer);
+        if self.mode == Mode::Dense {
+            let loss = Loss {
+                missing: false,
+                recompute: planned != Action::Full,
+            };
+            return (self.full(layer, Rows::All), loss);
+        }
+        if self.mode == Mode::Recapture {
+            let loss = Loss {
+                missing: false,
+                recompute: planned != Action::Full,
+            };
+            return (self.full(layer, Rows::All), loss);
+        }
+
+        let rows = if planned.uses_halves() && self.halves {
+            Rows::Half
+        } else {
+            Rows::All
+        };
+        let second = self.branch == 1;
+        if second && planned.uses_halves() {
+            if self.may_share && !caches.output[0].is_empty() {
+                caches.take_from_first(planned.is_full());
+                return (self.directive(layer, Work::Reuse, Rows::All), Loss::default());
+            }
+            // The first run's output is not there: this run computes its own.
+            let has_residual = caches.residual[1].is_some();
+            let directive = if planned.is_windowed() && has_residual {
+                self.directive(layer, Work::Window, Rows::All)
+            } else {
+                self.full(layer, Rows::All)
+            };
+            return (directive, Loss::MISSING);
+        }
+        match planned {
+            Action::Full | Action::Asc => {
+                let loss = Loss {
+                    missing: false,
+                    recompute: planned == Action::Asc && program.batch_has_halves() && !self.halves,
+                };
+                (self.full(layer, rows), loss)
+            }
+            Action::WaRs | Action::WaRsAsc => {
+                if caches.residual[self.branch].is_some() {
+                    let loss = Loss {
+                        missing: false,
+                        recompute: planned == Action::WaRsAsc
+                            && program.batch_has_halves()
+                            && !self.halves,
+                    };
+                    (self.directive(layer, Work::Window, rows), loss)
+                } else {
+                    (self.full(layer, Rows::All), Loss::MISSING)
+                }
+            }
+            Action::Ast => {
+                if caches.output[self.branch].is_empty() {
+                    let mut directive = self.full(layer, Rows::All);
+                    if caches.residual[self.branch].is_some() {
+                        directive.capture = false;
+                        directive.spare_residual = true;
+                    }
+                    (directive, Loss::MISSING)
+                } else {
+                    (self.directive(layer, Work::Reuse, Rows::All), Loss::default())
+                }
+            }
+        }
+    }
+
+    fn full(&self, layer: usize, rows: Rows) -> Directive {
+        let mut directive = self.directive(layer, Work::Full, rows);
+        directive.capture = directive.residual_live;
+        directive
+    }
+
+    fn directive(&self, layer: usize, work: Work, rows: Rows) -> Directive {
+        let kept = self.mode != Mode::Dense;
+        let planned = self.mode == Mode::Planned;
+        let output_live = kept && self.program.output_live_after(self.step, layer);
+        let shared = planned && self.program.output_shared_within(self.step, layer);
+        Directive {
+            work,
+            rows,
+            capture: false,
+            keep: output_live || (shared && self.branch == 0),
+            residual_live: kept && self.program.residual_live_after(self.step, layer),
+            spare_residual: false,
+            first_output_live: output_live,
+        }
+    }
+}
+
+impl Loss {
+    const MISSING: Loss = Loss {
+        missing: true,
+        recompute: true,
+    };
+}

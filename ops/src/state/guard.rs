@@ -1,0 +1,580 @@
+//! Whether a run without a request id continues the generation that was seen last.
+//!
+//! Anonymous clients share one slot. A run is served from it only if everything that can be seen speaks for the same
+//! generation: the same conditioning, latents that continue the last ones, and no other unfinished generation that
+//! they might continue instead. In doubt the answer is no: that costs speed, and a wrong yes would mix two images.
+
+use std::collections::VecDeque;
+use std::hash::BuildHasher;
+use std::sync::LazyLock;
+
+use half::{bf16, f16};
+use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+/// Latents whose relative distance to the last ones is at least this do not continue them. Independent noise is at
+/// √2 ≈ 1.41; one step of a 10-step schedule moves about 0.13, a whole generation about 1.
+const CONTINUES: f64 = 0.9;
+
+/// Latents must be this much nearer to the slot's than to those of any other unfinished generation. Generations that
+/// differ only in their guidance scale stay near each other for some steps: they count as ambiguous.
+const CLEARLY_NEARER: f64 = 0.5;
+
+/// Latents of the two runs of one step under `cfg: separate` are the same tensor; this allows for a cast in between.
+const SAME: f64 = 1e-2;
+
+/// Unfinished generations that are remembered.
+const STRANDS: usize = 16;
+
+/// Elements of the latents that are compared.
+const SAMPLES: usize = 4096;
+
+/// Tensors up to this size are hashed whole, larger ones in [`BLOCKS`] evenly spaced blocks that add up to it.
+/// Hashing 8 MiB takes about a millisecond.
+const HASHED_BYTES: usize = 8 << 20;
+const BLOCKS: usize = 128;
+
+/// After this many changes in a row an input that moves every step is no conditioning.
+const CHANGES_TO_LEARN: u32 = 2;
+
+/// A tensor that is fed to the model.
+#[derive(Clone, Copy, Debug)]
+pub struct Feed<'a> {
+    pub dims: &'a [usize],
+    /// Tells element types apart.
+    pub element: u32,
+    /// The memory; `None` if it cannot be read (strings).
+    pub bytes: Option<&'a [u8]>,
+    pub values: Values<'a>,
+}
+
+/// The elements of a tensor, where they are numbers that can be compared.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+    Other,
+}
+
+impl Values<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Values::F32(v) => v.len(),
+            Values::F64(v) => v.len(),
+            Values::F16(v) => v.len(),
+            Values::BF16(v) => v.len(),
+            Values::Other => 0,
+        }
+    }
+
+    fn get(&self, index: usize) -> f64 {
+        match self {
+            Values::F32(v) => f64::from(v[index]),
+            Values::F64(v) => v[index],
+            Values::F16(v) => v[index].to_f64(),
+            Values::BF16(v) => v[index].to_f64(),
+            Values::Other => f64::NAN,
+        }
+    }
+}
+
+/// What one run shows of the generation it belongs to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Evidence {
+    pub conditioning: Vec<Fingerprint>,
+    pub latents: Sketch,
+}
+
+impl Evidence {
+    /// `rows` is the batch: a float input of no more elements may be a schedule that moves with the steps.
+    pub fn new(latents: Feed<'_>, conditioning: &[Feed<'_>], rows: usize) -> Self {
+        Evidence {
+            conditioning: conditioning
+                .iter()
+                .map(|feed| Fingerprint::new(feed, rows))
+                .collect(),
+            latents: Sketch::new(&latents),
+        }
+    }
+}
+
+/// Identifies the contents of one conditioning input.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fingerprint {
+    /// `None` if the contents cannot be read: then it equals nothing, itself included.
+    digest: Option<u128>,
+    scalars: Option<Vec<f64>>,
+}
+
+impl Fingerprint {
+    fn new(feed: &Feed<'_>, rows: usize) -> Self {
+        let count = feed.values.len();
+        let scalars = (1..=rows.max(1))
+            .contains(&count)
+            .then(|| (0..count).map(|i| feed.values.get(i)).collect());
+        Fingerprint {
+            digest: digest(feed),
+            scalars,
+        }
+    }
+
+    fn same(&self, other: &Fingerprint) -> bool {
+        self.digest.is_some() && self.digest == other.digest
+    }
+
+    /// Which way every element moved from `self` to `next`; `None` if they did not all move one way.
+    fn direction(&self, next: &Fingerprint) -> Option<std::cmp::Ordering> {
+        let (from, to) = (self.scalars.as_ref()?, next.scalars.as_ref()?);
+        let mut moves = from.iter().zip(to).map(|(a, b)| b.partial_cmp(a));
+        let first = moves.next()??;
+        (first.is_ne() && from.len() == to.len() && moves.all(|m| m == Some(first))).then_some(first)
+    }
+}
+
+/// The latents of one run: enough of them to tell how far apart two runs are.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sketch {
+    samples: Vec<f32>,
+    digest: Option<u128>,
+}
+
+impl Sketch {
+    fn new(feed: &Feed<'_>) -> Self {
+        let len = feed.values.len();
+        // A stride prime to the usual powers of two, so that samples do not line up in one channel or column.
+        let stride = (len.div_ceil(SAMPLES)).max(1) | 1;
+        Sketch {
+            samples: (0..len)
+                .step_by(stride)
+                .map(|i| feed.values.get(i) as f32)
+                .collect(),
+            digest: digest(feed),
+        }
+    }
+
+    fn identical(&self, other: &Sketch) -> bool {
+        self.digest.is_some() && self.digest == other.digest
+    }
+
+    /// ‖a − b‖ / max(‖a‖, ‖b‖), infinite if they cannot be compared.
+    fn distance(&self, other: &Sketch) -> f64 {
+        if self.identical(other) {
+            return 0.0;
+        }
+        if self.samples.is_empty() || self.samples.len() != other.samples.len() {
+            return f64::INFINITY;
+        }
+        let (mut apart, mut a2, mut b2) = (0.0, 0.0, 0.0);
+        for (&a, &b) in self.samples.iter().zip(&other.samples) {
+            let (a, b) = (f64::from(a), f64::from(b));
+            apart += (a - b) * (a - b);
+            a2 += a * a;
+            b2 += b * b;
+        }
+        let distance = (apart / f64::max(a2, b2)).sqrt();
+        if distance.is_nan() {
+            f64::INFINITY
+        } else {
+            distance
+        }
+    }
+}
+
+/// A hash that clients cannot aim at: its seed changes with every process.
+fn digest(feed: &Feed<'_>) -> Option<u128> {
+    static SEED: LazyLock<u64> =
+        LazyLock::new(|| std::hash::RandomState::new().hash_one("ditfastattn"));
+    let bytes = feed.bytes?;
+    let mut hash = xxh3_128_with_seed(&[], *SEED);
+    let mut mix = |bytes: &[u8]| {
+        // Chained: each part is hashed with what came before it.
+        let seed = (hash as u64) ^ *SEED;
+        hash = hash.rotate_left(1) ^ xxh3_128_with_seed(bytes, seed);
+    };
+    mix(&feed.element.to_le_bytes());
+    for &dim in feed.dims {
+        mix(&(dim as u64).to_le_bytes());
+    }
+    if bytes.len() <= HASHED_BYTES {
+        mix(bytes);
+    } else {
+        let block = HASHED_BYTES / BLOCKS;
+        for i in 0..BLOCKS {
+            let start = (bytes.len() - block) * i / (BLOCKS - 1);
+            mix(&bytes[start..start + block]);
+        }
+    }
+    Some(hash)
+}
+
+/// An unfinished generation that is not in the slot.
+#[derive(Clone, Debug)]
+struct Strand {
+    due: usize,
+    conditioning: Option<Vec<Fingerprint>>,
+    latents: Sketch,
+}
+
+/// What is remembered about anonymous runs, besides the caches.
+#[derive(Debug, Default)]
+pub(super) struct Guard {
+    /// Two generations were seen at once: nothing is served until one starts anew.
+    pub contested: bool,
+    /// Of the slot's generation, per branch, from its last completed run.
+    conditioning: [Option<Vec<Fingerprint>>; 2],
+    latents: Option<Sketch>,
+    strands: VecDeque<Strand>,
+    watch: [Watch; 2],
+    /// Conditioning inputs that are none: they move with the steps.
+    learnt: Vec<bool>,
+}
+
+/// Looks for inputs that change at every step.
+#[derive(Debug, Default)]
+struct Watch {
+    last: Option<(usize, Evidence)>,
+    /// Per input, the direction of its changes and how many there were in a row.
+    runs: Vec<Option<(std::cmp::Ordering, u32)>>,
+}
+
+impl Guard {
+    /// The slot's generation ends here and another begins. If it has runs to come, `due` is the next one's place.
+    pub fn begin(&mut self, due: Option<usize>, branch_of_due: usize) {
+        if let (false, Some(due), Some(latents)) = (self.contested, due, self.latents.take()) {
+            let conditioning = self.conditioning[branch_of_due].take();
+            self.remember(Strand {
+                due,
+                conditioning,
+                latents,
+            });
+        }
+        self.contested = false;
+        self.conditioning = [None, None];
+        self.latents = None;
+    }
+
+    /// Nobody has come by for long: everything but what was learnt of the model is forgotten.
+    pub fn forget(&mut self) {
+        *self = Guard {
+            learnt: std::mem::take(&mut self.learnt),
+            ..Guard::default()
+        };
+    }
+
+    /// The slot cannot be trusted any more.
+    pub fn contest(&mut self, due: Option<usize>, branch_of_due: usize) {
+        self.begin(due, branch_of_due);
+        self.contested = true;
+    }
+
+    /// A run of the slot's generation has completed.
+    pub fn advance(&mut self, branch: usize, evidence: Evidence) {
+        self.conditioning[branch] = Some(evidence.conditioning);
+        self.latents = Some(evidence.latents);
+    }
+
+    /// A run at `place` that was not served has come by. Its generation goes on at `due`, if at all.
+    pub fn note(&mut self, place: usize, due: Option<usize>, evidence: &Evidence) {
+        let known = self
+            .strands
+            .iter()
+            .enumerate()
+            .filter(|(_, strand)| strand.due == place)
+            .filter(|(_, strand)| self.fits(strand.conditioning.as_deref(), evidence))
+            .map(|(i, strand)| (i, strand.latents.distance(&evidence.latents)))
+            .filter(|(_, distance)| *distance < CONTINUES)
+            .min_by(|a, b| a.1.total_cmp(&b.1));
+        if let Some((index, _)) = known {
+            self.strands.remove(index);
+        }
+        if let Some(due) = due {
+            self.remember(Strand {
+                due,
+                conditioning: Some(evidence.conditioning.clone()),
+                latents: evidence.latents.clone(),
+            });
+        }
+    }
+
+    fn remember(&mut self, strand: Strand) {
+        if self.strands.len() == STRANDS {
+            self.strands.pop_front();
+        }
+        self.strands.push_back(strand);
+    }
+
+    /// Whether the run at `place` continues the slot's generation and no other.
+    pub fn continues(&self, place: usize, branch: usize, evidence: &Evidence) -> bool {
+        let Some(latents) = &self.latents else {
+            return false;
+        };
+        if branch == 1 && !self.same_step(evidence) {
+            return false;
+        }
+        // The second run of the first step shows its conditioning for the first time.
+        if self.conditioning[branch].is_none() && branch == 0 {
+            return false;
+        }
+        if !self.fits(self.conditioning[branch].as_deref(), evidence) {
+            return false;
+        }
+        let own = latents.distance(&evidence.latents);
+        own < CONTINUES
+            && self
+                .strands
+                .iter()
+                .filter(|strand| strand.due == place)
+                .filter(|strand| self.fits(strand.conditioning.as_deref(), evidence))
+                // The same generation, started once more with the same seed: its caches would be the same.
+                .filter(|strand| !strand.latents.identical(latents))
+                .all(|strand| own < CLEARLY_NEARER * strand.latents.distance(&evidence.latents))
+    }
+
+    /// Whether this could be the second run of the step that the slot has seen the first run of.
+    pub fn same_step(&self, evidence: &Evidence) -> bool {
+        self.latents
+            .as_ref()
+            .is_some_and(|latents| latents.distance(&evidence.latents) < SAME)
+    }
+
+    /// Whether the conditioning of `branch` has been seen, and can vouch for a run of that branch.
+    pub fn knows(&self, branch: usize) -> bool {
+        self.conditioning[branch].is_some()
+    }
+
+    /// Unknown conditioning fits everything.
+    fn fits(&self, known: Option<&[Fingerprint]>, evidence: &Evidence) -> bool {
+        let Some(known) = known else { return true };
+        known.len() == evidence.conditioning.len()
+            && known
+                .iter()
+                .zip(&evidence.conditioning)
+                .enumerate()
+                .all(|(i, (a, b))| a.same(b) || self.is_learnt(i))
+    }
+
+    fn is_learnt(&self, input: usize) -> bool {
+        self.learnt.get(input).copied().unwrap_or(false)
+    }
+
+    /// Learns which inputs move with the steps. To be shown every anonymous run, served or not.
+    pub fn watch(&mut self, step: usize, branch: usize, evidence: &Evidence) {
+        let count = evidence.conditioning.len();
+        self.learnt.resize(count, false);
+        let learnt = &mut self.learnt;
+        let watch = &mut self.watch[branch];
+        watch.runs.resize(count, None);
+        let last = watch.last.replace((step, evidence.clone()));
+        let follows = last.filter(|(last_step, last)| {
+            last_step + 1 == step
+                && last.conditioning.len() == count
+                && last.latents.distance(&evidence.latents) < CONTINUES
+                && last
+                    .conditioning
+                    .iter()
+                    .zip(&evidence.conditioning)
+                    .enumerate()
+                    .all(|(i, (a, b))| a.same(b) || learnt[i] || a.direction(b).is_some())
+        });
+        let Some((_, last)) = follows else {
+            watch.runs.fill(None);
+            return;
+        };
+        for (i, run) in watch.runs.iter_mut().enumerate() {
+            *run = last.conditioning[i]
+                .direction(&evidence.conditioning[i])
+                .map(|direction| match *run {
+                    Some((same, times)) if same == direction => (direction, times + 1),
+                    _ => (direction, 1),
+                });
+            if run.is_some_and(|(_, times)| times >= CHANGES_TO_LEARN) {
+                learnt[i] = true;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Deterministic noise in [-1, 1).
+    fn noise(seed: u64, len: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..len)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn feed(values: &[f32]) -> Feed<'_> {
+        Feed {
+            dims: &[],
+            element: 1,
+            bytes: None,
+            values: Values::F32(values),
+        }
+    }
+
+    fn evidence_of(latents: &[f32], conditioning: &[Vec<f32>], rows: usize) -> Evidence {
+        let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+        let latent_bytes = bytes(latents);
+        let conditioning_bytes: Vec<Vec<u8>> = conditioning.iter().map(|c| bytes(c)).collect();
+        let feeds: Vec<Feed<'_>> = conditioning
+            .iter()
+            .zip(&conditioning_bytes)
+            .map(|(values, bytes)| Feed {
+                bytes: Some(bytes),
+                ..feed(values)
+            })
+            .collect();
+        let latents = Feed {
+            bytes: Some(&latent_bytes),
+            ..feed(latents)
+        };
+        Evidence::new(latents, &feeds, rows)
+    }
+
+    fn toward(from: &[f32], to: &[f32], part: f32) -> Vec<f32> {
+        from.iter()
+            .zip(to)
+            .map(|(a, b)| a + part * (b - a))
+            .collect()
+    }
+
+    fn slot(evidence: Evidence) -> Guard {
+        let mut guard = Guard::default();
+        guard.begin(None, 0);
+        guard.advance(0, evidence);
+        guard
+    }
+
+    #[test]
+    fn the_next_latents_of_a_generation_continue_it_and_other_noise_does_not() {
+        let (a, b, image) = (noise(1, 5000), noise(2, 5000), noise(3, 5000));
+        let prompt = vec![noise(4, 64)];
+        let guard = slot(evidence_of(&a, &prompt, 2));
+        let next = toward(&a, &image, 0.1);
+        assert!(guard.continues(1, 0, &evidence_of(&next, &prompt, 2)));
+        assert!(!guard.continues(1, 0, &evidence_of(&b, &prompt, 2)));
+    }
+
+    #[test]
+    fn another_prompt_is_another_generation() {
+        let a = noise(1, 5000);
+        let guard = slot(evidence_of(&a, &[noise(4, 64)], 2));
+        assert!(!guard.continues(1, 0, &evidence_of(&a, &[noise(5, 64)], 2)));
+        let mut changed = noise(4, 64);
+        changed[63] += 1e-6;
+        assert!(!guard.continues(1, 0, &evidence_of(&a, &[changed], 2)));
+    }
+
+    #[test]
+    fn latents_near_two_generations_continue_neither() {
+        let (a, image) = (noise(1, 5000), noise(3, 5000));
+        // The same seed with a slightly different guidance scale: a hair apart after one step.
+        let one = toward(&a, &image, 0.10);
+        let two = toward(&a, &image, 0.11);
+        let mut guard = slot(evidence_of(&one, &[], 2));
+        guard.begin(Some(2), 0);
+        guard.advance(0, evidence_of(&two, &[], 2));
+        assert!(!guard.continues(2, 0, &evidence_of(&toward(&one, &image, 0.1), &[], 2)));
+        assert!(!guard.continues(2, 0, &evidence_of(&toward(&two, &image, 0.1), &[], 2)));
+    }
+
+    #[test]
+    fn an_abandoned_generation_of_other_noise_is_no_obstacle() {
+        let (a, b, image) = (noise(1, 5000), noise(2, 5000), noise(3, 5000));
+        let mut guard = slot(evidence_of(&a, &[], 2));
+        guard.begin(Some(1), 0);
+        guard.advance(0, evidence_of(&b, &[], 2));
+        assert!(guard.continues(1, 0, &evidence_of(&toward(&b, &image, 0.1), &[], 2)));
+        assert!(!guard.continues(1, 0, &evidence_of(&toward(&a, &image, 0.1), &[], 2)));
+    }
+
+    #[test]
+    fn starting_the_same_generation_again_is_no_obstacle() {
+        let (a, image) = (noise(1, 5000), noise(3, 5000));
+        let mut guard = slot(evidence_of(&a, &[], 2));
+        guard.begin(Some(1), 0);
+        guard.advance(0, evidence_of(&a, &[], 2));
+        assert!(guard.continues(1, 0, &evidence_of(&toward(&a, &image, 0.1), &[], 2)));
+    }
+
+    #[test]
+    fn unreadable_and_non_finite_inputs_are_never_trusted() {
+        let a = noise(1, 100);
+        let mut broken = a.clone();
+        broken[0] = f32::NAN;
+        let guard = slot(evidence_of(&a, &[], 2));
+        assert!(!guard.continues(1, 0, &evidence_of(&broken, &[], 2)));
+        let mut strings = evidence_of(&a, &[], 2);
+        strings.conditioning.push(Fingerprint {
+            digest: None,
+            scalars: None,
+        });
+        let guard = slot(strings.clone());
+        assert!(!guard.continues(1, 0, &strings));
+    }
+
+    #[test]
+    fn a_second_sigma_is_learnt_after_two_changes() {
+        let (a, image) = (noise(1, 5000), noise(3, 5000));
+        let at = |step: usize, sigma: f32| {
+            evidence_of(&toward(&a, &image, 0.1 * step as f32), &[vec![sigma, sigma]], 2)
+        };
+        let mut guard = Guard::default();
+        guard.watch(0, 0, &at(0, 1.0));
+        guard.watch(1, 0, &at(1, 0.9));
+        let mut fresh = slot(at(0, 1.0));
+        fresh.learnt = guard.learnt.clone();
+        assert!(!fresh.continues(1, 0, &at(1, 0.9)), "one change is not enough");
+        guard.watch(2, 0, &at(2, 0.8));
+        fresh.learnt = guard.learnt.clone();
+        assert!(fresh.continues(1, 0, &at(1, 0.9)));
+    }
+
+    #[test]
+    fn guidance_that_differs_between_users_is_not_learnt() {
+        let (a, b, image) = (noise(1, 5000), noise(2, 5000), noise(3, 5000));
+        let mut guard = Guard::default();
+        for step in 0..8 {
+            let (from, scale) = if step % 2 == 0 { (&a, 3.5) } else { (&b, 7.0) };
+            let latents = toward(from, &image, 0.1 * step as f32);
+            guard.watch(step, 0, &evidence_of(&latents, &[vec![scale]], 1));
+        }
+        assert_eq!(guard.learnt, [false]);
+        // Too many elements for a schedule: a tensor of the batch.
+        for step in 0..8 {
+            let latents = toward(&a, &image, 0.1 * step as f32);
+            guard.watch(step, 0, &evidence_of(&latents, &[vec![step as f32; 3]], 2));
+        }
+        assert_eq!(guard.learnt, [false]);
+    }
+
+    #[test]
+    fn every_byte_of_a_large_input_counts_up_to_the_limit() {
+        let len = 3 << 20;
+        let mut bytes = vec![7u8; len];
+        let whole = |bytes: &[u8]| {
+            digest(&Feed {
+                dims: &[bytes.len()],
+                element: 2,
+                bytes: Some(bytes),
+                values: Values::Other,
+            })
+        };
+        let before = whole(&bytes);
+        for at in [0, 1, len / 2, len - 1] {
+            bytes[at] ^= 1;
+            assert_ne!(whole(&bytes), before, "byte {at}");
+            bytes[at] ^= 1;
+        }
+        assert_eq!(whole(&bytes), before);
+    }
+}

@@ -1,0 +1,55 @@
+//! Which request a run belongs to, which step it is, and what every layer does now.
+//!
+//! Knows plans, timesteps and caches; knows neither ONNX Runtime nor attention. A cached tensor is any `T` that can be
+//! cloned cheaply (an `Arc`), so that the whole state machine is tested with symbols instead of numbers.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `program` | a plan and what it keeps alive |
+//! | `schedule` | which place in the plan a timestep means |
+//! | `directive` | what one layer does in one run, given what is cached |
+//! | `caches` | the cached tensors of one layer and when they die |
+//! | `guard` | whether an anonymous run continues the generation that was seen last |
+//! | `request` | one generation between its runs |
+//! | `run` | one run from its step op to its last layer |
+//! | `session` | the requests of one session: begin, complete, fail |
+//! | `process` | what sessions share: tickets, the memory budget, counters |
+#![forbid(unsafe_code)]
+
+mod budget;
+mod caches;
+mod counters;
+mod directive;
+mod guard;
+mod process;
+mod program;
+mod request;
+mod run;
+mod schedule;
+mod session;
+
+pub use budget::Lease;
+pub use caches::Residual;
+pub use counters::Counters;
+pub use directive::{Directive, Rows, Work};
+pub use guard::{Evidence, Feed, Fingerprint, Sketch, Values};
+pub use process::{Limits, Process};
+pub use program::Program;
+pub use run::Run;
+pub use session::{Call, Notice, Session, Signature};
+
+/// A cached tensor: a cheap handle, such as an `Arc`.
+pub trait Cached: Clone + Send + Sync + 'static {}
+impl<T: Clone + Send + Sync + 'static> Cached for T {}
+
+/// Why an op cannot go on. It becomes an error of the run, never a wrong tensor.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    #[error(
+        "the ticket [{0}, {1}] belongs to no run in flight; expected the ticket output of this model's \
+         DiTFastAttnStep, computed in the same run"
+    )]
+    UnknownTicket(i64, i64),
+    #[error("layer {layer} is not in the plan, which has {layers} layers")]
+    NoSuchLayer { layer: usize, layers: usize },
+}

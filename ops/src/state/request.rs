@@ -1,0 +1,69 @@
+//! One generation between its runs: where it stands and what it keeps.
+
+use std::sync::Arc;
+
+use super::Cached;
+use super::caches::LayerCaches;
+use super::guard::Guard;
+use super::run::Run;
+use super::schedule::Trail;
+use super::session::Signature;
+
+/// The state of one request id, or of the slot that anonymous runs share.
+#[derive(Debug)]
+pub(super) struct Request<T> {
+    pub trail: Trail,
+    /// Per layer; empty while a run has them.
+    pub caches: Vec<LayerCaches<T>>,
+    /// Shapes and types of the last run of each branch.
+    pub signature: [Option<Signature>; 2],
+    /// The first run of the step at hand was computed in full because caches were lost; so is the second.
+    pub recapturing: bool,
+    /// The run that owns the caches now.
+    pub in_flight: Option<Arc<Run<T>>>,
+    /// When a run last began or completed, in milliseconds.
+    pub last_used: u64,
+    pub guard: Guard,
+}
+
+impl<T: Cached> Request<T> {
+    pub fn new(now: u64) -> Self {
+        Request {
+            trail: Trail::default(),
+            caches: Vec::new(),
+            signature: [None, None],
+            recapturing: false,
+            in_flight: None,
+            last_used: now,
+            guard: Guard::default(),
+        }
+    }
+
+    /// Whether `run` owns this request's caches.
+    pub fn owned_by(&self, run: &Run<T>) -> bool {
+        self.in_flight
+            .as_ref()
+            .is_some_and(|owner| std::ptr::eq(Arc::as_ptr(owner), run))
+    }
+
+    /// The generation is over. Returns what it cached.
+    pub fn retire(&mut self) -> Vec<LayerCaches<T>> {
+        self.trail = Trail::default();
+        self.signature = [None, None];
+        self.recapturing = false;
+        self.guard.begin(None, 0);
+        std::mem::take(&mut self.caches)
+    }
+
+    /// Whether there is nothing that another run could continue.
+    pub fn is_blank(&self) -> bool {
+        self.in_flight.is_none() && self.trail == Trail::default() && self.caches.is_empty()
+    }
+
+    /// The caches, for a run to own.
+    pub fn take_caches(&mut self, layers: usize) -> Vec<LayerCaches<T>> {
+        let mut caches = std::mem::take(&mut self.caches);
+        caches.resize_with(layers, LayerCaches::default);
+        caches
+    }
+}

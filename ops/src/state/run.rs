@@ -1,0 +1,295 @@
+//! One run of the model, from its step op to its last layer.
+//!
+//! A run owns the caches of its request while it lasts, so layers never wait for other runs. It hands them back when
+//! its last layer has finished; a run that never gets there takes them with it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::budget::Lease;
+use super::caches::{LayerCaches, Residual};
+use super::directive::{Directive, Rows, Work};
+use super::guard::Evidence;
+use super::process::Process;
+use super::program::Program;
+use super::session::{Session, Signature};
+use super::{Cached, StateError};
+
+/// One run in flight. Reached through its ticket.
+#[derive(Debug)]
+pub struct Run<T> {
+    pub(super) ticket: [i64; 2],
+    pub(super) process: Arc<Process<T>>,
+    pub(super) session: Weak<Session<T>>,
+    program: Arc<Program>,
+    branch: usize,
+    directives: Vec<Directive>,
+    layers: Vec<Mutex<Layer<T>>>,
+    unfinished: AtomicUsize,
+    /// Grows whenever a layer does anything: a run whose progress stands still while another one completes is dead.
+    progress: AtomicUsize,
+    /// When a layer last did anything, in milliseconds.
+    touched: AtomicU64,
+    /// Another run owns the request now: nothing of this one is kept.
+    disowned: AtomicBool,
+    /// When the request's previous run ended; other requests that were used before may be evicted.
+    evict_before: u64,
+    pub(super) claim: Claim<T>,
+}
+
+/// What a run may do to its request when it completes.
+#[derive(Debug)]
+pub(super) struct Claim<T> {
+    pub request: i64,
+    pub title: Title<T>,
+    /// Place and timestep; `None` if the run is outside the plan.
+    pub at: Option<(usize, f64)>,
+    pub signature: Signature,
+    pub evidence: Option<Evidence>,
+    /// The caller says that this is the last run of its request.
+    pub end: bool,
+    pub recapturing: bool,
+}
+
+/// By what right a run has caches.
+#[derive(Debug)]
+pub(super) enum Title<T> {
+    /// It took them from its request and gives them back.
+    Owner,
+    /// Another run was in flight. If that one turns out to be dead, this run's caches become the request's.
+    Heir {
+        of: Weak<Run<T>>,
+        progress: usize,
+    },
+    /// It has none.
+    Nobody,
+}
+
+#[derive(Debug)]
+struct Layer<T> {
+    caches: LayerCaches<T>,
+    captured: Option<Residual<T>>,
+    outputs: Vec<Option<T>>,
+    sinks_done: usize,
+    finished: bool,
+}
+
+impl<T: Cached> Run<T> {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        ticket: [i64; 2],
+        process: Arc<Process<T>>,
+        session: Weak<Session<T>>,
+        program: Arc<Program>,
+        branch: usize,
+        plan: Vec<(Directive, LayerCaches<T>)>,
+        evict_before: u64,
+        now: u64,
+        claim: Claim<T>,
+    ) -> Self {
+        let (directives, caches): (Vec<_>, Vec<_>) = plan.into_iter().unzip();
+        Run {
+            ticket,
+            process,
+            session,
+            program,
+            branch,
+            unfinished: AtomicUsize::new(directives.len()),
+            directives,
+            layers: caches
+                .into_iter()
+                .map(|caches| {
+                    Mutex::new(Layer {
+                        caches,
+                        captured: None,
+                        outputs: Vec::new(),
+                        sinks_done: 0,
+                        finished: false,
+                    })
+                })
+                .collect(),
+            progress: AtomicUsize::new(0),
+            touched: AtomicU64::new(now),
+            disowned: AtomicBool::new(false),
+            evict_before,
+            claim,
+        }
+    }
+
+    /// What identifies the run in the graph: an id and a check word.
+    pub fn ticket(&self) -> [i64; 2] {
+        self.ticket
+    }
+
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// What `layer` does in this run.
+    ///
+    /// # Errors
+    /// If the plan has no such layer.
+    pub fn directive(&self, layer: usize) -> Result<Directive, StateError> {
+        self.directives
+            .get(layer)
+            .copied()
+            .ok_or(StateError::NoSuchLayer {
+                layer,
+                layers: self.directives.len(),
+            })
+    }
+
+    /// Whether the whole region of `layer` is skipped because its output is cached.
+    pub fn skips(&self, layer: usize) -> bool {
+        self.directives
+            .get(layer)
+            .is_some_and(|directive| directive.work == Work::Reuse)
+            && !self.program.is_core(layer)
+    }
+
+    /// The residual that window attention of `layer` adds.
+    pub fn residual(&self, layer: usize) -> Option<Residual<T>> {
+        self.touch();
+        self.layer(layer)?.caches.residual[self.branch].clone()
+    }
+
+    /// The residual of `layer` does not fit the tensors at hand: it will not be used again.
+    pub fn discard_residual(&self, layer: usize) {
+        self.count(|c| &c.mismatches, 1);
+        if let Some(mut layer) = self.layer(layer) {
+            layer.caches.residual[self.branch] = None;
+        }
+    }
+
+    /// Leaves the residual that full attention of `layer` captured.
+    pub fn capture(&self, layer: usize, tensor: T, rows: Rows) {
+        self.touch();
+        if let Some(mut layer) = self.layer(layer) {
+            layer.captured = Some(Residual { tensor, rows });
+        }
+    }
+
+    /// The cached output of `layer` at one sink of its region (most regions have one, sink 0).
+    pub fn output(&self, layer: usize, sink: usize) -> Option<T> {
+        self.touch();
+        self.layer(layer)?.caches.output[self.branch]
+            .get(sink)
+            .cloned()
+    }
+
+    /// One sink of `layer` is done; `output` is what it leaves for later runs, if the directive says to keep it.
+    ///
+    /// When all `sinks` are done the layer is, and with the last layer the run.
+    pub fn finish(&self, layer: usize, sink: usize, sinks: usize, output: Option<T>) {
+        self.touch();
+        let Ok(directive) = self.directive(layer) else {
+            return;
+        };
+        let Some(mut state) = self.layer(layer) else {
+            return;
+        };
+        if state.finished {
+            return;
+        }
+        let sinks = sinks.max(1);
+        state.outputs.resize_with(sinks, || None);
+        if let Some(place) = state.outputs.get_mut(sink) {
+            *place = output;
+        }
+        state.sinks_done += 1;
+        if state.sinks_done < sinks {
+            return;
+        }
+        state.finished = true;
+        let outputs: Option<Vec<T>> = std::mem::take(&mut state.outputs).into_iter().collect();
+        let captured = state.captured.take();
+        state.caches.settle(
+            self.branch,
+            &directive,
+            captured,
+            outputs.unwrap_or_default(),
+        );
+        if self.disowned.load(Ordering::Acquire) {
+            state.caches = LayerCaches::default();
+        }
+        drop(state);
+        if self.unfinished.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.process.forget(self.ticket[0]);
+            if let Some(session) = self.session.upgrade() {
+                session.complete(self);
+            }
+        }
+    }
+
+    /// Something went wrong in an op: the run will not finish, and what it holds is not to be used again.
+    pub fn fail(&self) {
+        self.process.forget(self.ticket[0]);
+        self.disown();
+        if let Some(session) = self.session.upgrade() {
+            session.failed(self);
+        }
+    }
+
+    /// Memory for a tensor of `bytes`, from the budget of the process; `None` if there is none to be had.
+    ///
+    /// May evict requests that have been idle for longer than this one.
+    pub fn reserve(&self, bytes: usize) -> Option<Lease> {
+        if self.disowned.load(Ordering::Acquire) {
+            return None;
+        }
+        let now = self.touched.load(Ordering::Relaxed);
+        let lease = self
+            .process
+            .reserve(bytes as u64, self.evict_before, now);
+        if lease.is_none() {
+            self.count(|c| &c.over_budget, 1);
+        }
+        lease
+    }
+
+    /// Something to keep turned out to hold NaN or infinity.
+    pub fn refuse_non_finite(&self) {
+        self.count(|c| &c.non_finite, 1);
+    }
+
+    pub(super) fn disown(&self) {
+        self.disowned.store(true, Ordering::Release);
+    }
+
+    pub(super) fn progress(&self) -> usize {
+        self.progress.load(Ordering::Acquire)
+    }
+
+    pub(super) fn touched(&self) -> u64 {
+        self.touched.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.unfinished.load(Ordering::Acquire) == 0
+    }
+
+    /// The caches of a finished run.
+    pub(super) fn take_caches(&self) -> Vec<LayerCaches<T>> {
+        (0..self.layers.len())
+            .filter_map(|layer| self.layer(layer))
+            .map(|mut layer| std::mem::take(&mut layer.caches))
+            .collect()
+    }
+
+    fn layer(&self, layer: usize) -> Option<MutexGuard<'_, Layer<T>>> {
+        let layer = self.layers.get(layer)?;
+        Some(layer.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn touch(&self) {
+        self.progress.fetch_add(1, Ordering::AcqRel);
+        self.touched.store(self.process.now(), Ordering::Relaxed);
+    }
+
+    fn count(&self, which: impl Fn(&super::Counters) -> &AtomicU64, by: u64) {
+        which(&self.process.counters).fetch_add(by, Ordering::Relaxed);
+        if let Some(session) = self.session.upgrade() {
+            which(&session.counters).fetch_add(by, Ordering::Relaxed);
+        }
+    }
+}

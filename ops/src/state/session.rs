@@ -1,0 +1,655 @@
+//! The requests of one session: how runs begin, complete and fail.
+//!
+//! One lock, held for decisions only; hashing happens before it, attention after it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Cached;
+use super::caches::LayerCaches;
+use super::counters::Counters;
+use super::directive::{Loss, Mode, Rows, Situation, Work};
+use super::guard::Evidence;
+use super::process::Process;
+use super::program::Program;
+use super::request::Request;
+use super::run::{Claim, Run, Title};
+use super::schedule::{Place, Schedule, Trail};
+
+/// The request id of runs that do not name one.
+const ANONYMOUS: i64 = 0;
+
+/// Requests a session remembers. What they cache is bounded by the budget; this bounds the bookkeeping, which is a few
+/// hundred bytes per layer.
+const MAX_REQUESTS: usize = 4096;
+
+/// A run in flight that has shown no sign of life for so long is dead, whatever the idle limit says.
+const DEAD_RUN_MS: u64 = 600_000;
+
+/// Everything the state machine wants to know of a run that begins.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// `None` if the elements of the timestep tensor differ, or there are none.
+    pub timestep: Option<f64>,
+    /// 0: anonymous.
+    pub request: i64,
+    pub start: bool,
+    pub end: bool,
+    /// Rows of the batch.
+    pub rows: usize,
+    pub signature: Signature,
+    /// Needed if `request` is 0; without it an anonymous run is never served from a cache.
+    pub evidence: Option<Evidence>,
+}
+
+/// Shapes and types of what the model is fed. Two runs of one generation have the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Signature(pub Vec<(u32, Vec<usize>)>);
+
+/// Something worth one line in the log, once per session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    OddRows { rows: usize },
+    Contested,
+    Unplanned,
+    OverBudget,
+}
+
+impl Notice {
+    fn bit(self) -> u32 {
+        match self {
+            Notice::OddRows { .. } => 1,
+            Notice::Contested => 2,
+            Notice::Unplanned => 4,
+            Notice::OverBudget => 8,
+        }
+    }
+}
+
+impl std::fmt::Display for Notice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Notice::OddRows { rows } => write!(
+                f,
+                "the plan shares attention between the halves of guidance, but a batch of {rows} has no halves: \
+                 computed for all rows"
+            ),
+            Notice::Contested => f.write_str(
+                "runs without a request id do not continue one another: computed in full until a generation starts; \
+                 feed dfa_request_id to run several generations at once",
+            ),
+            Notice::Unplanned => f.write_str(
+                "a timestep is not in the plan: computed in full; make the plan for this scheduler and number of steps",
+            ),
+            Notice::OverBudget => f.write_str(
+                "the memory budget for caches is used up: some layers are computed in full; \
+                 raise DITFASTATTN_CACHE_BYTES",
+            ),
+        }
+    }
+}
+
+/// The requests of one session.
+#[derive(Debug)]
+pub struct Session<T> {
+    process: Arc<Process<T>>,
+    program: Arc<Program>,
+    schedule: Schedule,
+    pub counters: Counters,
+    noticed: AtomicU32,
+    inner: Mutex<Inner<T>>,
+}
+
+#[derive(Debug)]
+struct Inner<T> {
+    requests: HashMap<i64, Request<T>>,
+    /// Runs in flight, dead ones included.
+    runs: HashMap<i64, Arc<Run<T>>>,
+}
+
+/// How a run relates to its request, decided under the lock.
+struct Decision<T> {
+    mode: Mode,
+    title: Title<T>,
+    at: Option<(usize, f64)>,
+    caches: Vec<LayerCaches<T>>,
+    may_share: bool,
+}
+
+impl<T> Decision<T> {
+    fn dense() -> Self {
+        Decision {
+            mode: Mode::Dense,
+            title: Title::Nobody,
+            at: None,
+            caches: Vec::new(),
+            may_share: false,
+        }
+    }
+}
+
+impl<T: Cached> Session<T> {
+    pub fn new(process: Arc<Process<T>>, program: Program) -> Arc<Self> {
+        let plan = program.plan();
+        let schedule = Schedule::new(
+            plan.timesteps.as_deref(),
+            plan.step_count(),
+            program.runs_per_step(),
+        );
+        let session = Arc::new(Session {
+            process: Arc::clone(&process),
+            schedule,
+            program: Arc::new(program),
+            counters: Counters::default(),
+            noticed: AtomicU32::new(0),
+            inner: Mutex::new(Inner {
+                requests: HashMap::new(),
+                runs: HashMap::new(),
+            }),
+        });
+        process.add_session(&session);
+        session
+    }
+
+    /// Requests that the session remembers.
+    pub fn live_requests(&self) -> usize {
+        let inner = self.lock();
+        inner.requests.values().filter(|r| !r.is_blank()).count()
+    }
+
+    /// A run begins: finds its place, decides what every layer does, and hands it the caches of its request.
+    pub fn begin(self: &Arc<Self>, call: Call) -> (Arc<Run<T>>, Vec<Notice>) {
+        let now = self.process.now();
+        self.count(|c| &c.steps, 1);
+        let mut notices = Vec::new();
+        // Declared before the lock so that what dies is freed after it.
+        let mut graveyard = Vec::new();
+        let mut inner = self.lock();
+        self.reclaim_idle(&mut inner, now, &mut graveyard);
+
+        let evict_before = inner
+            .requests
+            .get(&call.request)
+            .map_or(0, |request| request.last_used);
+        let mut decision = self.decide(&mut inner, &call, now, &mut notices, &mut graveyard);
+        if decision.mode != Mode::Planned {
+            self.count(|c| &c.dense_steps, 1);
+        }
+
+        let runs_per_step = self.program.runs_per_step();
+        let place = decision.at.map_or(0, |(place, _)| place);
+        let situation = Situation {
+            program: &self.program,
+            mode: decision.mode,
+            step: place / runs_per_step,
+            branch: place % runs_per_step,
+            halves: self.program.batch_has_halves() && call.rows >= 2 && call.rows.is_multiple_of(2),
+            may_share: decision.may_share,
+        };
+        decision
+            .caches
+            .resize_with(self.program.layers(), LayerCaches::default);
+        let mut layers = Vec::with_capacity(self.program.layers());
+        for (layer, mut caches) in decision.caches.into_iter().enumerate() {
+            let (directive, loss) = situation.decide(layer, &mut caches);
+            self.count_layer(directive.work, directive.rows, loss);
+            layers.push((directive, caches));
+        }
+        if decision.mode == Mode::Planned && !situation.halves && self.program.batch_has_halves() {
+            let row = &self.program.plan().steps[situation.step];
+            if row.iter().any(|action| action.uses_halves()) {
+                notices.push(Notice::OddRows { rows: call.rows });
+            }
+        }
+
+        let run = Arc::new(Run::new(
+            self.process.new_ticket(),
+            Arc::clone(&self.process),
+            Arc::downgrade(self),
+            Arc::clone(&self.program),
+            situation.branch,
+            layers,
+            evict_before,
+            now,
+            Claim {
+                request: call.request,
+                title: decision.title,
+                at: decision.at,
+                signature: call.signature,
+                evidence: call.evidence,
+                end: call.end,
+                recapturing: decision.mode == Mode::Recapture,
+            },
+        ));
+        self.process.enter(&run);
+        inner.runs.insert(run.ticket[0], Arc::clone(&run));
+        if matches!(run.claim.title, Title::Owner)
+            && let Some(request) = inner.requests.get_mut(&call.request)
+        {
+            request.in_flight = Some(Arc::clone(&run));
+        }
+        drop(inner);
+        drop(graveyard);
+        if self.counters.over_budget.load(Ordering::Relaxed) > 0 {
+            notices.push(Notice::OverBudget);
+        }
+        notices.retain(|notice| {
+            self.noticed.fetch_or(notice.bit(), Ordering::Relaxed) & notice.bit() == 0
+        });
+        (run, notices)
+    }
+
+    fn decide(
+        &self,
+        inner: &mut Inner<T>,
+        call: &Call,
+        now: u64,
+        notices: &mut Vec<Notice>,
+        graveyard: &mut Vec<LayerCaches<T>>,
+    ) -> Decision<T> {
+        let unplanned = |notices: &mut Vec<Notice>| {
+            self.count(|c| &c.unplanned, 1);
+            notices.push(Notice::Unplanned);
+            Decision::dense()
+        };
+        let Some(value) = call.timestep.filter(|value| value.is_finite()) else {
+            return unplanned(notices);
+        };
+        self.make_room(inner, call.request, graveyard);
+        let request = inner
+            .requests
+            .entry(call.request)
+            .or_insert_with(|| Request::new(now));
+        request.last_used = now;
+
+        // Two runs of one step have the same latents; others cannot be the second run.
+        let second = match (&call.evidence, call.request) {
+            (Some(evidence), ANONYMOUS) => request.guard.same_step(evidence),
+            _ => true,
+        };
+        let Place::At(place) = self
+            .schedule
+            .locate(value, &request.trail, call.start, second)
+        else {
+            // Not of the generation at hand, but seen: a start over is recognised by what came before.
+            if self.program.plan().timesteps.is_none() {
+                request.trail.observe(value);
+            }
+            return unplanned(notices);
+        };
+        let at = Some((place, value));
+        let branch = place % self.program.runs_per_step();
+
+        if let Some(other) = request.in_flight.clone() {
+            if call.start && call.request != ANONYMOUS {
+                // The caller says that whatever ran under this id is over.
+                other.disown();
+                request.in_flight = None;
+            } else {
+                return self.collide(request, call, &other, place, value);
+            }
+        }
+        let due = request.trail.place.map(|last| last + 1);
+        let (next, branch_of_due) = self.due(request);
+
+        if call.request == ANONYMOUS {
+            let Some(evidence) = &call.evidence else {
+                self.count(|c| &c.contested, 1);
+                return Decision::dense();
+            };
+            let step = place / self.program.runs_per_step();
+            request.guard.watch(step, branch, evidence);
+            let over = match request.trail.place {
+                None => !request.guard.contested,
+                Some(last) => place <= last && !request.guard.contested,
+            };
+            let fresh = call.start || place == 0 || over || request.trail.first_place == Some(place);
+            if !fresh {
+                let same_shapes = request.signature[branch]
+                    .as_ref()
+                    .is_none_or(|signature| *signature == call.signature);
+                let served = !request.guard.contested
+                    && due == Some(place)
+                    && same_shapes
+                    && request.guard.continues(place, branch, evidence);
+                if !served {
+                    self.count(|c| &c.contested, 1);
+                    notices.push(Notice::Contested);
+                    if !request.guard.contested {
+                        request.guard.contest(next, branch_of_due);
+                        graveyard.append(&mut request.caches);
+                    }
+                    request.trail.observe(value);
+                    let goes_on = (place + 1 < self.program.runs()).then_some(place + 1);
+                    request.guard.note(place, goes_on, evidence);
+                    return Decision::dense();
+                }
+                let may_share = request.guard.knows(branch);
+                return self.go_on(request, at, branch, may_share);
+            }
+            request.guard.begin(next, branch_of_due);
+            return self.start(request, at, place, graveyard);
+        }
+
+        if call.start || place == 0 || request.trail.place.is_none() {
+            return self.start(request, at, place, graveyard);
+        }
+        let same_shapes = request.signature[branch]
+            .as_ref()
+            .is_none_or(|signature| *signature == call.signature);
+        if due != Some(place) || !same_shapes {
+            self.count(|c| &c.discontinuities, 1);
+            if !same_shapes {
+                self.count(|c| &c.shape_changes, 1);
+            }
+            return self.recapture(request, at, graveyard);
+        }
+        self.go_on(request, at, branch, true)
+    }
+
+    /// The place of the run that comes next, if any is left, and its branch.
+    fn due(&self, request: &Request<T>) -> (Option<usize>, usize) {
+        let due = request.trail.place.map(|last| last + 1);
+        let next = due.filter(|&due| due < self.program.runs());
+        (next, next.unwrap_or(0) % self.program.runs_per_step())
+    }
+
+    /// A generation begins, at the first step as planned, elsewhere with everything captured anew.
+    fn start(
+        &self,
+        request: &mut Request<T>,
+        at: Option<(usize, f64)>,
+        place: usize,
+        graveyard: &mut Vec<LayerCaches<T>>,
+    ) -> Decision<T> {
+        self.count(|c| &c.generations, 1);
+        request.trail = Trail::default();
+        request.signature = [None, None];
+        let mut decision = self.recapture(request, at, graveyard);
+        if place == 0 {
+            decision.mode = Mode::Planned;
+        }
+        decision
+    }
+
+    /// The caches are of no use: full attention everywhere, capturing what later steps read.
+    fn recapture(
+        &self,
+        request: &mut Request<T>,
+        at: Option<(usize, f64)>,
+        graveyard: &mut Vec<LayerCaches<T>>,
+    ) -> Decision<T> {
+        graveyard.append(&mut request.caches);
+        request.signature = [None, None];
+        Decision {
+            mode: Mode::Recapture,
+            title: Title::Owner,
+            at,
+            caches: Vec::new(),
+            may_share: true,
+        }
+    }
+
+    /// The step that is due.
+    fn go_on(
+        &self,
+        request: &mut Request<T>,
+        at: Option<(usize, f64)>,
+        branch: usize,
+        may_share: bool,
+    ) -> Decision<T> {
+        let recapturing = branch == 1 && request.recapturing;
+        Decision {
+            mode: if recapturing {
+                Mode::Recapture
+            } else {
+                Mode::Planned
+            },
+            title: Title::Owner,
+            at,
+            caches: request.take_caches(self.program.layers()),
+            may_share,
+        }
+    }
+
+    /// Another run of this request is in flight: this one is computed densely. Where its caches could be of use if
+    /// the other run turns out to be dead, it captures them.
+    fn collide(
+        &self,
+        request: &mut Request<T>,
+        call: &Call,
+        other: &Arc<Run<T>>,
+        place: usize,
+        value: f64,
+    ) -> Decision<T> {
+        self.count(|c| &c.collisions, 1);
+        if call.request == ANONYMOUS {
+            if let Some(evidence) = &call.evidence {
+                let goes_on = (place + 1 < self.program.runs()).then_some(place + 1);
+                request.guard.note(place, goes_on, evidence);
+            }
+            if place != 0 && !call.start {
+                return Decision::dense();
+            }
+        }
+        Decision {
+            mode: Mode::Recapture,
+            title: Title::Heir {
+                of: Arc::downgrade(other),
+                progress: other.progress(),
+            },
+            at: Some((place, value)),
+            caches: Vec::new(),
+            may_share: false,
+        }
+    }
+
+    /// All layers of `run` have finished.
+    pub(super) fn complete(&self, run: &Run<T>) {
+        let now = self.process.now();
+        let claim = &run.claim;
+        let mut graveyard = run.take_caches();
+        let mut inner = self.lock();
+        inner.runs.remove(&run.ticket[0]);
+        if let Some(request) = inner.requests.get_mut(&claim.request) {
+            let rightful = match &claim.title {
+                Title::Owner => request.owned_by(run),
+                Title::Heir { of, progress } => match (of.upgrade(), &request.in_flight) {
+                    (Some(other), Some(owner)) if Arc::ptr_eq(&other, owner) => {
+                        let dead = !other.is_finished() && other.progress() == *progress;
+                        if dead {
+                            other.disown();
+                            self.count(|c| &c.aborted, 1);
+                            let (next, branch) = self.due(request);
+                            request.guard.begin(next, branch);
+                            request.trail = Trail::default();
+                            request.signature = [None, None];
+                        }
+                        dead
+                    }
+                    _ => false,
+                },
+                Title::Nobody => false,
+            };
+            if rightful {
+                request.in_flight = None;
+                request.last_used = now;
+                request.recapturing = claim.recapturing;
+                std::mem::swap(&mut request.caches, &mut graveyard);
+                if let Some((place, value)) = claim.at {
+                    let branch = place % self.program.runs_per_step();
+                    request.trail.advance(place, value);
+                    request.signature[branch] = Some(claim.signature.clone());
+                    if let Some(evidence) = &claim.evidence {
+                        request.guard.advance(branch, evidence.clone());
+                    }
+                }
+            }
+            if claim.end && request.in_flight.is_none() {
+                if claim.request != ANONYMOUS {
+                    let removed = inner.requests.remove(&claim.request);
+                    graveyard.extend(removed.into_iter().flat_map(|request| request.caches));
+                } else if rightful {
+                    graveyard.append(&mut request.retire());
+                }
+            }
+        }
+        drop(inner);
+        drop(graveyard);
+    }
+
+    /// `run` will not finish.
+    pub(super) fn failed(&self, run: &Run<T>) {
+        let mut inner = self.lock();
+        if inner.runs.remove(&run.ticket[0]).is_none() {
+            return;
+        }
+        self.count(|c| &c.aborted, 1);
+        if let Some(request) = inner.requests.get_mut(&run.claim.request)
+            && request.owned_by(run)
+        {
+            request.in_flight = None;
+        }
+    }
+
+    /// Forgets requests that have been idle for too long and runs that are dead.
+    fn reclaim_idle(
+        &self,
+        inner: &mut Inner<T>,
+        now: u64,
+        graveyard: &mut Vec<LayerCaches<T>>,
+    ) {
+        let limit = self.process.limits.idle_ms;
+        let dead: Vec<i64> = inner
+            .runs
+            .iter()
+            .filter(|(_, run)| now.saturating_sub(run.touched()) > limit.max(DEAD_RUN_MS))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in dead {
+            self.process.forget(id);
+            if let Some(run) = inner.runs.remove(&id) {
+                self.count(|c| &c.aborted, 1);
+                run.disown();
+                for request in inner.requests.values_mut() {
+                    if request.owned_by(&run) {
+                        request.in_flight = None;
+                    }
+                }
+                graveyard.append(&mut run.take_caches());
+            }
+        }
+        inner.requests.retain(|id, request| {
+            let idle = now.saturating_sub(request.last_used) > limit;
+            if !idle || request.in_flight.is_some() || request.is_blank() {
+                return true;
+            }
+            self.count(|c| &c.idle_reclaims, 1);
+            graveyard.append(&mut request.retire());
+            request.guard.forget();
+            *id == ANONYMOUS
+        });
+    }
+
+    /// Makes room for the bookkeeping of one more request.
+    fn make_room(
+        &self,
+        inner: &mut Inner<T>,
+        coming: i64,
+        graveyard: &mut Vec<LayerCaches<T>>,
+    ) {
+        if inner.requests.len() < MAX_REQUESTS || inner.requests.contains_key(&coming) {
+            return;
+        }
+        let oldest = inner
+            .requests
+            .iter()
+            .filter(|(_, request)| request.in_flight.is_none())
+            .min_by_key(|(_, request)| request.last_used)
+            .map(|(id, _)| *id);
+        if let Some(mut request) = oldest.and_then(|id| inner.requests.remove(&id)) {
+            self.count(|c| &c.evictions, 1);
+            graveyard.append(&mut request.caches);
+        }
+    }
+
+    /// The request that caches something and was not used for the longest time: when that was, and its id.
+    pub(super) fn longest_idle(&self) -> Option<(u64, i64)> {
+        let inner = self.lock();
+        inner
+            .requests
+            .iter()
+            .filter(|(_, request)| request.in_flight.is_none() && holds_tensors(&request.caches))
+            .map(|(id, request)| (request.last_used, *id))
+            .min()
+    }
+
+    /// Drops what a request caches; false if a run has taken it meanwhile.
+    pub(super) fn evict(&self, id: i64) -> bool {
+        let mut inner = self.lock();
+        let Some(request) = inner.requests.get_mut(&id) else {
+            return false;
+        };
+        if request.in_flight.is_some() {
+            return false;
+        }
+        let caches = std::mem::take(&mut request.caches);
+        drop(inner);
+        self.count(|c| &c.evictions, 1);
+        holds_tensors(&caches)
+    }
+
+    /// Forgets all requests. Runs in flight keep what they hold until they finish, and then drop it.
+    pub fn clear(&self) {
+        let mut inner = self.lock();
+        for run in inner.runs.values() {
+            run.disown();
+        }
+        let requests = std::mem::take(&mut inner.requests);
+        drop(inner);
+        drop(requests);
+        self.counters.reset();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner<T>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, which: impl Fn(&Counters) -> &AtomicU64, by: u64) {
+        which(&self.counters).fetch_add(by, Ordering::Relaxed);
+        which(&self.process.counters).fetch_add(by, Ordering::Relaxed);
+    }
+
+    fn count_layer(&self, work: Work, rows: Rows, loss: Loss) {
+        match work {
+            Work::Full => self.count(|c| &c.layers_full, 1),
+            Work::Window => self.count(|c| &c.layers_window, 1),
+            Work::Reuse => self.count(|c| &c.layers_reused, 1),
+        }
+        if rows == Rows::Half {
+            self.count(|c| &c.layers_halved, 1);
+        }
+        if loss.missing {
+            self.count(|c| &c.misses, 1);
+        }
+        if loss.recompute {
+            self.count(|c| &c.recomputes, 1);
+        }
+    }
+}
+
+impl<T> Drop for Session<T> {
+    fn drop(&mut self) {
+        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for id in std::mem::take(&mut inner.runs).into_keys() {
+            self.process.forget(id);
+        }
+    }
+}
+
+fn holds_tensors<T>(caches: &[LayerCaches<T>]) -> bool {
+    caches.iter().any(|layer| {
+        layer.residual.iter().any(Option::is_some) || layer.output.iter().any(|o| !o.is_empty())
+    })
+}

@@ -1,0 +1,271 @@
+"""A tiny diffusion transformer as an ONNX graph with the five operators, and the same in numpy.
+
+The graph is what the rewriter makes of a model with L layers `x = x + attention(x)·(1 + t)`, in the smallest form.
+The numpy model follows the definition of the actions, not the library.
+"""
+
+import json
+import os
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+LIB = os.environ["DITFASTATTN_LIB"]
+DOMAIN = "ai.ditfastattn"
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+
+
+class Tiny:
+    """Weights and sizes; `core` lists the layers whose attention core only is replaced."""
+
+    def __init__(self, plan, tokens=24, heads=2, head_dim=8, dtype="float32", core=(), layouts=None, second_sigma=False):
+        self.plan = plan
+        self.layers = len(plan["steps"][0])
+        self.tokens, self.heads, self.head_dim = tokens, heads, head_dim
+        self.width = heads * head_dim
+        self.dtype = dtype
+        self.core = list(core)
+        self.second_sigma = second_sigma
+        rng = np.random.default_rng(7)
+        self.weights = [
+            {n: (rng.standard_normal((self.width, self.width)) * 0.6 / np.sqrt(self.width)).astype(dtype) for n in "qkvo"}
+            for _ in range(self.layers)
+        ]
+
+    # ---- the graph -------------------------------------------------------------------------------------------
+
+    def model(self, steps_attributes=None, batch="batch"):
+        el = TYPES[self.dtype]
+        init, nodes = [], []
+
+        def const(name, value):
+            init.append(numpy_helper.from_array(np.asarray(value), name))
+            return name
+
+        scalars = {
+            "dfa_request_id": np.zeros([1], np.int64),
+            "dfa_start": np.zeros([1], bool),
+            "dfa_end": np.zeros([1], bool),
+        }
+        inputs = [
+            helper.make_tensor_value_info("timestep", TensorProto.FLOAT, ["timesteps"]),
+            helper.make_tensor_value_info("latents", el, [batch, "tokens", self.width]),
+            helper.make_tensor_value_info("prompt", TensorProto.FLOAT, [batch, 3]),
+        ]
+        if self.second_sigma:
+            inputs.append(helper.make_tensor_value_info("sigma", TensorProto.FLOAT, [1]))
+        for name, value in scalars.items():
+            inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None))
+            const(name, value)
+        attributes = {"plan": json.dumps(self.plan), "layers": self.layers, "contract": 1}
+        if self.core:
+            attributes["core_layers"] = self.core
+        attributes.update(steps_attributes or {})
+        step_in = ["timestep", *scalars, "latents", "prompt"] + (["sigma"] if self.second_sigma else [])
+        nodes.append(
+            helper.make_node(
+                "DiTFastAttnStep", step_in, ["ticket"] + [f"skip_{i}" for i in range(self.layers)],
+                name="step", domain=DOMAIN, **attributes,
+            )
+        )
+        const("split", np.array([0, 0, self.heads, self.head_dim], np.int64))
+        const("join", np.array([0, 0, self.width], np.int64))
+        nodes += [
+            helper.make_node("ReduceMean", ["timestep"], ["t_mean"], keepdims=0),
+            helper.make_node("Constant", [], ["thousandth"], value_float=0.001),
+            helper.make_node("Mul", ["t_mean", "thousandth"], ["t_scaled"]),
+            helper.make_node("ReduceMean", ["prompt"], ["p_mean"], axes=[1], keepdims=1),
+            helper.make_node("Unsqueeze", ["p_mean", const("axis2", np.array([2], np.int64))], ["p_row"]),
+            helper.make_node("Add", ["t_scaled", "p_row"], ["shift32"]),
+            helper.make_node("Cast", ["shift32"], ["shift"], to=el),
+            helper.make_node("Add", ["latents", "shift"], ["x_0"]),
+        ]
+        for i in range(self.layers):
+            for n in "qkvo":
+                const(f"W{n}_{i}", self.weights[i][n])
+            core = i in self.core
+            body, x = [], f"x_{i}"
+            if not core:
+                body.append(helper.make_node("DiTFastAttnSelect", [x, "ticket"], [f"sel_{i}"], name=f"select_{i}", domain=DOMAIN, layer=i))
+                x = f"sel_{i}"
+            for n in "qkv":
+                body.append(helper.make_node("MatMul", [x, f"W{n}_{i}"], [f"{n}p_{i}"]))
+                body.append(helper.make_node("Reshape", [f"{n}p_{i}", "split"], [f"{n}_{i}"]))
+            # Three layouts: q as projected, k transposed for Q·Kᵀ, v with heads first.
+            body.append(helper.make_node("Transpose", [f"k_{i}"], [f"kt_{i}"], perm=[0, 2, 3, 1]))
+            body.append(helper.make_node("Transpose", [f"v_{i}"], [f"vt_{i}"], perm=[0, 2, 1, 3]))
+            body.append(
+                helper.make_node(
+                    "DiTFastAttn", [f"q_{i}", f"kt_{i}", f"vt_{i}", "ticket"], [f"o_{i}"], name=f"attention_{i}", domain=DOMAIN,
+                    layer=i, scale=0.0, form="core" if core else "module",
+                    q_layout="BSHD", k_layout="BHDS", v_layout="BHSD", o_layout="BSHD",
+                )
+            )
+            body.append(helper.make_node("Reshape", [f"o_{i}", "join"], [f"oj_{i}"]))
+            body.append(helper.make_node("MatMul", [f"oj_{i}", f"Wo_{i}"], [f"op_{i}"]))
+            out = helper.make_tensor_value_info
+            if core:
+                nodes += body
+                y = f"op_{i}"
+            else:
+                body.append(helper.make_node("DiTFastAttnShare", [f"op_{i}", "ticket"], [f"sh_{i}"], name=f"share_{i}", domain=DOMAIN, layer=i))
+                dims = [batch, "tokens", self.width]
+                other = helper.make_graph(body, f"compute_{i}", [], [out(f"sh_{i}", el, dims)])
+                then = helper.make_graph(
+                    [helper.make_node("DiTFastAttnReuse", [f"x_{i}", "ticket"], [f"re_{i}"], name=f"reuse_{i}", domain=DOMAIN, layer=i)],
+                    f"cached_{i}", [], [out(f"re_{i}", el, dims)],
+                )
+                nodes.append(helper.make_node("If", [f"skip_{i}"], [f"y_{i}"], then_branch=then, else_branch=other))
+                y = f"y_{i}"
+            nodes.append(helper.make_node("Add", [f"x_{i}", y], [f"x_{i + 1}"]))
+        nodes.append(helper.make_node("Identity", [f"x_{self.layers}"], ["out"]))
+        graph = helper.make_graph(
+            nodes, "tiny", inputs, [helper.make_tensor_value_info("out", el, [batch, "tokens", self.width])], init
+        )
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8
+        )
+
+    def session(self, threads=1, registrations=1, log_level=3, **kw):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = log_level
+        for _ in range(registrations):
+            options.register_custom_ops_library(LIB)
+        return ort.InferenceSession(self.model(**kw).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    # ---- the definition --------------------------------------------------------------------------------------
+
+    def client(self, prompt, seed=0, batch=2, session=None, **feeds):
+        return Client(self, prompt, seed, batch, session, feeds)
+
+
+class Client:
+    """One generation: latents that move, what the library should answer, and what dense attention answers."""
+
+    def __init__(self, tiny, prompt, seed, batch, session, feeds):
+        self.tiny, self.feeds, self.session = tiny, feeds, session
+        rng = np.random.default_rng(seed)
+        noise = rng.standard_normal((batch, tiny.tokens, tiny.width)).astype(tiny.dtype)
+        self.noise = np.broadcast_to(noise[:1], noise.shape).copy()
+        self.image = np.random.default_rng(99).standard_normal(noise.shape).astype(tiny.dtype)
+        self.prompt = (np.arange(batch * 3, dtype=np.float32).reshape(batch, 3) * 0.01 + prompt).astype(np.float32)
+        self.reference = Reference(tiny)
+
+    def latents(self, step):
+        part = 0.8 * step / len(self.tiny.plan["steps"])
+        return ((1 - part) * self.noise + part * self.image).astype(self.tiny.dtype)
+
+    def timestep(self, step):
+        listed = self.tiny.plan.get("timesteps")
+        return float(listed[step] if listed else 900 - 10 * step)
+
+    def inputs(self, step, **more):
+        feeds = {
+            "timestep": np.full([len(self.noise)], self.timestep(step), np.float32),
+            "latents": self.latents(step),
+            "prompt": self.prompt,
+            **self.feeds,
+            **more,
+        }
+        if self.tiny.second_sigma:
+            feeds.setdefault("sigma", np.array([1.0 - 0.05 * step], np.float32))
+        return feeds
+
+    def run(self, step, **more):
+        return self.session.run(None, self.inputs(step, **more))[0]
+
+    def planned(self, step):
+        """What the plan says, from what this client has computed so far. To be called for every step in order."""
+        return self.reference.run(step, self.latents(step), self.timestep(step), self.prompt)
+
+    def dense(self, step):
+        return Reference(self.tiny).run(step, self.latents(step), self.timestep(step), self.prompt, dense=True)
+
+
+class Reference:
+    """The actions as the plan format defines them, in float64 but for what is stored."""
+
+    def __init__(self, tiny):
+        self.tiny = tiny
+        self.residual, self.output = {}, {}
+
+    def run(self, step, latents, timestep, prompt, dense=False):
+        tiny = self.tiny
+        x = latents.astype(np.float64) + timestep * 0.001 + prompt.mean(1)[:, None, None]
+        for layer in range(tiny.layers):
+            action = "full" if dense else tiny.plan["steps"][step][layer]
+            x = x + self.layer(layer, action, x)
+        return x
+
+    def layer(self, layer, action, x):
+        tiny = self.tiny
+        rows, n = len(x), x.shape[1]
+        if action == "ast":
+            return self.output[layer]
+        cfg = tiny.plan.get("cfg", "none")
+        half = slice(0, rows // 2) if cfg == "cond-first" else slice(rows // 2, rows)
+        halved = "asc" in action and rows % 2 == 0
+        rows_now = half if halved else slice(0, rows)
+        q, k, v = (self.project(x[rows_now], layer, name) for name in "qkv")
+        window = max(1, int(np.floor(tiny.plan.get("window", 0.125) * n)))
+        i = np.arange(n)
+        band = np.abs(i[:, None] - i[None, :]) <= window
+        text = tiny.plan.get("text")
+        if text:
+            is_text = i < text["tokens"] if text["side"] == "start" else i >= n - text["tokens"]
+            image = n - text["tokens"]
+            window = max(1, int(np.floor(tiny.plan.get("window", 0.125) * image)))
+            band = (np.abs(i[:, None] - i[None, :]) <= window) | is_text[:, None] | is_text[None, :]
+        scores = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(tiny.head_dim)
+        windowed = attend(np.where(band, scores, -np.inf), v)
+        if action.startswith("wa-rs"):
+            o = windowed + self.residual[layer][rows_now]
+        else:
+            o = attend(scores, v)
+            r = o - windowed
+            self.residual[layer] = np.concatenate([r, r]) if halved else r
+        y = o.reshape(len(o), n, tiny.width) @ tiny.weights[layer]["o"].astype(np.float64)
+        if halved:
+            y = np.concatenate([y, y])
+        self.output[layer] = y
+        return y
+
+    def project(self, x, layer, name):
+        w = self.tiny.weights[layer][name].astype(np.float64)
+        return (x @ w).reshape(*x.shape[:2], self.tiny.heads, self.tiny.head_dim)
+
+
+def attend(scores, v):
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhij,bjhd->bihd", p / p.sum(-1, keepdims=True), v)
+
+
+def stats():
+    """The counters of this process."""
+    import ctypes
+
+    lib = ctypes.CDLL(LIB)
+    lib.ditfastattn_stats.restype = ctypes.c_size_t
+    lib.ditfastattn_stats.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    buffer = ctypes.create_string_buffer(lib.ditfastattn_stats(None, 0) + 64)
+    lib.ditfastattn_stats(buffer, len(buffer))
+    return json.loads(buffer.value)
+
+
+def reset():
+    import ctypes
+
+    ctypes.CDLL(LIB).ditfastattn_reset()
+
+
+def random_plan(seed, steps=8, layers=3, cfg="cond-first", timesteps=True):
+    rng = np.random.default_rng(seed)
+    actions = ["full", "ast", "wa-rs"] + (["asc", "wa-rs+asc"] if cfg != "none" else [])
+    rows = [["full"] * layers] + [[str(rng.choice(actions)) for _ in range(layers)] for _ in range(steps - 1)]
+    plan = {"format": "ditfastattn-plan", "version": 1, "cfg": cfg, "steps": rows}
+    if timesteps:
+        plan["timesteps"] = [float(999 - 100 * s) for s in range(steps)]
+    return plan
