@@ -1,7 +1,7 @@
 //! From a plan file to a [`Plan`]: every rule of the format, each with its place in the file.
 //!
 //! This module decides what is valid; nothing else in the project does. It must stay in step
-//! with the JSON Schema in `document`, which states the part that a schema can express.
+//! with the JSON Schema in `schema`, which states the part that a schema can express.
 
 use crate::plan::{Cfg, DEFAULT_WINDOW, Fingerprint, Plan, Side, TextTokens};
 use crate::source::{Source, Token, position};
