@@ -120,6 +120,7 @@ fn text_widens_the_band() {
     let plan = Plan::all_full(1, 1);
     assert_eq!(plan.half_width(1024 + 333, 333), 128);
     assert_eq!(plan.half_width(1024, 0), 128);
+    assert_eq!(plan.half_width(23, 0), 2);
     assert_eq!(plan.half_width(7, 0), 1);
     assert_eq!(plan.half_width(0, 9), 1);
 }

@@ -162,6 +162,10 @@ fn hostile_names_stay_text() {
     })
     .to_svg();
     assert!(!svg.contains("<script"));
+    assert!(
+        !svg.contains(['\u{1}', '\u{b}', '\u{1b}', '\u{fffe}']),
+        "XML 1.0 has no such characters"
+    );
     read(&svg);
     let endless = Plan {
         name: Some("W".repeat(1 << 20)),
