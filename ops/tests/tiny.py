@@ -49,6 +49,8 @@ class Tiny:
             "dfa_start": np.zeros([1], bool),
             "dfa_end": np.zeros([1], bool),
         }
+        # Fed with an index that does not exist, it makes the run fail after the step op and before the layers.
+        inputs_of_tests = {"trip": np.zeros([], np.int64)}
         inputs = [
             helper.make_tensor_value_info("timestep", TensorProto.FLOAT, ["timesteps"]),
             helper.make_tensor_value_info("latents", el, [batch, "tokens", self.width]),
@@ -56,7 +58,7 @@ class Tiny:
         ]
         if self.second_sigma:
             inputs.append(helper.make_tensor_value_info("sigma", TensorProto.FLOAT, [1]))
-        for name, value in scalars.items():
+        for name, value in {**scalars, **inputs_of_tests}.items():
             inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None))
             const(name, value)
         attributes = {"plan": json.dumps(self.plan), "layers": self.layers, "contract": 1}
@@ -79,8 +81,12 @@ class Tiny:
             helper.make_node("ReduceMean", ["prompt"], ["p_mean"], axes=[1], keepdims=1),
             helper.make_node("Unsqueeze", ["p_mean", const("axis2", np.array([2], np.int64))], ["p_row"]),
             helper.make_node("Add", ["t_scaled", "p_row"], ["shift32"]),
+            helper.make_node("Gather", ["ticket", "trip"], ["tripped"]),
+            helper.make_node("Sub", ["tripped", "tripped"], ["zero"]),
+            helper.make_node("Cast", ["zero"], ["nothing"], to=el),
             helper.make_node("Cast", ["shift32"], ["shift"], to=el),
-            helper.make_node("Add", ["latents", "shift"], ["x_0"]),
+            helper.make_node("Add", ["latents", "shift"], ["shifted"]),
+            helper.make_node("Add", ["shifted", "nothing"], ["x_0"]),
         ]
         for i in range(self.layers):
             for n in "qkvo":

@@ -256,6 +256,20 @@ impl<T: Cached> Run<T> {
         self.disowned.store(true, Ordering::Release);
     }
 
+    pub(super) fn is_disowned(&self) -> bool {
+        self.disowned.load(Ordering::Acquire)
+    }
+
+    /// Frees what this run, which seems dead, can do without if it is not: window attention without its residual is
+    /// computed in full. Cached outputs stay, since skipped regions cannot be computed.
+    pub(super) fn give_up_residuals(&self) -> Vec<Residual<T>> {
+        (0..self.layers.len())
+            .filter_map(|layer| self.layer(layer))
+            .flat_map(|mut layer| std::mem::take(&mut layer.caches.residual))
+            .flatten()
+            .collect()
+    }
+
     pub(super) fn progress(&self) -> usize {
         self.progress.load(Ordering::Acquire)
     }

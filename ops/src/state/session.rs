@@ -27,6 +27,9 @@ const MAX_REQUESTS: usize = 4096;
 /// A run in flight that has shown no sign of life for so long is dead, whatever the idle limit says.
 const DEAD_RUN_MS: u64 = 600_000;
 
+/// The same for a run whose request another run has taken over.
+const DEAD_DISOWNED_RUN_MS: u64 = 60_000;
+
 /// Everything the state machine wants to know of a run that begins.
 #[derive(Clone, Debug)]
 pub struct Call {
@@ -450,6 +453,7 @@ impl<T: Cached> Session<T> {
         let now = self.process.now();
         let claim = &run.claim;
         let mut graveyard = run.take_caches();
+        let mut others = Vec::new();
         let mut inner = self.lock();
         inner.runs.remove(&run.ticket[0]);
         if let Some(request) = inner.requests.get_mut(&claim.request) {
@@ -460,6 +464,7 @@ impl<T: Cached> Session<T> {
                         let dead = !other.is_finished() && other.progress() == *progress;
                         if dead {
                             other.disown();
+                            others.extend(other.give_up_residuals());
                             self.count(|c| &c.aborted, 1);
                             let (next, branch) = self.due(request);
                             request.guard.begin(next, branch);
@@ -496,7 +501,7 @@ impl<T: Cached> Session<T> {
             }
         }
         drop(inner);
-        drop(graveyard);
+        drop((graveyard, others));
     }
 
     /// `run` will not finish.
@@ -524,13 +529,23 @@ impl<T: Cached> Session<T> {
         let dead: Vec<i64> = inner
             .runs
             .iter()
-            .filter(|(_, run)| now.saturating_sub(run.touched()) > limit.max(DEAD_RUN_MS))
+            .filter(|(_, run)| {
+                let patience = if run.is_disowned() {
+                    DEAD_DISOWNED_RUN_MS
+                } else {
+                    limit.max(DEAD_RUN_MS)
+                };
+                now.saturating_sub(run.touched()) > patience
+            })
             .map(|(id, _)| *id)
             .collect();
         for id in dead {
             self.process.forget(id);
             if let Some(run) = inner.runs.remove(&id) {
-                self.count(|c| &c.aborted, 1);
+                // One that another run took over was counted then.
+                if !run.is_disowned() {
+                    self.count(|c| &c.aborted, 1);
+                }
                 run.disown();
                 for request in inner.requests.values_mut() {
                     if request.owned_by(&run) {
