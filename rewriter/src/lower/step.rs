@@ -57,8 +57,9 @@ pub fn build(
         if !names.claim(name) {
             return Err(LowerError::NameTaken { name: name.into() });
         }
-        // No shape: servers feed [], [1] or [1, 1], and a declared rank would refuse the others.
-        inputs.push(build::value_info(name, &Fact::of(ty, None)));
+        // Servers feed [], [1] or [1, 1]. ONNX Runtime checks no fed shape against a declared scalar, and the ONNX checker
+        // insists on a shape, so a scalar is the one declaration that all of them pass.
+        inputs.push(build::value_info(name, &Fact::of(ty, Some(vec![]))));
         if request == RequestInputs::Optional {
             let raw = vec![0; if ty == elem_type::INT64 { 8 } else { 1 }];
             let tensor = TensorProto {

@@ -503,35 +503,53 @@ fn reshape(c: &mut Context) -> Option<Fact> {
     };
     let total = Dim::product(&input)?;
     let resolve = |dims: &[Dim]| Some(total.over(&Dim::product(dims)?));
-    // A batch that the exporter baked into the target: the input's size still depends on the batch, the target's does not.
+    // A batch that the exporter baked into the target: the input's size still depends on the
+    // batch, the target's does not.
     let first = target.first().and_then(Dim::known);
+    let mut baked = false;
     if let (Some(batch), Some(first)) = (c.static_batch, first) {
         let rest = resolve(&dims)?;
         let misses_batch = rest.as_ref().is_some_and(|r| r.depends_on(BATCH));
-        if misses_batch && first > 0 && first % batch == 0 && inferred != Some(0) {
+        baked = misses_batch && first > 0 && first % batch == 0 && inferred != Some(0);
+        if baked {
             dims[0] = Dim::from(BATCH).times(&(first / batch).into())?;
-            let literal = |d: &Dim| d.known();
-            let mut repaired = target.iter().map(literal).collect::<Option<Vec<_>>>();
-            if let Some(repaired) = &mut repaired {
-                if inferred.is_none() {
-                    repaired[0] = -1;
-                } else if input.first() == Some(&dims[0]) && !allow_zero {
-                    repaired[0] = 0;
-                } else {
-                    repaired.clear();
-                }
-            }
-            c.repaired = repaired.filter(|r| !r.is_empty());
         }
     }
     if let Some(i) = inferred {
         dims[i] = resolve(&dims)??;
+    }
+    if baked {
+        c.repaired = without_batch(&target, &dims, input.first(), inferred, allow_zero);
     }
     Some(Fact {
         elem_type: ty,
         shape: Some(dims),
         value,
     })
+}
+
+/// The literal `target`, whose first size is the batch, rewritten for any batch: -1 there if every
+/// other size is known, else 0 (copy) if the input starts with it too.
+fn without_batch(
+    target: &[Dim],
+    dims: &[Dim],
+    input_first: Option<&Dim>,
+    inferred: Option<usize>,
+    allow_zero: bool,
+) -> Option<Vec<i64>> {
+    let mut literal = target.iter().map(Dim::known).collect::<Option<Vec<_>>>()?;
+    match inferred {
+        None => literal[0] = -1,
+        Some(i) => match dims[i].known() {
+            Some(size) => {
+                literal[i] = size;
+                literal[0] = -1;
+            }
+            None if !allow_zero && input_first == dims.first() => literal[0] = 0,
+            None => return None,
+        },
+    }
+    Some(literal)
 }
 
 fn transpose(c: &Context) -> Option<Fact> {
