@@ -441,3 +441,54 @@ impl Ahead {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bfloat16_rounds_like_the_half_crate() {
+        for high in 0..=u16::MAX {
+            for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(high) << 16 | low);
+                assert_eq!(
+                    round_bf16(x).to_bits(),
+                    bf16::from_f32(x).to_bits(),
+                    "{:08x}",
+                    x.to_bits()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn transposition_of_ragged_matrices() {
+        for rows in 0..10 {
+            for columns in 0..10 {
+                let (from_stride, to_stride) = (columns + 3, rows + 2);
+                let from: Vec<f32> = (0..rows * from_stride).map(|i| i as f32).collect();
+                let mut to = vec![-1f32; columns * to_stride];
+                // SAFETY: both matrices are inside their vectors.
+                unsafe {
+                    transpose(
+                        from.as_ptr(),
+                        from_stride as isize,
+                        to.as_mut_ptr(),
+                        to_stride as isize,
+                        rows,
+                        columns,
+                    );
+                }
+                for (at, &x) in to.iter().enumerate() {
+                    let (j, i) = (at / to_stride, at % to_stride);
+                    let want = if i < rows {
+                        from[i * from_stride + j]
+                    } else {
+                        -1.0
+                    };
+                    assert_eq!(x, want, "{rows} x {columns}: [{i}, {j}]");
+                }
+            }
+        }
+    }
+}

@@ -39,3 +39,37 @@ pub(crate) fn with<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
         Err(_) => f(&mut Scratch::default()),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_are_separate_and_aligned() {
+        let mut scratch = Scratch::default();
+        for lens in [[1, 0, 17], [40, 16, 3]] {
+            let cut = scratch.cut(lens);
+            for (i, slice) in cut.into_iter().enumerate() {
+                assert_eq!(slice.len(), lens[i]);
+                assert_eq!(slice.as_ptr() as usize % 64, 0);
+                slice.fill(i as f32);
+            }
+        }
+        let [a, b, c] = scratch.cut([40, 16, 3]);
+        assert!(
+            a.iter().all(|&x| x == 0.0)
+                && b.iter().all(|&x| x == 1.0)
+                && c.iter().all(|&x| x == 2.0)
+        );
+    }
+
+    #[test]
+    fn a_task_inside_a_task_gets_its_own() {
+        with(|outer| {
+            let [a] = outer.cut([4]);
+            a.fill(1.0);
+            with(|inner| inner.cut([4])[0].fill(2.0));
+            assert_eq!(a, [1.0; 4]);
+        });
+    }
+}

@@ -220,3 +220,100 @@ pub(crate) fn row(band: &Band, query: usize, tokens: usize) -> Range<usize> {
     let w = band.half_width;
     query.saturating_sub(w)..query.saturating_add(w).saturating_add(1).min(tokens)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Segments, masks and `touches` of every key block against the definition, pair by pair.
+    fn compare(band: Band, tokens: usize, lanes: usize, block: usize) {
+        for pass in [Pass::All, Pass::Inside(band), Pass::Outside(band)] {
+            let shown = |i: usize, j: usize| match pass {
+                Pass::All => true,
+                Pass::Inside(band) => band.sees(i, j, tokens),
+                Pass::Outside(band) => !band.sees(i, j, tokens),
+            };
+            for first in (0..tokens).step_by(32) {
+                let queries = first..tokens.min(first + 32);
+                let sight = Sight::new(pass, queries.clone(), tokens, lanes);
+                for keys in (0..tokens).step_by(block).map(|k| k..tokens.min(k + block)) {
+                    let mut segments = Vec::new();
+                    sight.segments(keys.clone(), &mut segments);
+                    assert_eq!(sight.touches(&keys), !segments.is_empty());
+                    for key in keys {
+                        for (v, start) in queries.clone().step_by(lanes).enumerate() {
+                            let rows = start..queries.end.min(start + lanes);
+                            let some = rows.clone().any(|i| shown(i, key));
+                            let every = rows.clone().all(|i| shown(i, key));
+                            let mut at = segments
+                                .iter()
+                                .filter(|s| s.keys.contains(&key) && s.vectors.contains(&v));
+                            let segment = at.next();
+                            assert!(at.next().is_none(), "key {key} twice for vector {v}");
+                            assert!(
+                                segment.is_some() || !some,
+                                "key {key} missing for vector {v}"
+                            );
+                            if let Some(s) = segment {
+                                // Nothing is worked on in vain, and what needs a mask gets one.
+                                assert!(some, "key {key} needless for vector {v}");
+                                assert!(every || s.masked >> v & 1 == 1);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn segments_are_what_the_band_lets_queries_see() {
+        for tokens in [1, 5, 16, 31, 32, 33, 70, 100] {
+            for half_width in [0, 1, 4, 15, 16, 40, usize::MAX] {
+                for text in [0, 1, 9, 31, 100] {
+                    for text_at_start in [false, true] {
+                        let band = Band {
+                            half_width,
+                            text: text.min(tokens),
+                            text_at_start,
+                        };
+                        compare(band, tokens, 8, 24);
+                        compare(band, tokens, 4, 7);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_the_band_without_text_columns() {
+        let band = Band {
+            half_width: 3,
+            text: 4,
+            text_at_start: true,
+        };
+        for i in 0..20 {
+            for j in 4..20 {
+                assert_eq!(
+                    row(&band, i, 20).contains(&j),
+                    band.sees(i, j, 20),
+                    "{i} {j}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_wide_block_is_one_segment() {
+        let sight = Sight::new(Pass::Inside(Band::new(500)), 1000..1064, 2000, 16);
+        let mut segments = Vec::new();
+        sight.segments(900..1000, &mut segments);
+        let all = Segment {
+            keys: 900..1000,
+            vectors: 0..4,
+            masked: 0,
+        };
+        assert_eq!(segments, [all]);
+        assert!(!sight.touches(&(300..500)) && !sight.touches(&(1564..1700)));
+    }
+}

@@ -1,0 +1,359 @@
+//! What holds between results: across pools, modes and steps, for odd sizes and for numbers that are not finite.
+
+mod common;
+
+use std::sync::Mutex;
+
+use common::*;
+use ditfastattn_kernels::*;
+use half::{bf16, f16};
+
+/// Runs tasks last to first.
+struct Backwards;
+
+impl Parallel for Backwards {
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).rev().for_each(task);
+    }
+}
+
+/// Counts tasks while running them.
+struct Counting(Mutex<usize>);
+
+impl Parallel for Counting {
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        *self.0.lock().unwrap() += tasks;
+        Sequential.run(tasks, task);
+    }
+}
+
+/// Whether two results are the same, bit for bit.
+fn same(x: &[f32], y: &[f32]) -> bool {
+    x.len() == y.len() && x.iter().zip(y).all(|(x, y)| x.to_bits() == y.to_bits())
+}
+
+#[test]
+fn results_do_not_depend_on_the_pool() {
+    for level in Level::available() {
+        for kind in KINDS {
+            let band = Band {
+                half_width: 20,
+                text: 7,
+                text_at_start: false,
+            };
+            let mut p = Problem::<f32>::new(kind, shape(2, 3, 300, 24), band, [Layout::Bshd; 4], 8);
+            let first = p.run(level, &Sequential);
+            for pool in [
+                &Backwards as &dyn Parallel,
+                &Threads(2),
+                &Threads(5),
+                &Threads(1000),
+            ] {
+                // A residual that is read was made before; one that is written is overwritten.
+                let again = p.run(level, pool);
+                assert!(same(&first.0, &again.0));
+                assert!(same(
+                    &first.1.clone().unwrap_or_default(),
+                    &again.1.unwrap_or_default()
+                ));
+            }
+        }
+    }
+}
+
+#[test]
+fn work_is_split_into_independent_tasks() {
+    let mut p = Problem::<f32>::new(
+        Kind::Full,
+        shape(2, 4, 256, 8),
+        Band::new(1),
+        [Layout::Bhsd; 4],
+        8,
+    );
+    let pool = Counting(Mutex::new(0));
+    p.run(Level::best(), &pool);
+    let tasks = pool.0.into_inner().unwrap();
+    assert!(
+        (8..=32).contains(&tasks),
+        "{tasks} tasks for 8 planes of 4 blocks"
+    );
+}
+
+/// R = O − W: adding the window back gives O again, within one rounding of each.
+fn capture_then_window<T: Element>(step: f32) {
+    for band in [
+        Band::new(31),
+        Band {
+            half_width: 25,
+            text: 40,
+            text_at_start: true,
+        },
+    ] {
+        for level in Level::available() {
+            let mut p = Problem::<T>::new(
+                Kind::Capture,
+                shape(1, 2, 250, 72),
+                band,
+                [Layout::Bshd; 4],
+                2,
+            );
+            let (full, residual) = p.run(level, &Sequential);
+            p.kind = Kind::Window;
+            let (window, _) = p.run(level, &Sequential);
+            p.kind = Kind::WindowResidual;
+            let (shared, _) = p.run(level, &Sequential);
+            p.kind = Kind::Full;
+            let (plain, _) = p.run(level, &Sequential);
+            let residual = residual.unwrap();
+            assert!(
+                residual.iter().any(|r| r.abs() > 0.01),
+                "a residual of nothing shows nothing"
+            );
+            for i in 0..full.len() {
+                let size = full[i]
+                    .abs()
+                    .max(window[i].abs())
+                    .max(residual[i].abs())
+                    .max(0.25);
+                assert!((window[i] + residual[i] - full[i]).abs() <= 2.0 * step * size);
+                assert!((shared[i] - full[i]).abs() <= 2.0 * step * size);
+                assert!((plain[i] - full[i]).abs() <= 2.0 * step * size);
+            }
+        }
+    }
+}
+
+#[test]
+fn window_and_residual_give_full_attention_float32() {
+    // Sums in another order differ by a few roundings.
+    capture_then_window::<f32>(8.0 * f32::EPSILON);
+}
+
+#[test]
+fn window_and_residual_give_full_attention_float16() {
+    capture_then_window::<f16>(1.0 / 1024.0);
+}
+
+#[test]
+fn window_and_residual_give_full_attention_bfloat16() {
+    capture_then_window::<bf16>(1.0 / 128.0);
+}
+
+#[test]
+fn a_band_over_everything_is_full_attention_without_residual() {
+    for band in [
+        Band::new(199),
+        Band {
+            half_width: 1,
+            text: 200,
+            text_at_start: true,
+        },
+    ] {
+        let mut p = Problem::<f32>::new(
+            Kind::Capture,
+            shape(1, 2, 200, 40),
+            band,
+            [Layout::Bhsd; 4],
+            2,
+        );
+        let (full, residual) = p.run(Level::best(), &Sequential);
+        p.kind = Kind::Window;
+        assert!(same(&full, &p.run(Level::best(), &Sequential).0));
+        assert!(residual.unwrap().iter().all(|&r| r == 0.0));
+    }
+}
+
+#[test]
+fn a_query_that_sees_one_key_returns_its_value() {
+    for level in Level::available() {
+        let mut p = Problem::<f32>::new(
+            Kind::Window,
+            shape(1, 1, 150, 20),
+            Band::new(0),
+            [Layout::Bhsd; 4],
+            1,
+        );
+        let (out, _) = p.run(level, &Sequential);
+        for (x, v) in out.iter().zip(p.v.values()) {
+            assert!((x - v).abs() <= 2.0 * f32::EPSILON * v.abs(), "{x} {v}");
+        }
+    }
+}
+
+#[test]
+fn gaps_between_elements_stay_untouched() {
+    for kind in KINDS {
+        let mut p =
+            Problem::<f32>::new(kind, shape(2, 2, 70, 9), Band::new(5), [Layout::Gaps; 4], 1);
+        let mut own = vec![false; p.out.data.len()];
+        for b in 0..2 {
+            for h in 0..2 {
+                for n in 0..70 {
+                    for c in 0..9 {
+                        own[p.out.at([b, h, n, c])] = true;
+                    }
+                }
+            }
+        }
+        for t in [&mut p.out, &mut p.residual] {
+            t.data
+                .iter_mut()
+                .zip(&own)
+                .filter(|(_, own)| !**own)
+                .for_each(|(x, _)| *x = 123.0);
+        }
+        p.run(Level::best(), &Threads(3));
+        for t in [&p.out, &p.residual] {
+            assert!(t.data.iter().zip(&own).all(|(x, own)| *own || *x == 123.0));
+        }
+    }
+}
+
+#[test]
+fn empty_tensors_are_no_work() {
+    let base = shape(2, 2, 4, 3);
+    let empty = [
+        Shape { batch: 0, ..base },
+        Shape {
+            heads: 0,
+            kv_heads: 0,
+            ..base
+        },
+        Shape {
+            q_tokens: 0,
+            kv_tokens: 0,
+            ..base
+        },
+        Shape { v_dim: 0, ..base },
+    ];
+    for s in empty {
+        for kind in KINDS {
+            let (out, _) = Problem::<f32>::new(kind, s, Band::new(1), [Layout::Bhsd; 4], 1)
+                .run(Level::best(), &Sequential);
+            assert!(out.is_empty());
+        }
+    }
+}
+
+#[test]
+fn no_keys_give_zeros_and_no_channels_give_the_mean() {
+    let s = Shape {
+        kv_tokens: 0,
+        ..shape(1, 2, 5, 3)
+    };
+    let (out, _) = Problem::<f32>::new(Kind::Full, s, Band::new(1), [Layout::Bhsd; 4], 1)
+        .run(Level::best(), &Sequential);
+    assert_eq!(out, [0.0; 30]);
+
+    let s = Shape {
+        head_dim: 0,
+        ..shape(1, 1, 4, 2)
+    };
+    let mut p = Problem::<f32>::new(Kind::Full, s, Band::new(1), [Layout::Bhsd; 4], 1);
+    p.v.data = vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+    assert_eq!(p.run(Level::best(), &Sequential).0, [4.0, 5.0].repeat(4));
+}
+
+/// Puts `bad` at one element of one input and compares which results are not finite with the definition.
+fn spoil(kind: Kind, band: Band, level: Level, bad: f32, which: usize, token: usize) {
+    let mut p = Problem::<f32>::new(kind, shape(1, 1, 200, 8), band, [Layout::Bhsd; 4], 3);
+    let t = match which {
+        0 => &mut p.q,
+        1 => &mut p.k,
+        _ => &mut p.v,
+    };
+    let at = t.at([0, 0, token, 5]);
+    t.data[at] = bad;
+    let want = p.oracle();
+    let got = p.run(level, &Sequential);
+    let compare = |got: &[f32], want: &[f64], what: &str| {
+        for (i, (x, y)) in got.iter().zip(want).enumerate() {
+            let same = (x.is_nan() && y.is_nan())
+                || f64::from(*x) == *y
+                || (x.is_finite() && y.is_finite() && (f64::from(*x) - y).abs() < 1e-4);
+            assert!(
+                same,
+                "{what} [{}, {}] is {x}, by definition {y}: {kind:?} {band:?} {level:?} {bad} in {which} at {token}",
+                i / 8,
+                i % 8
+            );
+        }
+    };
+    compare(&got.0, &want.out, "output");
+    if let (Some(got), Some(want)) = (&got.1, &want.residual) {
+        compare(got, want, "residual");
+    }
+}
+
+#[test]
+fn numbers_that_are_not_finite_go_where_they_go_by_definition() {
+    let text = Band {
+        half_width: 20,
+        text: 11,
+        text_at_start: false,
+    };
+    for level in Level::available() {
+        for kind in KINDS {
+            for band in [Band::new(20), text] {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    for which in 0..3 {
+                        for token in [0, 63, 64, 90, 130, 199] {
+                            spoil(kind, band, level, bad, which, token);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_of_nothing_but_minus_infinity_is_nan() {
+    for level in Level::available() {
+        let mut p = Problem::<f32>::new(
+            Kind::Full,
+            shape(1, 1, 130, 1),
+            Band::new(1),
+            [Layout::Bhsd; 4],
+            3,
+        );
+        p.k.data.fill(f32::NEG_INFINITY);
+        p.q.data.fill(1.0);
+        let (out, _) = p.run(level, &Sequential);
+        assert!(
+            out.iter().all(|x| x.is_nan()),
+            "−∞ − −∞ is NaN in the definition"
+        );
+    }
+}
+
+#[test]
+fn a_residual_that_is_read_may_be_the_output() {
+    // The product keeps residuals apart, but a raw caller may reuse memory: each block reads before it writes.
+    let mut p = Problem::<f32>::new(
+        Kind::WindowResidual,
+        shape(1, 2, 200, 24),
+        Band::new(9),
+        [Layout::Bhsd; 4],
+        3,
+    );
+    let want = p.run(Level::best(), &Sequential).0;
+    let mut both = p.residual.clone();
+    let data = both.data.as_mut_ptr().cast::<u8>();
+    let a = Attention {
+        shape: p.shape,
+        scale: p.scale,
+        q: p.q.input(),
+        k: p.k.input(),
+        v: p.v.input(),
+        // SAFETY: the tensor has the shape's elements; each is read and then written by the same task.
+        out: unsafe { Output::from_raw(data, DType::F32, both.strides) },
+        mode: Mode::Window {
+            band: p.band,
+            // SAFETY: as above.
+            residual: Some(unsafe { Input::from_raw(data, DType::F32, both.strides) }),
+        },
+    };
+    attention(&a, &Threads(2)).unwrap();
+    assert!(same(&want, &both.values()));
+}

@@ -1,0 +1,301 @@
+//! What the tests share: tensors in any layout, calls of every mode, and the yardstick they are held to.
+#![allow(dead_code)] // Each test file uses its part.
+
+use ditfastattn_kernels::*;
+
+/// How a tensor lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    Bhsd,
+    Bshd,
+    Bhds,
+    /// Nothing is 1 apart: every dimension has a gap after it.
+    Gaps,
+}
+
+pub const LAYOUTS: [Layout; 4] = [Layout::Bhsd, Layout::Bshd, Layout::Bhds, Layout::Gaps];
+
+impl Layout {
+    pub fn strides(self, [_, heads, tokens, channels]: [usize; 4]) -> Strides {
+        match self {
+            Layout::Bhsd => Strides::bhsd(heads, tokens, channels),
+            Layout::Bshd => Strides::bshd(heads, tokens, channels),
+            Layout::Bhds => Strides::bhds(heads, tokens, channels),
+            Layout::Gaps => {
+                let token = (2 * channels + 3) as isize;
+                let head = token * tokens as isize + 5;
+                Strides {
+                    batch: head * heads as isize + 7,
+                    head,
+                    token,
+                    channel: 2,
+                }
+            }
+        }
+    }
+}
+
+/// A tensor of `dims` (batch, heads, tokens, channels) in some layout.
+#[derive(Clone, Debug)]
+pub struct Tensor<T> {
+    pub dims: [usize; 4],
+    pub strides: Strides,
+    pub data: Vec<T>,
+}
+
+impl<T: Element> Tensor<T> {
+    pub fn new(dims: [usize; 4], layout: Layout, mut value: impl FnMut() -> f32) -> Self {
+        let strides = layout.strides(dims);
+        let mut t = Tensor {
+            dims,
+            strides,
+            data: Vec::new(),
+        };
+        let len = if dims.contains(&0) {
+            0
+        } else {
+            t.at(dims.map(|n| n - 1)) + 1
+        };
+        t.data = vec![T::from_f32(0.0); len];
+        t.for_each(|t, at| t.data[at] = T::from_f32(value()));
+        t
+    }
+
+    pub fn at(&self, [b, h, n, c]: [usize; 4]) -> usize {
+        let s = self.strides;
+        b * s.batch as usize + h * s.head as usize + n * s.token as usize + c * s.channel as usize
+    }
+
+    fn for_each(&mut self, mut f: impl FnMut(&mut Self, usize)) {
+        let [b, h, n, c] = self.dims;
+        for b in 0..b {
+            for h in 0..h {
+                for n in 0..n {
+                    for c in 0..c {
+                        let at = self.at([b, h, n, c]);
+                        f(self, at);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The values in the order (batch, head, token, channel).
+    pub fn values(&self) -> Vec<f32> {
+        let mut values = Vec::new();
+        self.clone()
+            .for_each(|t, at| values.push(t.data[at].to_f32()));
+        values
+    }
+
+    pub fn input(&self) -> Input<'_> {
+        Input::from_slice(&self.data, self.strides)
+    }
+
+    pub fn output(&mut self) -> Output<'_> {
+        Output::from_slice(&mut self.data, self.strides)
+    }
+}
+
+/// Numbers in −2..2, from a seed.
+pub fn noise(seed: u32) -> impl FnMut() -> f32 {
+    let mut x = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    move || {
+        x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (x >> 8) as f32 / (1 << 22) as f32 - 2.0
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Full,
+    Capture,
+    Window,
+    WindowResidual,
+}
+
+pub const KINDS: [Kind; 4] = [
+    Kind::Full,
+    Kind::Capture,
+    Kind::Window,
+    Kind::WindowResidual,
+];
+
+/// One call and the tensors it is about.
+#[derive(Clone, Debug)]
+pub struct Problem<T> {
+    pub kind: Kind,
+    pub shape: Shape,
+    pub scale: f32,
+    pub band: Band,
+    pub q: Tensor<T>,
+    pub k: Tensor<T>,
+    pub v: Tensor<T>,
+    pub out: Tensor<T>,
+    pub residual: Tensor<T>,
+}
+
+impl<T: Element> Problem<T> {
+    pub fn new(kind: Kind, shape: Shape, band: Band, layouts: [Layout; 4], seed: u32) -> Self {
+        let s = shape;
+        let mut x = noise(seed);
+        let o = [s.batch, s.heads, s.q_tokens, s.v_dim];
+        Problem {
+            kind,
+            shape,
+            scale: 1.0 / (s.head_dim.max(1) as f32).sqrt(),
+            band,
+            q: Tensor::new(
+                [s.batch, s.heads, s.q_tokens, s.head_dim],
+                layouts[0],
+                &mut x,
+            ),
+            k: Tensor::new(
+                [s.batch, s.kv_heads, s.kv_tokens, s.head_dim],
+                layouts[1],
+                &mut x,
+            ),
+            v: Tensor::new(
+                [s.batch, s.kv_heads, s.kv_tokens, s.v_dim],
+                layouts[2],
+                &mut x,
+            ),
+            out: Tensor::new(o, layouts[3], || -77.0),
+            residual: Tensor::new(o, layouts[3], &mut x),
+        }
+    }
+
+    /// Lends the problem as a call.
+    pub fn call<R>(&mut self, f: impl FnOnce(&Attention<'_>) -> R) -> R {
+        let band = self.band;
+        f(&Attention {
+            shape: self.shape,
+            scale: self.scale,
+            q: self.q.input(),
+            k: self.k.input(),
+            v: self.v.input(),
+            out: self.out.output(),
+            mode: match self.kind {
+                Kind::Full => Mode::Full,
+                Kind::Capture => Mode::FullCapture {
+                    band,
+                    residual: self.residual.output(),
+                },
+                Kind::Window => Mode::Window {
+                    band,
+                    residual: None,
+                },
+                Kind::WindowResidual => Mode::Window {
+                    band,
+                    residual: Some(self.residual.input()),
+                },
+            },
+        })
+    }
+
+    /// Output and, in captures, residual, in the order (batch, head, token, channel).
+    pub fn run(&mut self, level: Level, pool: &dyn Parallel) -> (Vec<f32>, Option<Vec<f32>>) {
+        self.call(|a| attention_at(a, pool, level))
+            .expect("a valid call");
+        let residual = (self.kind == Kind::Capture).then(|| self.residual.values());
+        (self.out.values(), residual)
+    }
+
+    pub fn oracle(&mut self) -> oracle::Answer {
+        self.call(oracle::attention).expect("a valid call")
+    }
+
+    /// The definition in float32, rounded to T at the end: what anybody would write first.
+    pub fn naive(&self) -> (Vec<f32>, Option<Vec<f32>>) {
+        let o = self.naive_over(|_, _| true);
+        let w = self.naive_over(|i, j| self.band.sees(i, j, self.shape.kv_tokens));
+        let round = |x: Vec<f32>| x.into_iter().map(|x| T::from_f32(x).to_f32()).collect();
+        let pairs = |x: &[f32], y: &[f32], f: fn(f32, f32) -> f32| {
+            x.iter().zip(y).map(|(x, y)| f(*x, *y)).collect()
+        };
+        match self.kind {
+            Kind::Full => (round(o), None),
+            Kind::Capture => {
+                let r = pairs(&o, &w, |o, w| o - w);
+                (round(o), Some(round(r)))
+            }
+            Kind::Window => (round(w), None),
+            Kind::WindowResidual => (
+                round(pairs(&w, &self.residual.values(), |w, r| w + r)),
+                None,
+            ),
+        }
+    }
+
+    fn naive_over(&self, sees: impl Fn(usize, usize) -> bool) -> Vec<f32> {
+        let s = self.shape;
+        let (q, k, v) = (self.q.values(), self.k.values(), self.v.values());
+        let mut out = Vec::new();
+        for row in 0..s.batch * s.heads * s.q_tokens {
+            let (plane, i) = (row / s.q_tokens, row % s.q_tokens);
+            let kv = plane / s.heads * s.kv_heads + plane % s.heads / (s.heads / s.kv_heads);
+            let keys: Vec<usize> = (0..s.kv_tokens).filter(|&j| sees(i, j)).collect();
+            let scores: Vec<f32> = keys
+                .iter()
+                .map(|j| {
+                    let k = &k[(kv * s.kv_tokens + j) * s.head_dim..][..s.head_dim];
+                    let q = &q[row * s.head_dim..][..s.head_dim];
+                    q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>() * self.scale
+                })
+                .collect();
+            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let p: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
+            let sum: f32 = p.iter().sum();
+            for c in 0..s.v_dim {
+                let dot: f32 = keys
+                    .iter()
+                    .zip(&p)
+                    .map(|(j, p)| p * v[(kv * s.kv_tokens + j) * s.v_dim + c])
+                    .sum();
+                out.push(if keys.is_empty() { 0.0 } else { dot / sum });
+            }
+        }
+        out
+    }
+}
+
+/// Largest and mean distance to the truth.
+pub fn errors(got: &[f32], want: &[f64]) -> (f64, f64) {
+    assert_eq!(got.len(), want.len());
+    let each = || got.iter().zip(want).map(|(x, y)| (f64::from(*x) - y).abs());
+    let max = each().fold(0.0, |a, b| {
+        if b.is_nan() {
+            f64::INFINITY
+        } else {
+            f64::max(a, b)
+        }
+    });
+    (max, each().sum::<f64>() / got.len().max(1) as f64)
+}
+
+/// The rule of flash attention's tests: at most twice the error of the naive implementation in the same dtype, plus
+/// a few roundings of a number near 1 where the naive one is lucky.
+pub fn assert_close<T: Element>(got: &[f32], naive: &[f32], want: &[f64], what: &str) {
+    let step = match T::DTYPE {
+        DType::F32 => 2f64.powi(-23),
+        DType::F16 => 2f64.powi(-11),
+        DType::BF16 => 2f64.powi(-8),
+    };
+    let ((max, mean), (naive_max, naive_mean)) = (errors(got, want), errors(naive, want));
+    assert!(
+        max <= 2.0 * naive_max + 4.0 * step && mean <= 2.0 * naive_mean + step,
+        "{what}: error {max:.2e} (mean {mean:.2e}), naive {naive_max:.2e} (mean {naive_mean:.2e})"
+    );
+}
+
+pub fn shape(batch: usize, heads: usize, tokens: usize, dim: usize) -> Shape {
+    Shape {
+        batch,
+        heads,
+        kv_heads: heads,
+        q_tokens: tokens,
+        kv_tokens: tokens,
+        head_dim: dim,
+        v_dim: dim,
+    }
+}
