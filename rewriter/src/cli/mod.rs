@@ -8,11 +8,15 @@ mod inspect;
 mod plot;
 mod rewrite;
 
+use crate::find::InputsError;
+use crate::onnx::write_atomically;
 pub use args::Cli;
 use args::Command;
+use bytes::Bytes;
 use clap::{CommandFactory, Parser};
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Why the command did not succeed, by exit code.
 #[derive(Debug)]
@@ -26,6 +30,26 @@ enum Failure {
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Self::Bad(error.into())
+    }
+}
+
+/// Set by Ctrl-C; looked at while writing.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Writes a result file, or removes what it had begun when Ctrl-C comes.
+fn write(path: &Path, pieces: &[Bytes]) -> Result<(), Failure> {
+    // Without a handler Ctrl-C still ends the program, only less tidily.
+    let _ = ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed));
+    Ok(write_atomically(path, pieces, &|| {
+        INTERRUPTED.load(Ordering::Relaxed)
+    })?)
+}
+
+/// Inputs that cannot be told apart are an answer; a name that does not exist is a mistake.
+fn inputs_failure(error: InputsError) -> Failure {
+    match error {
+        InputsError::NoSuchInput { .. } => Failure::Bad(error.into()),
+        _ => Failure::No(error.into()),
     }
 }
 

@@ -2,8 +2,7 @@
 
 use super::args::PlotArgs;
 use super::rewrite::refuse_existing;
-use super::{Failure, read_plan};
-use crate::onnx::write_atomically;
+use super::{Failure, read_plan, write};
 use ditfastattn_plans::HeatMap;
 
 pub fn run(args: &PlotArgs) -> Result<(), Failure> {
@@ -25,5 +24,5 @@ pub fn run(args: &PlotArgs) -> Result<(), Failure> {
         }
     };
     refuse_existing(&args.output, args.force)?;
-    Ok(write_atomically(&args.output, &[picture.into()])?)
+    write(&args.output, &[picture.into()])
 }

@@ -1,10 +1,10 @@
 //! `dfa-rewrite MODEL --plan PLAN`: read, find, lower, write.
 
 use super::args::RewriteArgs;
-use super::{Failure, print, read_plan};
+use super::{Failure, inputs_failure, print, read_plan, write};
 use crate::find::survey;
 use crate::lower::lower;
-use crate::onnx::{ModelFile, write_atomically};
+use crate::onnx::ModelFile;
 use crate::report::Report;
 use anyhow::anyhow;
 use std::path::{Path, PathBuf};
@@ -19,11 +19,11 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
     let model = ModelFile::open(path)?;
     let output = args.output.clone().unwrap_or_else(|| default_output(path));
     refuse_bad_output(&model, path, &output, args.force)?;
-    let survey = survey(&model.graph, &(&args.inputs).into()).map_err(|e| Failure::No(e.into()))?;
+    let survey = survey(&model.graph, &(&args.inputs).into()).map_err(inputs_failure)?;
     let lowered = lower(&model, &survey, &plan, args.request_inputs.into())
         .map_err(|e| Failure::No(e.into()))?;
     if !args.dry_run {
-        write_atomically(&output, &lowered.pieces)?;
+        write(&output, &lowered.pieces)?;
     }
     let mut report = Report::new(&model, &survey).with_plan(&plan, &survey);
     report.output = (!args.dry_run).then(|| output.display().to_string());
@@ -45,6 +45,16 @@ pub fn refuse_existing(output: &Path, force: bool) -> Result<(), Failure> {
         return Err(Failure::Bad(anyhow!(
             "the output {} is a folder, expected a file name",
             output.display()
+        )));
+    }
+    if let Some(folder) = output.parent()
+        && !folder.as_os_str().is_empty()
+        && !folder.is_dir()
+    {
+        return Err(Failure::Bad(anyhow!(
+            "the output {} cannot be written: its folder {} does not exist",
+            output.display(),
+            folder.display()
         )));
     }
     if output.exists() && !force {

@@ -40,7 +40,9 @@ pub enum LowerError {
         "nothing to rewrite: no self-attention layer of a diffusion transformer was found in {sites} attention site(s); `dfa-rewrite inspect` lists each with the reason"
     )]
     NothingToRewrite { sites: usize },
-    #[error("the plan does not fit: {key} is {plan} in the plan and {model} in the model")]
+    #[error(
+        "the plan does not fit: {key} is {plan} in the plan and {model} in the model; use a plan made for this model (`dfa-rewrite inspect` shows its layers)"
+    )]
     PlanDoesNotFit {
         key: &'static str,
         plan: usize,

@@ -21,7 +21,7 @@ const FIELD_FUNCTIONS: u32 = 25;
 /// Why a file could not be read as an ONNX model.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    #[error("cannot read the model {}: {source}", path.display())]
+    #[error("cannot read the model {}", path.display())]
     Io {
         path: PathBuf,
         source: std::io::Error,
@@ -32,7 +32,7 @@ pub enum ReadError {
 
 /// Why a model could not be written. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write {}: {source}", path.display())]
+#[error("cannot write {}", path.display())]
 pub struct WriteError {
     pub path: PathBuf,
     pub source: std::io::Error,
@@ -197,15 +197,24 @@ impl ModelFile {
     }
 }
 
-/// Writes `pieces` to `path` through a temporary file in the same folder: written, synced, renamed. An interrupted or
-/// failed write leaves `path` as it was; the temporary file is removed on every error.
+/// Bytes written between two looks at whether to go on.
+const CHUNK: usize = 8 << 20;
+
+/// Writes `pieces` to `path` through a temporary file in the same folder: written, synced, renamed.
+/// A failed write, or one that `interrupted` stops, leaves `path` as it was and no temporary file
+/// behind.
 ///
 /// # Errors
 /// Any I/O failure, naming `path`.
-pub fn write_atomically(path: &Path, pieces: &[Bytes]) -> Result<(), WriteError> {
-    let fail = |source| WriteError {
+pub fn write_atomically(
+    path: &Path,
+    pieces: &[Bytes],
+    interrupted: &dyn Fn() -> bool,
+) -> Result<(), WriteError> {
+    // The temporary file's own name in a message would only puzzle.
+    let fail = |source: std::io::Error| WriteError {
         path: path.into(),
-        source,
+        source: source.kind().into(),
     };
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
@@ -213,21 +222,45 @@ pub fn write_atomically(path: &Path, pieces: &[Bytes]) -> Result<(), WriteError>
     };
     let mut builder = tempfile::Builder::new();
     builder.prefix(".dfa-rewrite-").suffix(".tmp");
-    // A temporary file is private by default; the finished model gets what any new file of this user would get.
+    // A temporary file is private by default; the finished model gets what any new file of this
+    // user would get.
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     let mut file = builder.tempfile_in(folder).map_err(fail)?;
-    for piece in pieces {
-        file.write_all(piece).map_err(fail)?;
+    for chunk in pieces.iter().flat_map(|p| p.chunks(CHUNK)) {
+        if interrupted() {
+            return Err(fail(std::io::ErrorKind::Interrupted.into()));
+        }
+        file.write_all(chunk).map_err(fail)?;
     }
     file.as_file().sync_all().map_err(fail)?;
+    if interrupted() {
+        return Err(fail(std::io::ErrorKind::Interrupted.into()));
+    }
     file.persist(path).map_err(|e| fail(e.error))?;
-    // The rename itself is durable once the folder is synced; a file system that cannot sync folders is not an error.
+    // The rename itself is durable once the folder is synced; a file system that cannot sync
+    // folders is not an error.
     if let Ok(folder) = std::fs::File::open(folder) {
         let _ = folder.sync_all();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_write_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.onnx");
+        std::fs::write(&path, b"old").unwrap();
+        let error = write_atomically(&path, &[Bytes::from_static(b"new")], &|| true).unwrap_err();
+        assert_eq!(error.source.kind(), std::io::ErrorKind::Interrupted);
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
 }
