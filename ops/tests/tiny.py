@@ -38,7 +38,7 @@ class Tiny:
 
     def model(self, steps_attributes=None, batch="batch"):
         el = TYPES[self.dtype]
-        init, nodes = [], []
+        init, nodes, infos = [], [], []
 
         def const(name, value):
             init.append(numpy_helper.from_array(np.asarray(value), name))
@@ -112,13 +112,20 @@ class Tiny:
             body.append(helper.make_node("Reshape", [f"o_{i}", "join"], [f"oj_{i}"]))
             body.append(helper.make_node("MatMul", [f"oj_{i}", f"Wo_{i}"], [f"op_{i}"]))
             out = helper.make_tensor_value_info
+            # As the rewriter does: types and shapes of everything the operators make. A dimension that may be halved has
+            # a name of its own: hosts take equal names for equal sizes and reuse buffers by them.
+            known = [
+                out(f"sel_{i}", el, [f"rows_{i}", "tokens", self.width]),
+                out(f"o_{i}", el, [batch if core else f"rows_{i}", "tokens", self.heads, self.head_dim]),
+            ]
             if core:
                 nodes += body
+                infos.append(known[1])
                 y = f"op_{i}"
             else:
                 body.append(helper.make_node("DiTFastAttnShare", [f"op_{i}", "ticket"], [f"sh_{i}"], name=f"share_{i}", domain=DOMAIN, layer=i))
                 dims = [batch, "tokens", self.width]
-                other = helper.make_graph(body, f"compute_{i}", [], [out(f"sh_{i}", el, dims)])
+                other = helper.make_graph(body, f"compute_{i}", [], [out(f"sh_{i}", el, dims)], value_info=known)
                 then = helper.make_graph(
                     [helper.make_node("DiTFastAttnReuse", [f"x_{i}", "ticket"], [f"re_{i}"], name=f"reuse_{i}", domain=DOMAIN, layer=i)],
                     f"cached_{i}", [], [out(f"re_{i}", el, dims)],
@@ -128,7 +135,8 @@ class Tiny:
             nodes.append(helper.make_node("Add", [f"x_{i}", y], [f"x_{i + 1}"]))
         nodes.append(helper.make_node("Identity", [f"x_{self.layers}"], ["out"]))
         graph = helper.make_graph(
-            nodes, "tiny", inputs, [helper.make_tensor_value_info("out", el, [batch, "tokens", self.width])], init
+            nodes, "tiny", inputs, [helper.make_tensor_value_info("out", el, [batch, "tokens", self.width])], init,
+            value_info=infos,
         )
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8

@@ -95,12 +95,19 @@ impl<'a> Context<'a> {
     pub fn warn(&self, text: &str) {
         let mut logger: *const OrtLogger = std::ptr::null();
         // SAFETY: the context is live for `'a`.
-        let found = self.host.check(unsafe {
-            function!(self.host, KernelContext_GetLogger)(self.raw, &mut logger)
-        });
+        let found = self
+            .host
+            .check(unsafe { function!(self.host, KernelContext_GetLogger)(self.raw, &mut logger) });
         if found.is_ok() && !logger.is_null() {
             // SAFETY: the logger belongs to the running session.
-            unsafe { log(self.host, logger, OrtLoggingLevel::ORT_LOGGING_LEVEL_WARNING, text) };
+            unsafe {
+                log(
+                    self.host,
+                    logger,
+                    OrtLoggingLevel::ORT_LOGGING_LEVEL_WARNING,
+                    text,
+                )
+            };
         }
     }
 }
@@ -109,7 +116,12 @@ impl<'a> Context<'a> {
 ///
 /// # Safety
 /// `logger` is a live logger of `host`.
-pub(crate) unsafe fn log(host: &Host, logger: *const OrtLogger, level: OrtLoggingLevel, text: &str) {
+pub(crate) unsafe fn log(
+    host: &Host,
+    logger: *const OrtLogger,
+    level: OrtLoggingLevel,
+    text: &str,
+) {
     let text = std::ffi::CString::new(format!("ditfastattn: {}", text.replace('\0', " ")))
         .unwrap_or_default();
     // SAFETY: NUL-terminated strings; the caller vouches for the logger. `os_char` is `char` on Unix; on Windows the

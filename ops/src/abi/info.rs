@@ -164,6 +164,13 @@ impl Logger {
     /// Kernels own their logger and live inside the session that owns the log: ONNX Runtime destroys kernels first.
     pub fn info(&self, text: &str) {
         // SAFETY: the session, and with it the log, outlives its kernels.
-        unsafe { log(&self.host, self.raw, OrtLoggingLevel::ORT_LOGGING_LEVEL_INFO, text) };
+        unsafe {
+            log(
+                &self.host,
+                self.raw,
+                OrtLoggingLevel::ORT_LOGGING_LEVEL_INFO,
+                text,
+            )
+        };
     }
 }

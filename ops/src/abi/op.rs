@@ -139,12 +139,9 @@ const SAFE_INFERENCE_WITH_OPTIONALS: u32 = 24;
 impl Op {
     /// The operator `K` with the face `spec`, for `host`. Leaked: sessions keep pointers to it.
     pub(crate) fn leak<K: Kernel>(host: Host, spec: &'static Spec) -> &'static Op {
-        let has_optional = spec
-            .inputs
-            .iter()
-            .any(|port| port.arity == Arity::Optional);
-        let infers = spec.infer.is_some()
-            && (!has_optional || host.minor >= SAFE_INFERENCE_WITH_OPTIONALS);
+        let has_optional = spec.inputs.iter().any(|port| port.arity == Arity::Optional);
+        let infers =
+            spec.infer.is_some() && (!has_optional || host.minor >= SAFE_INFERENCE_WITH_OPTIONALS);
         Box::leak(Box::new(Op {
             raw: OrtCustomOp {
                 // The version of the fields that are filled here, not of the host.

@@ -75,41 +75,14 @@ impl<'a> InferContext<'a> {
             (!name.is_empty()).then(|| Dim::Name(name.into_owned()))
         });
         // Hosts report an unknown rank as rank 0; our ops have no scalar inputs whose shape would matter.
-        Ok(dims.collect::<Option<Vec<_>>>().filter(|dims| !dims.is_empty()))
-    }
-
-    /// An integer attribute; `None` if absent.
-    pub fn int(&self, name: &CStr) -> Option<i64> {
-        let mut value = 0i64;
-        self.attribute(
-            name,
-            OrtOpAttrType::ORT_OP_ATTR_INT,
-            std::ptr::from_mut(&mut value).cast(),
-            size_of::<i64>(),
-        )?;
-        Some(value)
+        Ok(dims
+            .collect::<Option<Vec<_>>>()
+            .filter(|dims| !dims.is_empty()))
     }
 
     /// A string attribute of at most 63 bytes; `None` if absent or longer.
     pub fn string(&self, name: &CStr) -> Option<String> {
         let mut buffer = [0u8; 64];
-        self.attribute(
-            name,
-            OrtOpAttrType::ORT_OP_ATTR_STRING,
-            buffer.as_mut_ptr().cast(),
-            buffer.len(),
-        )?;
-        let text = CStr::from_bytes_until_nul(&buffer).ok()?;
-        Some(text.to_str().ok()?.to_owned())
-    }
-
-    fn attribute(
-        &self,
-        name: &CStr,
-        kind: OrtOpAttrType,
-        out: *mut std::ffi::c_void,
-        len: usize,
-    ) -> Option<()> {
         let mut attribute: *const OrtOpAttr = std::ptr::null();
         // SAFETY: live context, NUL-terminated name.
         let found = self.host.check(unsafe {
@@ -123,14 +96,22 @@ impl<'a> InferContext<'a> {
             return None;
         }
         let mut needed = 0;
-        // SAFETY: `out` has `len` bytes; the host writes no more than that and fails if it would need to.
+        // SAFETY: the host writes no more than the buffer's length and fails if it would need to.
         let read = self.host.check(unsafe {
-            function!(self.host, ReadOpAttr)(attribute, kind, out, len, &mut needed)
+            function!(self.host, ReadOpAttr)(
+                attribute,
+                OrtOpAttrType::ORT_OP_ATTR_STRING,
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                &mut needed,
+            )
         });
-        read.ok()
+        read.ok()?;
+        let text = CStr::from_bytes_until_nul(&buffer).ok()?;
+        Some(text.to_str().ok()?.to_owned())
     }
 
-    /// Says that output `index` has this shape.
+    /// Says that output `index` has this shape. The node must have that output: older hosts abort otherwise.
     pub fn set_output(&self, index: usize, dims: &[Dim]) -> Result<(), Error> {
         let sizes: Vec<i64> = dims
             .iter()

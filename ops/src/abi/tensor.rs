@@ -218,10 +218,7 @@ struct Described {
 ///
 /// # Safety
 /// `value` is a live tensor of `host`.
-unsafe fn describe(
-    host: &Host,
-    value: *const OrtValue,
-) -> Result<Described, Error> {
+unsafe fn describe(host: &Host, value: *const OrtValue) -> Result<Described, Error> {
     let mut info: *mut OrtTensorTypeAndShapeInfo = std::ptr::null_mut();
     // SAFETY: a live tensor, and a place for the answer.
     host.check(unsafe { function!(host, GetTensorTypeAndShape)(value, &mut info) })?;
@@ -279,8 +276,7 @@ pub(crate) unsafe fn dims_and_element(
     let dims = dims
         .into_iter()
         .map(|dim| {
-            usize::try_from(dim)
-                .map_err(|_| Error::invalid(format!("a tensor dimension is {dim}")))
+            usize::try_from(dim).map_err(|_| Error::invalid(format!("a tensor dimension is {dim}")))
         })
         .collect::<Result<_, _>>()?;
     Ok((dims, ElementType::from_raw(element)))

@@ -175,18 +175,9 @@ impl<'a, T: Real> Operands<'a, T> {
             .unwrap_or(1);
         let q_heads = q_layout.heads(q.dims()).unwrap_or(kv_heads);
         let operands = Operands {
-            q: (
-                values(&q, "q")?,
-                q_layout.view(q.dims(), q_heads, "q")?,
-            ),
-            k: (
-                values(&k, "k")?,
-                k_layout.view(k.dims(), kv_heads, "k")?,
-            ),
-            v: (
-                values(&v, "v")?,
-                v_layout.view(v.dims(), kv_heads, "v")?,
-            ),
+            q: (values(&q, "q")?, q_layout.view(q.dims(), q_heads, "q")?),
+            k: (values(&k, "k")?, k_layout.view(k.dims(), kv_heads, "k")?),
+            v: (values(&v, "v")?, v_layout.view(v.dims(), kv_heads, "v")?),
         };
         let (q_view, k_view, v_view) = (operands.q.1, operands.k.1, operands.v.1);
         if q_view.batch != k_view.batch
@@ -354,7 +345,13 @@ impl<T: Real> Layer<'_, T> {
         }
     }
 
-    fn attention(&self, start: usize, rows: usize, out: &mut [T], mode: Mode<'_>) -> Result<(), Error> {
+    fn attention(
+        &self,
+        start: usize,
+        rows: usize,
+        out: &mut [T],
+        mode: Mode<'_>,
+    ) -> Result<(), Error> {
         let Operands { q, k, v } = &self.operands;
         let o = self.output_view()?;
         let shape = Shape {
@@ -404,7 +401,11 @@ impl<T: Real> Layer<'_, T> {
     }
 
     fn band(&self) -> Band {
-        band(self.run.program().plan(), self.op.text, self.operands.q.1.tokens)
+        band(
+            self.run.program().plan(),
+            self.op.text,
+            self.operands.q.1.tokens,
+        )
     }
 }
 
@@ -437,7 +438,8 @@ pub(super) fn infer(context: &InferContext<'_>) -> Result<(), Error> {
     let o_layout = layout(c"o_layout")?;
     let q_sizes = layout(c"q_layout")?.sizes(&q);
     let v_sizes = layout(c"v_layout")?.sizes(&v);
-    let (Some([batch, heads, tokens, _]), Some([_, v_heads, _, channels])) = (q_sizes, v_sizes) else {
+    let (Some([batch, heads, tokens, _]), Some([_, v_heads, _, channels])) = (q_sizes, v_sizes)
+    else {
         return Ok(());
     };
     // Folded heads would have to be divided or multiplied: left to the graph's own annotations.
@@ -452,10 +454,9 @@ pub(super) fn infer(context: &InferContext<'_>) -> Result<(), Error> {
         _ => None,
     };
     let folded = fold(b, h).map(Dim::Size);
-    let dims = o_layout.dims(
-        [b.clone(), h.clone(), s.clone(), d.clone()],
-        |_, _| folded.clone(),
-    );
+    let dims = o_layout.dims([b.clone(), h.clone(), s.clone(), d.clone()], |_, _| {
+        folded.clone()
+    });
     match dims {
         Some(dims) => context.set_output(0, &dims),
         None => Ok(()),

@@ -29,8 +29,11 @@ pub(super) fn layer_of(info: &Info<'_>) -> Result<usize, Error> {
     let layer = info
         .int("layer")
         .ok_or_else(|| Error::graph("the attribute `layer` (int) is missing"))?;
-    usize::try_from(layer)
-        .map_err(|_| Error::graph(format!("the attribute `layer` is {layer}, expected 0 or more")))
+    usize::try_from(layer).map_err(|_| {
+        Error::graph(format!(
+            "the attribute `layer` is {layer}, expected 0 or more"
+        ))
+    })
 }
 
 /// Which of the outputs of a layer's region a node stands for. Joint attention has two streams and so two sinks; the
@@ -44,7 +47,10 @@ pub(super) struct Sink {
 impl Sink {
     /// From the optional attributes `sink` (default 0) and `sinks` (default 1).
     pub fn of(info: &Info<'_>) -> Result<Sink, Error> {
-        let (index, count) = (info.int("sink").unwrap_or(0), info.int("sinks").unwrap_or(1));
+        let (index, count) = (
+            info.int("sink").unwrap_or(0),
+            info.int("sinks").unwrap_or(1),
+        );
         match (usize::try_from(index), usize::try_from(count)) {
             (Ok(index), Ok(count)) if index < count && count <= 16 => Ok(Sink { index, count }),
             _ => Err(Error::graph(format!(

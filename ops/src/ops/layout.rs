@@ -99,7 +99,11 @@ impl Layout {
     }
 
     /// The shape of a tensor in this layout. `fold` multiplies batch and heads for rank 3.
-    pub fn dims<N: Clone>(&self, [b, h, s, d]: [N; 4], fold: impl Fn(N, N) -> Option<N>) -> Option<Vec<N>> {
+    pub fn dims<N: Clone>(
+        &self,
+        [b, h, s, d]: [N; 4],
+        fold: impl Fn(N, N) -> Option<N>,
+    ) -> Option<Vec<N>> {
         let mut dims: Vec<(usize, N)> = vec![(self.axes[2], s), (self.axes[3], d)];
         if self.rank == 4 {
             dims.extend([(self.axes[0], b), (self.axes[1], h)]);
@@ -152,11 +156,7 @@ mod tests {
                 "{text}"
             );
             let layout = Layout::parse(text).expect("a valid layout");
-            assert_eq!(
-                layout.dims([2, 3, 5, 7], |_, _| None),
-                Some(dims),
-                "{text}"
-            );
+            assert_eq!(layout.dims([2, 3, 5, 7], |_, _| None), Some(dims), "{text}");
         }
     }
 

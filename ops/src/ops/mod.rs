@@ -93,7 +93,11 @@ typed! {
 pub(crate) fn all(host: Host) -> Vec<&'static Op> {
     let mut ops = vec![Op::leak::<step::Step>(host, &STEP)];
     ops.extend(SELECT.iter().map(|s| Op::leak::<select::Select>(host, s)));
-    ops.extend(ATTENTION.iter().map(|s| Op::leak::<attention::DiTFastAttn>(host, s)));
+    ops.extend(
+        ATTENTION
+            .iter()
+            .map(|s| Op::leak::<attention::DiTFastAttn>(host, s)),
+    );
     ops.extend(SHARE.iter().map(|s| Op::leak::<share::Share>(host, s)));
     ops.extend(REUSE.iter().map(|s| Op::leak::<reuse::Reuse>(host, s)));
     ops

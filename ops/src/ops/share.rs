@@ -93,7 +93,11 @@ pub(super) fn keep<T: Real>(
 }
 
 /// Writes a kept output for all rows. `to` has the shape [`rows_of_both`] of the kept one.
-pub(super) fn serve<T: Real>(context: &Context<'_>, kept: &CachedTensor, to: &mut [T]) -> Option<()> {
+pub(super) fn serve<T: Real>(
+    context: &Context<'_>,
+    kept: &CachedTensor,
+    to: &mut [T],
+) -> Option<()> {
     let from = kept.values::<T>()?;
     match kept.rows() {
         Rows::All => copy(context, from, to),

@@ -80,7 +80,11 @@ pub(super) struct Situation<'a> {
 
 impl Situation<'_> {
     /// What `layer` does. Moves the first run's tensors over if the second run takes them.
-    pub fn decide<T: Cached>(&self, layer: usize, caches: &mut LayerCaches<T>) -> (Directive, Loss) {
+    pub fn decide<T: Cached>(
+        &self,
+        layer: usize,
+        caches: &mut LayerCaches<T>,
+    ) -> (Directive, Loss) {
         let program = self.program;
         let planned = program.action(self.step, layer);
         if self.mode == Mode::Dense {
@@ -107,7 +111,10 @@ impl Situation<'_> {
         if second && planned.uses_halves() {
             if self.may_share && !caches.output[0].is_empty() {
                 caches.take_from_first(planned.is_full());
-                return (self.directive(layer, Work::Reuse, Rows::All), Loss::default());
+                return (
+                    self.directive(layer, Work::Reuse, Rows::All),
+                    Loss::default(),
+                );
             }
             // The first run's output is not there: this run computes its own.
             let has_residual = caches.residual[1].is_some();
@@ -148,7 +155,10 @@ impl Situation<'_> {
                     }
                     (directive, Loss::MISSING)
                 } else {
-                    (self.directive(layer, Work::Reuse, Rows::All), Loss::default())
+                    (
+                        self.directive(layer, Work::Reuse, Rows::All),
+                        Loss::default(),
+                    )
                 }
             }
         }

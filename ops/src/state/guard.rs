@@ -13,11 +13,20 @@ use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// Latents whose relative distance to the last ones is at least this do not continue them. Independent noise is at
 /// √2 ≈ 1.41; one step of a 10-step schedule moves about 0.13, a whole generation about 1.
-const CONTINUES: f64 = 0.9;
+pub(super) const CONTINUES: f64 = 0.9;
 
-/// Latents must be this much nearer to the slot's than to those of any other unfinished generation. Generations that
-/// differ only in their guidance scale stay near each other for some steps: they count as ambiguous.
-const CLEARLY_NEARER: f64 = 0.5;
+/// Generations that start from one image (image-to-image) resemble one another whatever their noise. For those the bound
+/// follows the schedule: a step over the part `p` of the range of timesteps moves latents by at most about 3.5·p (a
+/// linear β schedule, where it is steepest).
+pub(super) fn reach_of_step(part: f64) -> f64 {
+    (0.15 + 5.0 * part).min(CONTINUES)
+}
+
+/// Latents must be this much nearer to the slot's than to those of any other unfinished generation. One step moves all
+/// generations of a schedule the same way, from their noise toward their image; to pass for the next step of another
+/// one, two generations of one seed would have to differ along just that direction. Those that differ in their guidance
+/// scale stay near each other for some steps, and count as ambiguous.
+const CLEARLY_NEARER: f64 = 0.4;
 
 /// Latents of the two runs of one step under `cfg: separate` are the same tensor; this allows for a cast in between.
 const SAME: f64 = 1e-2;
@@ -128,7 +137,8 @@ impl Fingerprint {
         let (from, to) = (self.scalars.as_ref()?, next.scalars.as_ref()?);
         let mut moves = from.iter().zip(to).map(|(a, b)| b.partial_cmp(a));
         let first = moves.next()??;
-        (first.is_ne() && from.len() == to.len() && moves.all(|m| m == Some(first))).then_some(first)
+        (first.is_ne() && from.len() == to.len() && moves.all(|m| m == Some(first)))
+            .then_some(first)
     }
 }
 
@@ -216,9 +226,20 @@ struct Strand {
     latents: Sketch,
 }
 
+impl Strand {
+    /// Whether its generation may have a run at `place` (`None`: anywhere). Generations go forward, but not every run of
+    /// theirs need have come by here.
+    fn may_reach(&self, place: Option<usize>) -> bool {
+        place.is_none_or(|place| self.due <= place)
+    }
+}
+
 /// What is remembered about anonymous runs, besides the caches.
 #[derive(Debug, Default)]
 pub(super) struct Guard {
+    /// Steps have two runs with conditioning of their own. That of one says nothing about the other, so generations
+    /// that are not in the slot are told apart by their latents only.
+    two_branches: bool,
     /// Two generations were seen at once: nothing is served until one starts anew.
     pub contested: bool,
     /// Of the slot's generation, per branch, from its last completed run.
@@ -239,6 +260,13 @@ struct Watch {
 }
 
 impl Guard {
+    pub fn new(two_branches: bool) -> Self {
+        Guard {
+            two_branches,
+            ..Guard::default()
+        }
+    }
+
     /// The slot's generation ends here and another begins. If it has runs to come, `due` is the next one's place.
     pub fn begin(&mut self, due: Option<usize>, branch_of_due: usize) {
         if let (false, Some(due), Some(latents)) = (self.contested, due, self.latents.take()) {
@@ -257,6 +285,7 @@ impl Guard {
     /// Nobody has come by for long: everything but what was learnt of the model is forgotten.
     pub fn forget(&mut self) {
         *self = Guard {
+            two_branches: self.two_branches,
             learnt: std::mem::take(&mut self.learnt),
             ..Guard::default()
         };
@@ -274,19 +303,25 @@ impl Guard {
         self.latents = Some(evidence.latents);
     }
 
-    /// A run at `place` that was not served has come by. Its generation goes on at `due`, if at all.
-    pub fn note(&mut self, place: usize, due: Option<usize>, evidence: &Evidence) {
-        let known = self
+    /// A run that was not served has come by, at `place` if that is certain. Its generation goes on at `due`, if at all.
+    pub fn note(&mut self, place: Option<usize>, due: Option<usize>, evidence: &Evidence) {
+        let mut near: Vec<(usize, f64)> = self
             .strands
             .iter()
             .enumerate()
-            .filter(|(_, strand)| strand.due == place)
+            .filter(|(_, strand)| strand.may_reach(place))
             .filter(|(_, strand)| self.fits(strand.conditioning.as_deref(), evidence))
             .map(|(i, strand)| (i, strand.latents.distance(&evidence.latents)))
             .filter(|(_, distance)| *distance < CONTINUES)
-            .min_by(|a, b| a.1.total_cmp(&b.1));
-        if let Some((index, _)) = known {
-            self.strands.remove(index);
+            .collect();
+        near.sort_by(|a, b| a.1.total_cmp(&b.1));
+        // The strand that it clearly continues is no longer where it was. In doubt both stay.
+        match near[..] {
+            [(index, _)] => drop(self.strands.remove(index)),
+            [(index, nearest), (_, next), ..] if nearest < CLEARLY_NEARER * next => {
+                drop(self.strands.remove(index));
+            }
+            _ => {}
         }
         if let Some(due) = due {
             self.remember(Strand {
@@ -297,15 +332,25 @@ impl Guard {
         }
     }
 
-    fn remember(&mut self, strand: Strand) {
+    fn remember(&mut self, mut strand: Strand) {
+        if self.two_branches {
+            strand.conditioning = None;
+        }
         if self.strands.len() == STRANDS {
             self.strands.pop_front();
         }
         self.strands.push_back(strand);
     }
 
-    /// Whether the run at `place` continues the slot's generation and no other.
-    pub fn continues(&self, place: usize, branch: usize, evidence: &Evidence) -> bool {
+    /// Whether a run of `branch` continues the slot's generation and no other. Others are told apart by their place
+    /// too, if places are certain. `reach` bounds how far the latents may have moved.
+    pub fn continues(
+        &self,
+        place: Option<usize>,
+        branch: usize,
+        reach: f64,
+        evidence: &Evidence,
+    ) -> bool {
         let Some(latents) = &self.latents else {
             return false;
         };
@@ -320,13 +365,13 @@ impl Guard {
             return false;
         }
         let own = latents.distance(&evidence.latents);
-        own < CONTINUES
+        own < reach
             && self
                 .strands
                 .iter()
-                .filter(|strand| strand.due == place)
+                .filter(|strand| strand.may_reach(place))
                 .filter(|strand| self.fits(strand.conditioning.as_deref(), evidence))
-                // The same generation, started once more with the same seed: its caches would be the same.
+                // One that stands exactly where the slot stands would find the same caches.
                 .filter(|strand| !strand.latents.identical(latents))
                 .all(|strand| own < CLEARLY_NEARER * strand.latents.distance(&evidence.latents))
     }
@@ -422,7 +467,8 @@ mod tests {
     }
 
     fn evidence_of(latents: &[f32], conditioning: &[Vec<f32>], rows: usize) -> Evidence {
-        let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+        let bytes =
+            |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
         let latent_bytes = bytes(latents);
         let conditioning_bytes: Vec<Vec<u8>> = conditioning.iter().map(|c| bytes(c)).collect();
         let feeds: Vec<Feed<'_>> = conditioning
@@ -460,18 +506,18 @@ mod tests {
         let prompt = vec![noise(4, 64)];
         let guard = slot(evidence_of(&a, &prompt, 2));
         let next = toward(&a, &image, 0.1);
-        assert!(guard.continues(1, 0, &evidence_of(&next, &prompt, 2)));
-        assert!(!guard.continues(1, 0, &evidence_of(&b, &prompt, 2)));
+        assert!(guard.continues(Some(1), 0, CONTINUES, &evidence_of(&next, &prompt, 2)));
+        assert!(!guard.continues(Some(1), 0, CONTINUES, &evidence_of(&b, &prompt, 2)));
     }
 
     #[test]
     fn another_prompt_is_another_generation() {
         let a = noise(1, 5000);
         let guard = slot(evidence_of(&a, &[noise(4, 64)], 2));
-        assert!(!guard.continues(1, 0, &evidence_of(&a, &[noise(5, 64)], 2)));
+        assert!(!guard.continues(Some(1), 0, CONTINUES, &evidence_of(&a, &[noise(5, 64)], 2)));
         let mut changed = noise(4, 64);
         changed[63] += 1e-6;
-        assert!(!guard.continues(1, 0, &evidence_of(&a, &[changed], 2)));
+        assert!(!guard.continues(Some(1), 0, CONTINUES, &evidence_of(&a, &[changed], 2)));
     }
 
     #[test]
@@ -483,8 +529,18 @@ mod tests {
         let mut guard = slot(evidence_of(&one, &[], 2));
         guard.begin(Some(2), 0);
         guard.advance(0, evidence_of(&two, &[], 2));
-        assert!(!guard.continues(2, 0, &evidence_of(&toward(&one, &image, 0.1), &[], 2)));
-        assert!(!guard.continues(2, 0, &evidence_of(&toward(&two, &image, 0.1), &[], 2)));
+        assert!(!guard.continues(
+            Some(2),
+            0,
+            CONTINUES,
+            &evidence_of(&toward(&one, &image, 0.1), &[], 2)
+        ));
+        assert!(!guard.continues(
+            Some(2),
+            0,
+            CONTINUES,
+            &evidence_of(&toward(&two, &image, 0.1), &[], 2)
+        ));
     }
 
     #[test]
@@ -493,8 +549,18 @@ mod tests {
         let mut guard = slot(evidence_of(&a, &[], 2));
         guard.begin(Some(1), 0);
         guard.advance(0, evidence_of(&b, &[], 2));
-        assert!(guard.continues(1, 0, &evidence_of(&toward(&b, &image, 0.1), &[], 2)));
-        assert!(!guard.continues(1, 0, &evidence_of(&toward(&a, &image, 0.1), &[], 2)));
+        assert!(guard.continues(
+            Some(1),
+            0,
+            CONTINUES,
+            &evidence_of(&toward(&b, &image, 0.1), &[], 2)
+        ));
+        assert!(!guard.continues(
+            Some(1),
+            0,
+            CONTINUES,
+            &evidence_of(&toward(&a, &image, 0.1), &[], 2)
+        ));
     }
 
     #[test]
@@ -503,7 +569,12 @@ mod tests {
         let mut guard = slot(evidence_of(&a, &[], 2));
         guard.begin(Some(1), 0);
         guard.advance(0, evidence_of(&a, &[], 2));
-        assert!(guard.continues(1, 0, &evidence_of(&toward(&a, &image, 0.1), &[], 2)));
+        assert!(guard.continues(
+            Some(1),
+            0,
+            CONTINUES,
+            &evidence_of(&toward(&a, &image, 0.1), &[], 2)
+        ));
     }
 
     #[test]
@@ -512,31 +583,38 @@ mod tests {
         let mut broken = a.clone();
         broken[0] = f32::NAN;
         let guard = slot(evidence_of(&a, &[], 2));
-        assert!(!guard.continues(1, 0, &evidence_of(&broken, &[], 2)));
+        assert!(!guard.continues(Some(1), 0, CONTINUES, &evidence_of(&broken, &[], 2)));
         let mut strings = evidence_of(&a, &[], 2);
         strings.conditioning.push(Fingerprint {
             digest: None,
             scalars: None,
         });
         let guard = slot(strings.clone());
-        assert!(!guard.continues(1, 0, &strings));
+        assert!(!guard.continues(Some(1), 0, CONTINUES, &strings));
     }
 
     #[test]
     fn a_second_sigma_is_learnt_after_two_changes() {
         let (a, image) = (noise(1, 5000), noise(3, 5000));
         let at = |step: usize, sigma: f32| {
-            evidence_of(&toward(&a, &image, 0.1 * step as f32), &[vec![sigma, sigma]], 2)
+            evidence_of(
+                &toward(&a, &image, 0.1 * step as f32),
+                &[vec![sigma, sigma]],
+                2,
+            )
         };
         let mut guard = Guard::default();
         guard.watch(0, 0, &at(0, 1.0));
         guard.watch(1, 0, &at(1, 0.9));
         let mut fresh = slot(at(0, 1.0));
         fresh.learnt = guard.learnt.clone();
-        assert!(!fresh.continues(1, 0, &at(1, 0.9)), "one change is not enough");
+        assert!(
+            !fresh.continues(Some(1), 0, CONTINUES, &at(1, 0.9)),
+            "one change is not enough"
+        );
         guard.watch(2, 0, &at(2, 0.8));
         fresh.learnt = guard.learnt.clone();
-        assert!(fresh.continues(1, 0, &at(1, 0.9)));
+        assert!(fresh.continues(Some(1), 0, CONTINUES, &at(1, 0.9)));
     }
 
     #[test]

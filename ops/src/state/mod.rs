@@ -27,6 +27,8 @@ mod request;
 mod run;
 mod schedule;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use budget::Lease;
 pub use caches::Residual;

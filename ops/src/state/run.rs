@@ -57,10 +57,7 @@ pub(super) enum Title<T> {
     /// It took them from its request and gives them back.
     Owner,
     /// Another run was in flight. If that one turns out to be dead, this run's caches become the request's.
-    Heir {
-        of: Weak<Run<T>>,
-        progress: usize,
-    },
+    Heir { of: Weak<Run<T>>, progress: usize },
     /// It has none.
     Nobody,
 }
@@ -238,9 +235,7 @@ impl<T: Cached> Run<T> {
             return None;
         }
         let now = self.touched.load(Ordering::Relaxed);
-        let lease = self
-            .process
-            .reserve(bytes as u64, self.evict_before, now);
+        let lease = self.process.reserve(bytes as u64, self.evict_before, now);
         if lease.is_none() {
             self.count(|c| &c.over_budget, 1);
         }

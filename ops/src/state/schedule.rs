@@ -283,10 +283,7 @@ mod tests {
     #[test]
     fn without_a_list_a_missing_second_run_does_not_shift_the_rest() {
         let s = Schedule::new(None, 3, 2);
-        assert_eq!(
-            walk(&s, &[9.0, 9.0, 8.0, 7.0, 7.0]),
-            at(&[0, 1, 2, 4, 5])
-        );
+        assert_eq!(walk(&s, &[9.0, 9.0, 8.0, 7.0, 7.0]), at(&[0, 1, 2, 4, 5]));
     }
 
     proptest! {

@@ -10,7 +10,7 @@ use super::Cached;
 use super::caches::LayerCaches;
 use super::counters::Counters;
 use super::directive::{Loss, Mode, Rows, Situation, Work};
-use super::guard::Evidence;
+use super::guard::{CONTINUES, Evidence, reach_of_step};
 use super::process::Process;
 use super::program::Program;
 use super::request::Request;
@@ -42,7 +42,8 @@ pub struct Call {
     /// Rows of the batch.
     pub rows: usize,
     pub signature: Signature,
-    /// Needed if `request` is 0; without it an anonymous run is never served from a cache.
+    /// Needed if `request` is 0: without it an anonymous run is never served from a cache. Of use with
+    /// `cfg: separate` too, where it tells the second run of a step from another first one.
     pub evidence: Option<Evidence>,
 }
 
@@ -155,6 +156,11 @@ impl<T: Cached> Session<T> {
         session
     }
 
+    /// Whether [`Call::evidence`] is of use even if the run has a request id.
+    pub fn needs_evidence(&self) -> bool {
+        self.program.runs_per_step() > 1
+    }
+
     /// Requests that the session remembers.
     pub fn live_requests(&self) -> usize {
         let inner = self.lock();
@@ -187,7 +193,9 @@ impl<T: Cached> Session<T> {
             mode: decision.mode,
             step: place / runs_per_step,
             branch: place % runs_per_step,
-            halves: self.program.batch_has_halves() && call.rows >= 2 && call.rows.is_multiple_of(2),
+            halves: self.program.batch_has_halves()
+                && call.rows >= 2
+                && call.rows.is_multiple_of(2),
             may_share: decision.may_share,
         };
         decision
@@ -263,14 +271,14 @@ impl<T: Cached> Session<T> {
         let request = inner
             .requests
             .entry(call.request)
-            .or_insert_with(|| Request::new(now));
+            .or_insert_with(|| Request::new(now, self.program.runs_per_step() > 1));
         request.last_used = now;
 
         // Two runs of one step have the same latents; others cannot be the second run.
-        let second = match (&call.evidence, call.request) {
-            (Some(evidence), ANONYMOUS) => request.guard.same_step(evidence),
-            _ => true,
-        };
+        let second = call
+            .evidence
+            .as_ref()
+            .is_none_or(|evidence| request.guard.same_step(evidence));
         let Place::At(place) = self
             .schedule
             .locate(value, &request.trail, call.start, second)
@@ -307,7 +315,8 @@ impl<T: Cached> Session<T> {
                 None => !request.guard.contested,
                 Some(last) => place <= last && !request.guard.contested,
             };
-            let fresh = call.start || place == 0 || over || request.trail.first_place == Some(place);
+            let fresh =
+                call.start || place == 0 || over || request.trail.first_place == Some(place);
             if !fresh {
                 let same_shapes = request.signature[branch]
                     .as_ref()
@@ -315,7 +324,12 @@ impl<T: Cached> Session<T> {
                 let served = !request.guard.contested
                     && due == Some(place)
                     && same_shapes
-                    && request.guard.continues(place, branch, evidence);
+                    && request.guard.continues(
+                        self.certain(place),
+                        branch,
+                        self.reach(request, place),
+                        evidence,
+                    );
                 if !served {
                     self.count(|c| &c.contested, 1);
                     notices.push(Notice::Contested);
@@ -324,8 +338,7 @@ impl<T: Cached> Session<T> {
                         graveyard.append(&mut request.caches);
                     }
                     request.trail.observe(value);
-                    let goes_on = (place + 1 < self.program.runs()).then_some(place + 1);
-                    request.guard.note(place, goes_on, evidence);
+                    self.note(request, place, evidence);
                     return Decision::dense();
                 }
                 let may_share = request.guard.knows(branch);
@@ -349,6 +362,36 @@ impl<T: Cached> Session<T> {
             return self.recapture(request, at, graveyard);
         }
         self.go_on(request, at, branch, true)
+    }
+
+    /// `place`, if it follows from the timestep rather than from what came before.
+    fn certain(&self, place: usize) -> Option<usize> {
+        self.program.plan().timesteps.as_ref().map(|_| place)
+    }
+
+    /// How far latents may move to the run at `place` and still be the same generation's.
+    fn reach(&self, request: &Request<T>, place: usize) -> f64 {
+        let midway = request.trail.first_place.is_some_and(|first| first > 0);
+        match &self.program.plan().timesteps {
+            Some(timesteps) if midway => {
+                let step = place / self.program.runs_per_step();
+                let range = timesteps.iter().fold(0.0f64, |max, t| max.max(t.abs()));
+                let moved = step
+                    .checked_sub(1)
+                    .map_or(range, |before| (timesteps[step] - timesteps[before]).abs());
+                reach_of_step(moved / range)
+            }
+            _ => CONTINUES,
+        }
+    }
+
+    /// An anonymous run is not served: its generation is remembered, to be told from the slot's later on.
+    fn note(&self, request: &mut Request<T>, place: usize, evidence: &Evidence) {
+        let place = self.certain(place);
+        let due = place.map_or(Some(0), |place| {
+            Some(place + 1).filter(|due| *due < self.program.runs())
+        });
+        request.guard.note(place, due, evidence);
     }
 
     /// The place of the run that comes next, if any is left, and its branch.
@@ -429,8 +472,7 @@ impl<T: Cached> Session<T> {
         self.count(|c| &c.collisions, 1);
         if call.request == ANONYMOUS {
             if let Some(evidence) = &call.evidence {
-                let goes_on = (place + 1 < self.program.runs()).then_some(place + 1);
-                request.guard.note(place, goes_on, evidence);
+                self.note(request, place, evidence);
             }
             if place != 0 && !call.start {
                 return Decision::dense();
@@ -468,7 +510,10 @@ impl<T: Cached> Session<T> {
                             self.count(|c| &c.aborted, 1);
                             let (next, branch) = self.due(request);
                             request.guard.begin(next, branch);
-                            request.trail = Trail::default();
+                            // Where it began and which way it goes stays known, unless it begins here.
+                            if claim.at.is_none_or(|(place, _)| place == 0) {
+                                request.trail = Trail::default();
+                            }
                             request.signature = [None, None];
                         }
                         dead
@@ -519,12 +564,7 @@ impl<T: Cached> Session<T> {
     }
 
     /// Forgets requests that have been idle for too long and runs that are dead.
-    fn reclaim_idle(
-        &self,
-        inner: &mut Inner<T>,
-        now: u64,
-        graveyard: &mut Vec<LayerCaches<T>>,
-    ) {
+    fn reclaim_idle(&self, inner: &mut Inner<T>, now: u64, graveyard: &mut Vec<LayerCaches<T>>) {
         let limit = self.process.limits.idle_ms;
         let dead: Vec<i64> = inner
             .runs
@@ -568,12 +608,7 @@ impl<T: Cached> Session<T> {
     }
 
     /// Makes room for the bookkeeping of one more request.
-    fn make_room(
-        &self,
-        inner: &mut Inner<T>,
-        coming: i64,
-        graveyard: &mut Vec<LayerCaches<T>>,
-    ) {
+    fn make_room(&self, inner: &mut Inner<T>, coming: i64, graveyard: &mut Vec<LayerCaches<T>>) {
         if inner.requests.len() < MAX_REQUESTS || inner.requests.contains_key(&coming) {
             return;
         }
