@@ -1,6 +1,72 @@
 //! Attention kernels for DiTFastAttn on raw tensors: full, full with capture of the residual, and window attention.
 //!
-//! Knows nothing of ONNX, ONNX Runtime or plans.
+//! A Diffusion Transformer under DiTFastAttn (arXiv 2406.08552) computes O = softmax(scale·QKᵀ)V at some steps and
+//! keeps R = O − W there, W being the same with the softmax taken inside a band of keys only; at the steps after
+//! that it computes W alone and returns W + R. [`Mode`] is these three. The crate knows nothing of ONNX, ONNX
+//! Runtime or plans: tensors are pointers with [`Strides`], threads are somebody else's ([`Parallel`]).
+//!
+//! ```
+//! use ditfastattn_kernels::*;
+//!
+//! let shape = Shape { batch: 1, heads: 2, kv_heads: 2, q_tokens: 5, kv_tokens: 5, head_dim: 4, v_dim: 4 };
+//! let strides = Strides::bhsd(2, 5, 4);
+//! let (q, k, v) = (vec![0.5f32; 40], vec![0.25f32; 40], vec![2.0f32; 40]);
+//! let (mut out, mut residual) = (vec![0f32; 40], vec![1f32; 40]);
+//! attention(
+//!     &Attention {
+//!         shape,
+//!         scale: 0.5,
+//!         q: Input::from_slice(&q, strides),
+//!         k: Input::from_slice(&k, strides),
+//!         v: Input::from_slice(&v, strides),
+//!         out: Output::from_slice(&mut out, strides),
+//!         mode: Mode::FullCapture { band: Band::new(1), residual: Output::from_slice(&mut residual, strides) },
+//!     },
+//!     &Sequential,
+//! )?;
+//! assert!(out.iter().all(|o| (o - 2.0).abs() < 1e-6));
+//! assert!(residual.iter().all(|r| r.abs() < 1e-6)); // All values are the same, so a window misses nothing.
+//! # Ok::<(), KernelError>(())
+//! ```
+//!
+//! # The data's way through the CPU kernel
+//!
+//! **Tasks.** The queries of each (batch, head) are cut into blocks of 64, and up to 8 neighbouring blocks make one
+//! task (`cpu`). Tasks share nothing, and how they are cut does not depend on the pool, so results are the same bits
+//! on any number of threads.
+//!
+//! **Packing.** A task reads its queries into `[head_dim, 64]`, a query per vector lane, converting float16 and
+//! bfloat16 to float32 (`pack`). Then it walks along the keys in blocks of 120; the keys and values of a block are
+//! copied next to each other once, for all query blocks of the task. While one block is worked on, the memory of the
+//! next is asked for, a token between two tiles.
+//!
+//! **Scores.** S = K·Qᵀ, `[keys, 64]`: six keys times four vectors of queries stay in registers over all channels
+//! (`gemm`). Since a lane is a query, keys and channels are plain loop counts: nothing is padded, head dim 72 costs
+//! exactly 72, and the softmax never looks across lanes.
+//!
+//! **Softmax.** Online (Milakov & Gimelshein, arXiv 1805.02867), in powers of two: each query has a reference
+//! exponent m and a sum Σ 2^(s − m). When a block's maximum exceeds m by more than 8, sums and output so far are
+//! rescaled and m is raised; else m stays, for a factor of 2⁸ is harmless in float32 (the lazy rescaling of
+//! FlashAttention-4). The exponential is a polynomial of degree 5 (`exp`).
+//!
+//! **Values.** O += Vᵀ·P, `[v_dim, 64]`, by the same matrix kernel.
+//!
+//! **The band.** `sight` cuts each key block into segments in which the same vectors of queries see something;
+//! blocks without any are skipped, corners are computed to one vector of queries, and scores inside a segment that a
+//! query does not see become −∞. Capture is one walk in two passes: the keys inside the band first, then W = O / sum
+//! is noted, then the keys outside, and finally R = O − W. Only the vectors on the band's edge are visited twice, with
+//! complementary masks.
+//!
+//! **The end.** O is divided by the sums, the residual is subtracted or added in float32, and rows are turned back
+//! into the caller's layout and dtype.
+//!
+//! Infinities and NaN go where the definition takes them; values that are not finite reach only queries that see
+//! them. [`oracle`] is that definition in float64, for tests at every level of the project.
+//!
+//! # Instruction sets
+//!
+//! AVX-512, AVX2 with FMA, NEON, or arrays the compiler vectorises, chosen when called, through the `pulp` crate. Sums
+//! of products are fused or not according to the machine, so results differ between machines in the last bits.
 
 mod api;
 mod check;
@@ -18,14 +84,12 @@ pub use parallel::{Parallel, Sequential, Threads};
 /// Computes one attention call; see [`Mode`] for what is written where.
 ///
 /// Empty tensors are fine: without keys the output is zero, without queries nothing happens. The result does not
-/// depend on `pool`, bit for bit.
+/// depend on `pool`, bit for bit. Each thread keeps scratch memory for its next call: at head dim 72 about 0.6 MB.
 ///
 /// # Errors
 /// [`KernelError`] if shapes, strides and band do not fit together; nothing is written then.
 pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<(), KernelError> {
-    check::check(a)?;
-    cpu::attention(a, pool, cpu::Level::best());
-    Ok(())
+    attention_at(a, pool, Level::best())
 }
 
 /// [`attention`] at a given instruction set, which must be [available](Level::available); for tests and benchmarks.

@@ -118,7 +118,7 @@ unsafe fn read_line(t: &Input<'_>, at: isize, stride: isize, to: &mut [f32]) {
             DType::F32 => {
                 let p = t.data.cast::<f32>().offset(at);
                 if stride == 1 {
-                    to.copy_from_slice(std::slice::from_raw_parts(p, to.len()));
+                    copy(p, to.as_mut_ptr(), to.len());
                 } else {
                     for (i, x) in to.iter_mut().enumerate() {
                         *x = *p.offset(i as isize * stride);
@@ -165,7 +165,7 @@ unsafe fn write_line(t: &Output<'_>, at: isize, stride: isize, from: &[f32]) {
             DType::F32 => {
                 let p = t.data.cast::<f32>().offset(at);
                 if stride == 1 {
-                    p.copy_from_nonoverlapping(from.as_ptr(), from.len());
+                    copy(from.as_ptr(), p, from.len());
                 } else {
                     for (i, &x) in from.iter().enumerate() {
                         p.offset(i as isize * stride).write(x);
@@ -192,6 +192,31 @@ unsafe fn write_line(t: &Output<'_>, at: isize, stride: isize, from: &[f32]) {
                     write_part(p.offset((i * 64) as isize * stride), stride, part);
                 }
             }
+        }
+    }
+}
+
+/// Copies `n` floats. Lines are short and many: the call that a `memcpy` is would cost as much again.
+#[inline(always)]
+unsafe fn copy(from: *const f32, to: *mut f32, n: usize) {
+    const STEP: usize = 8;
+    // SAFETY: the caller says that n floats can be read and written; a last, ragged step overlaps the one before.
+    unsafe {
+        let step = |at: usize| {
+            let x = from.add(at).cast::<[f32; STEP]>().read_unaligned();
+            to.add(at).cast::<[f32; STEP]>().write_unaligned(x);
+        };
+        if n < STEP {
+            for i in 0..n {
+                *to.add(i) = *from.add(i);
+            }
+            return;
+        }
+        for at in (0..n - STEP + 1).step_by(STEP) {
+            step(at);
+        }
+        if !n.is_multiple_of(STEP) {
+            step(n - STEP);
         }
     }
 }
@@ -225,10 +250,12 @@ unsafe fn write_part<T: Copy>(p: *mut T, stride: isize, part: &[T]) {
 
 /// `to[j][i] = from[i][j]` for i < rows, j < columns; rows of `from` are `from_stride` apart, of `to` `to_stride`.
 ///
+/// Walks along the rows of `from` if `READS`, else along those of `to`: whichever is far away in memory.
+///
 /// # Safety
 /// Those elements must be readable and writable, and the two matrices must not overlap.
 #[inline(always)]
-pub(crate) unsafe fn transpose(
+pub(crate) unsafe fn transpose<const READS: bool>(
     from: *const f32,
     from_stride: isize,
     to: *mut f32,
@@ -236,25 +263,29 @@ pub(crate) unsafe fn transpose(
     rows: usize,
     columns: usize,
 ) {
-    let f = |i: usize, j: usize| from.wrapping_offset(i as isize * from_stride + j as isize);
-    let t = |i: usize, j: usize| to.wrapping_offset(j as isize * to_stride + i as isize);
-    let (r4, c4) = (rows / 4 * 4, columns / 4 * 4);
-    // SAFETY: i < rows and j < columns throughout.
-    unsafe {
-        for j in (0..c4).step_by(4) {
-            for i in (0..r4).step_by(4) {
-                transpose_4x4(f(i, j), from_stride, t(i, j), to_stride);
-            }
-            for i in r4..rows {
-                for j in j..j + 4 {
-                    *t(i, j) = *f(i, j);
-                }
-            }
+    let (outer, inner) = if READS {
+        (rows, columns)
+    } else {
+        (columns, rows)
+    };
+    let (outer4, inner4) = (outer / 4 * 4, inner / 4 * 4);
+    for a in (0..outer4).step_by(4) {
+        for b in (0..inner4).step_by(4) {
+            let (i, j) = if READS { (a, b) } else { (b, a) };
+            let from = from.wrapping_offset(i as isize * from_stride + j as isize);
+            let to = to.wrapping_offset(j as isize * to_stride + i as isize);
+            // SAFETY: i + 3 < rows and j + 3 < columns.
+            unsafe { transpose_4x4(from, from_stride, to, to_stride) }
         }
-        for j in c4..columns {
-            for i in 0..rows {
-                *t(i, j) = *f(i, j);
-            }
+    }
+    for a in 0..outer {
+        let ragged = if a < outer4 { inner4 } else { 0 };
+        for b in ragged..inner {
+            let (i, j) = if READS { (a, b) } else { (b, a) };
+            let from = from.wrapping_offset(i as isize * from_stride + j as isize);
+            let to = to.wrapping_offset(j as isize * to_stride + i as isize);
+            // SAFETY: i < rows and j < columns.
+            unsafe { *to = *from }
         }
     }
 }
@@ -314,7 +345,7 @@ pub(crate) unsafe fn gather_channels(
                     .data
                     .cast::<f32>()
                     .offset(offset(t.strides, p, tokens.start, 0));
-                transpose(
+                transpose::<true>(
                     from,
                     t.strides.token,
                     to.as_mut_ptr(),
@@ -326,7 +357,7 @@ pub(crate) unsafe fn gather_channels(
             Order::Tokens => {
                 gather(t, p, tokens, channels, Order::Tokens, rows);
                 let from = rows[..n * channels].as_ptr();
-                transpose(
+                transpose::<true>(
                     from,
                     channels as isize,
                     to.as_mut_ptr(),
@@ -364,7 +395,7 @@ pub(crate) unsafe fn scatter_channels(
                     .data
                     .cast::<f32>()
                     .offset(offset(t.strides, p, tokens.start, 0));
-                transpose(
+                transpose::<false>(
                     from.as_ptr(),
                     stride as isize,
                     to,
@@ -375,7 +406,7 @@ pub(crate) unsafe fn scatter_channels(
             }
             Order::Tokens => {
                 let to = rows[..n * channels].as_mut_ptr();
-                transpose(
+                transpose::<false>(
                     from.as_ptr(),
                     stride as isize,
                     to,
@@ -415,6 +446,13 @@ impl Ahead {
         }
     }
 
+    /// Of an output, which is written.
+    pub fn output(t: &Output<'_>, p: Plane, tokens: Range<usize>, channels: usize) -> Self {
+        // SAFETY: nothing is read through this input, only asked for.
+        let t = unsafe { Input::from_raw(t.data, t.dtype, t.strides) };
+        Self::new(&t, p, tokens, channels)
+    }
+
     pub fn nothing() -> Self {
         Ahead {
             next: std::ptr::null(),
@@ -422,6 +460,17 @@ impl Ahead {
             bytes: 0,
             left: 0,
         }
+    }
+
+    /// Tokens not yet asked for.
+    pub fn left(&self) -> usize {
+        self.left
+    }
+
+    /// Asks for all of it now.
+    #[inline(always)]
+    pub fn all(mut self) {
+        while self.step() {}
     }
 
     /// Asks for one more token; says whether there was one.
@@ -467,26 +516,27 @@ mod tests {
             for columns in 0..10 {
                 let (from_stride, to_stride) = (columns + 3, rows + 2);
                 let from: Vec<f32> = (0..rows * from_stride).map(|i| i as f32).collect();
-                let mut to = vec![-1f32; columns * to_stride];
-                // SAFETY: both matrices are inside their vectors.
-                unsafe {
-                    transpose(
-                        from.as_ptr(),
-                        from_stride as isize,
-                        to.as_mut_ptr(),
-                        to_stride as isize,
-                        rows,
-                        columns,
-                    );
-                }
-                for (at, &x) in to.iter().enumerate() {
-                    let (j, i) = (at / to_stride, at % to_stride);
-                    let want = if i < rows {
-                        from[i * from_stride + j]
-                    } else {
-                        -1.0
-                    };
-                    assert_eq!(x, want, "{rows} x {columns}: [{i}, {j}]");
+                for reads in [false, true] {
+                    let mut to = vec![-1f32; columns * to_stride];
+                    // SAFETY: both matrices are inside their vectors.
+                    unsafe {
+                        let (f, t) = (from.as_ptr(), to.as_mut_ptr());
+                        let (fs, ts) = (from_stride as isize, to_stride as isize);
+                        if reads {
+                            transpose::<true>(f, fs, t, ts, rows, columns);
+                        } else {
+                            transpose::<false>(f, fs, t, ts, rows, columns);
+                        }
+                    }
+                    for (at, &x) in to.iter().enumerate() {
+                        let (j, i) = (at / to_stride, at % to_stride);
+                        let want = if i < rows {
+                            from[i * from_stride + j]
+                        } else {
+                            -1.0
+                        };
+                        assert_eq!(x, want, "{rows} x {columns}: [{i}, {j}]");
+                    }
                 }
             }
         }

@@ -57,8 +57,26 @@ struct Block<'s> {
     to: &'s mut [f32],
 }
 
+/// Memory to ask for between tiles: keys and values of the next block, then what the end of the task touches.
+struct Prefetch {
+    lists: [Ahead; 4],
+    /// Tokens to ask for at a time.
+    rate: usize,
+}
+
+impl Prefetch {
+    #[inline(always)]
+    fn poke(&mut self) {
+        let [a, b, c, d] = &mut self.lists;
+        for _ in 0..self.rate {
+            let _ = a.step() || b.step() || c.step() || d.step();
+        }
+    }
+}
+
 /// What all steps of a task share.
 struct Context<'s> {
+    prefetch: Prefetch,
     /// |scale| · log2(e): exponents are base 2.
     scale: f32,
     head_dim: usize,
@@ -135,6 +153,15 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         });
         let first = index * QUERIES;
         let queries = first..s.q_tokens.min(first + QUERIES);
+        // While these queries are packed, the next ones arrive, and finally the first keys and values.
+        if index + 1 < t.blocks.end {
+            let next = queries.end..s.q_tokens.min(queries.end + QUERIES);
+            Ahead::new(&a.q, plane, next, d).all();
+        } else {
+            let keys = first_keys(a, t.blocks.start * QUERIES);
+            Ahead::new(&a.k, kv_plane, keys.clone(), d).all();
+            Ahead::new(&a.v, kv_plane, keys, dv).all();
+        }
         // SAFETY: queries lie inside the shape.
         unsafe { pack_q(a, plane, &queries, sign, rows, q) };
         o.fill(0.0);
@@ -159,7 +186,24 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         });
     }
 
+    let queries = t.blocks.start * QUERIES..s.q_tokens.min(t.blocks.end * QUERIES);
+    let residual = match &a.mode {
+        Mode::Window {
+            residual: Some(r), ..
+        } => Ahead::new(r, plane, queries.clone(), dv),
+        Mode::FullCapture { residual: r, .. } => Ahead::output(r, plane, queries.clone(), dv),
+        _ => Ahead::nothing(),
+    };
     let mut context = Context {
+        prefetch: Prefetch {
+            lists: [
+                Ahead::nothing(),
+                Ahead::nothing(),
+                residual,
+                Ahead::output(&a.out, plane, queries, dv),
+            ],
+            rate: 1,
+        },
         scale,
         head_dim: d,
         v_dim: dv,
@@ -208,6 +252,25 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         // SAFETY: the block's queries lie inside the shape, and belong to this task alone.
         unsafe { finish(simd, a, plane, block, rows, more) };
     }
+}
+
+/// The first block of keys that a task beginning at `query` sees.
+fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
+    let s = a.shape;
+    let first = match &a.mode {
+        Mode::Full => 0,
+        Mode::FullCapture { band, .. } | Mode::Window { band, .. } => {
+            let text = band.text_range(s.kv_tokens);
+            let row = row(band, query, s.kv_tokens);
+            if text.is_empty() {
+                row.start
+            } else {
+                row.start.min(text.start)
+            }
+        }
+    };
+    let first = first / KEYS * KEYS;
+    first..s.kv_tokens.min(first + KEYS)
 }
 
 /// Q of a block, a query per lane, times `sign`; lanes beyond the sequence are zero.
@@ -277,50 +340,54 @@ fn pass<S: Simd>(
             );
         }
         context.v_wild = pass != Pass::All && wild(keys.len(), context);
+        let touched = sights.iter().filter(|sight| sight.touches(&keys)).count();
         let next = keys.end..s.kv_tokens.min(keys.end + KEYS);
-        let mut ahead = if sights.iter().any(|sight| sight.touches(&next)) {
-            [
-                Ahead::new(&a.k, plane, next.clone(), s.head_dim),
-                Ahead::new(&a.v, plane, next, s.v_dim),
-            ]
-        } else {
-            [Ahead::nothing(), Ahead::nothing()]
-        };
+        if sights.iter().any(|sight| sight.touches(&next)) {
+            context.prefetch.lists[0] = Ahead::new(&a.k, plane, next.clone(), s.head_dim);
+            context.prefetch.lists[1] = Ahead::new(&a.v, plane, next, s.v_dim);
+        }
+        let tiles = touched * (keys.len() + s.v_dim) / 6 + 1;
+        let tokens = context.prefetch.lists[0].left() + context.prefetch.lists[1].left();
+        context.prefetch.rate = 1 + tokens / tiles;
         for (block, sight) in blocks.iter_mut().zip(&sights) {
             if sight.touches(&keys) {
                 sight.segments(keys.clone(), &mut segments);
-                step(
-                    simd, context, block, sight, pass, first, &segments, &mut ahead,
-                );
+                step(simd, context, block, sight, pass, first, &segments);
             }
         }
     }
 }
 
+#[inline(always)]
+fn any_wild(line: &[f32]) -> bool {
+    // x · 0 is NaN for an x that is not finite, and stays NaN in a sum.
+    let mut sum = [0f32; 16];
+    let (lines, rest) = line.as_chunks::<16>();
+    for x in lines {
+        for i in 0..16 {
+            sum[i] += x[i] * 0.0;
+        }
+    }
+    let mut all = 0.0;
+    for x in sum.iter().chain(rest) {
+        all += x * 0.0;
+    }
+    all != 0.0
+}
+
 /// Whether the packed values of `keys` keys hold an infinity or a NaN.
 #[inline(always)]
 fn wild(keys: usize, context: &Context<'_>) -> bool {
-    let bad = |line: &[f32]| {
-        let mut sum = [0f32; 16];
-        let (lines, rest) = line.as_chunks::<16>();
-        for x in lines {
-            for i in 0..16 {
-                sum[i] += x[i] * 0.0;
-            }
-        }
-        sum.iter().chain(rest).any(|x| !x.is_finite())
-    };
     match context.v_order {
-        Order::Tokens => bad(&context.v[..keys * context.v_dim]),
+        Order::Tokens => any_wild(&context.v[..keys * context.v_dim]),
         Order::Channels { stride } => {
-            (0..context.v_dim).any(|c| bad(&context.v[c * stride..c * stride + keys]))
+            (0..context.v_dim).any(|c| any_wild(&context.v[c * stride..c * stride + keys]))
         }
     }
 }
 
 /// One query block against one key block: scores, softmax, values.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn step<S: Simd>(
     simd: S,
     context: &mut Context<'_>,
@@ -329,7 +396,6 @@ fn step<S: Simd>(
     pass: Pass,
     first: usize,
     segments: &[Segment],
-    ahead: &mut [Ahead; 2],
 ) {
     let lanes = S::F32_LANES;
     let (d, dv) = (context.head_dim, context.v_dim);
@@ -361,9 +427,7 @@ fn step<S: Simd>(
                 vectors: seg.vectors.len(),
                 add: false,
             }
-            .run(simd, || {
-                let _ = ahead[0].step() || ahead[1].step();
-            });
+            .run(simd, || context.prefetch.poke());
         }
     }
     for seg in segments {
@@ -409,9 +473,7 @@ fn step<S: Simd>(
                 vectors: seg.vectors.len(),
                 add: true,
             }
-            .run(simd, || {
-                let _ = ahead[0].step() || ahead[1].step();
-            });
+            .run(simd, || context.prefetch.poke());
         }
     }
 }
