@@ -1,0 +1,81 @@
+"""Diffusion transformers of any size with random weights, in the shape that the TorchScript exporter gives them.
+
+For benchmarks and size tests; needs numpy and the onnx package, no PyTorch.
+"""
+
+import numpy as np
+from onnx import TensorProto, helper
+
+
+def dit(path, layers, width, heads, tokens, sparse=False):
+    """Writes a DiT of `layers` layers. `sparse`: the weights are a hole in `path.data`; else random numbers in it.
+
+    Inputs: `x` [batch, tokens, width], `timestep` [batch]. Returns the weights' size in bytes.
+    """
+    initializers, nodes, offset = [], [], 0
+    data = open(path.with_name(path.name + ".data"), "wb")
+    rng = np.random.default_rng(0)
+
+    def weight(name, *dims):
+        nonlocal offset
+        size = 4 * int(np.prod(dims))
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", path.name + ".data"), ("offset", offset), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+        if not sparse:
+            data.write((rng.standard_normal(dims, dtype=np.float32) / np.sqrt(dims[0])).tobytes())
+        offset += size
+        initializers.append(tensor)
+        return name
+
+    def const(name, values, dims=None, kind=TensorProto.INT64):
+        initializers.append(helper.make_tensor(name, kind, [len(values)] if dims is None else dims, values))
+        return name
+
+    def node(op, inputs, output, **attributes):
+        nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def linear(x, name, rows, columns):
+        product = node("MatMul", [x, weight(f"{name}.weight", rows, columns)], f"{name}.product")
+        return node("Add", [product, weight(f"{name}.bias", columns)], name)
+
+    const("heads", [0, 0, heads, width // heads])
+    const("joined", [0, 0, width])
+    const("axis", [1])
+    const("root_scale", [(width // heads) ** -0.25], [], TensorProto.FLOAT)
+    const("frequency", [0.01], [], TensorProto.FLOAT)
+    column = node("Unsqueeze", [node("Cast", ["timestep"], "t.float", to=TensorProto.FLOAT), "axis"], "t.column")
+    t = linear(node("Sin", [node("Mul", [column, "frequency"], "t.angle")], "t.sin"), "t.embedding", 1, width)
+    x = node("Add", ["x", node("Unsqueeze", [t, "axis"], "t.row")], "h")
+    for i in range(layers):
+        p = f"block{i}"
+        n = node("LayerNormalization", [x, weight(f"{p}.norm1", width)], f"{p}.n1")
+
+        def project(role, perm):
+            flat = linear(n, f"{p}.{role}", width, width)
+            split = node("Reshape", [flat, "heads"], f"{p}.{role}.heads")
+            return node("Transpose", [split], f"{p}.{role}.transposed", perm=perm)
+
+        q, k, v = project("q", [0, 2, 1, 3]), project("k", [0, 2, 3, 1]), project("v", [0, 2, 1, 3])
+        q, k = (node("Mul", [a, "root_scale"], f"{a}.scaled") for a in (q, k))
+        weights = node("Softmax", [node("MatMul", [q, k], f"{p}.scores")], f"{p}.softmax", axis=-1)
+        o = node("Transpose", [node("MatMul", [weights, v], f"{p}.pv")], f"{p}.merged", perm=[0, 2, 1, 3])
+        o = linear(node("Reshape", [o, "joined"], f"{p}.joined"), f"{p}.out", width, width)
+        x = node("Add", [x, o], f"{p}.attended")
+        n = node("LayerNormalization", [x, weight(f"{p}.norm2", width)], f"{p}.n2")
+        up = node("Tanh", [linear(n, f"{p}.up", width, 4 * width)], f"{p}.activated")
+        x = node("Add", [x, linear(up, f"{p}.down", 4 * width, width)], f"{p}.result")
+    shape = ["batch", tokens, width]
+    graph = helper.make_graph(
+        nodes, "dit",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
+         helper.make_tensor_value_info("timestep", TensorProto.INT64, ["batch"])],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
+        initializers,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    data.truncate(offset)
+    data.close()
+    return offset
