@@ -2,7 +2,7 @@
 
 use super::Reason;
 use super::operand::{self, Operand};
-use crate::onnx::{Graph, Node, elem_type};
+use crate::onnx::{Data, Graph, Node, elem_type};
 use crate::shapes::Facts;
 
 /// The attention core: what the op will read and write instead of the exporter's nodes.
@@ -27,15 +27,62 @@ pub struct Core {
 }
 
 /// Whether `node` can be the middle of an attention.
-pub fn is_anchor(node: &Node) -> bool {
+pub fn is_anchor(graph: &Graph, node: &Node) -> bool {
     match node.domain() {
-        "" => matches!(node.op(), "Softmax" | "Attention"),
+        "" => matches!(node.op(), "Softmax" | "Attention") || spelled_out(graph, node).is_some(),
         "com.microsoft" => matches!(
             node.op(),
             "MultiHeadAttention" | "Attention" | "GroupQueryAttention" | "PackedMultiHeadAttention"
         ),
         _ => false,
     }
+}
+
+/// A softmax, however it is written; its result is the first output of `node`.
+struct Softmax<'g> {
+    node: &'g Node,
+    scores: &'g str,
+    /// `None`: not known.
+    axis: Option<i64>,
+}
+
+/// exp(x) / sum(exp(x)), with or without the maximum subtracted from x first, as ONNX Runtime writes Softmax in float16
+/// for the CPU and people write it by hand.
+fn spelled_out<'g>(graph: &'g Graph, div: &'g Node) -> Option<Softmax<'g>> {
+    if !div.is("Div") {
+        return None;
+    }
+    let made_by =
+        |value: &'g str, op: &str| graph.producer(value).map(|(n, _)| n).filter(|n| n.is(op));
+    let exp = made_by(div.input(0)?, "Exp")?;
+    let sum =
+        made_by(div.input(1)?, "ReduceSum").filter(|sum| sum.input(0) == Some(exp.output(0)))?;
+    if sum.int("keepdims") == Some(0) {
+        return None;
+    }
+    let axes = sum.ints("axes").map(<[i64]>::to_vec).or_else(|| {
+        match graph.constant(sum.input(1)?)?.data? {
+            Data::Ints(axes) => Some(axes),
+            Data::Floats(_) => None,
+        }
+    });
+    let axis = axes
+        .and_then(|axes| <[i64; 1]>::try_from(axes).ok())
+        .map(|[axis]| axis);
+    let shifted = exp.input(0)?;
+    let scores = made_by(shifted, "Sub")
+        .filter(|sub| {
+            sub.input(1)
+                .and_then(|max| made_by(max, "ReduceMax"))
+                .is_some_and(|max| max.input(0) == sub.input(0))
+        })
+        .and_then(|sub| sub.input(0))
+        .unwrap_or(shifted);
+    Some(Softmax {
+        node: div,
+        scores,
+        axis,
+    })
 }
 
 /// The attention around the anchor `index`.
@@ -45,7 +92,18 @@ pub fn is_anchor(node: &Node) -> bool {
 pub fn core(graph: &Graph, facts: &Facts, index: usize) -> Result<Core, Reason> {
     let node = &graph.nodes[index];
     let found = match (node.domain(), node.op()) {
-        ("", "Softmax") => around_softmax(graph, facts, index)?,
+        ("", "Softmax") => {
+            let scores = node
+                .input(0)
+                .ok_or_else(|| Reason::new("the Softmax has no input", [node.label()]))?;
+            let axis = Some(node.int("axis").unwrap_or(-1));
+            around_softmax(graph, facts, index, &Softmax { node, scores, axis })?
+        }
+        ("", "Div") => {
+            let softmax = spelled_out(graph, node)
+                .ok_or_else(|| Reason::new("not a softmax", [node.label()]))?;
+            around_softmax(graph, facts, index, &softmax)?
+        }
         ("", "Attention") => around_attention(graph, facts, index)?,
         (domain, op) => {
             return Err(Reason::new(
@@ -133,11 +191,17 @@ fn layout_for(rank: usize, four: &str, three: &str) -> Option<String> {
     }
 }
 
-fn around_softmax(graph: &Graph, facts: &Facts, index: usize) -> Result<Core, Reason> {
-    let softmax = &graph.nodes[index];
-    let scores = softmax
-        .input(0)
-        .ok_or_else(|| Reason::new("the Softmax has no input", [softmax.label()]))?;
+fn around_softmax(
+    graph: &Graph,
+    facts: &Facts,
+    index: usize,
+    found: &Softmax,
+) -> Result<Core, Reason> {
+    let Softmax {
+        node: softmax,
+        scores,
+        axis,
+    } = *found;
     let upstream = scores_product(graph, facts, softmax, scores)?;
     let rank = [scores, &upstream.q, &upstream.k]
         .iter()
@@ -148,10 +212,10 @@ fn around_softmax(graph: &Graph, facts: &Facts, index: usize) -> Result<Core, Re
             [softmax.label()],
         ));
     };
-    let axis = softmax.int("axis").unwrap_or(-1);
-    if axis != -1 && axis != rank as i64 - 1 {
+    if axis != Some(-1) && axis != Some(rank as i64 - 1) {
+        let axis = axis.map_or("an unknown axis".into(), |a| format!("axis {a}"));
         return Err(Reason::new(
-            format!("the Softmax runs over axis {axis}, not over the keys (the last axis)"),
+            format!("the softmax runs over {axis}, not over the keys (the last axis)"),
             [softmax.label()],
         ));
     }

@@ -101,7 +101,7 @@ pub fn survey(graph: &Graph, request: &InputsRequest) -> Result<Survey, InputsEr
         .nodes
         .iter()
         .enumerate()
-        .filter(|(_, node)| anchor::is_anchor(node))
+        .filter(|(_, node)| anchor::is_anchor(graph, node))
         .map(|(index, node)| {
             let kind = match anchor::core(graph, &facts, index) {
                 Ok(core) => classify(graph, &facts, &dependence, &inputs, core, &mut layers),
