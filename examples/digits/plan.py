@@ -13,10 +13,14 @@ def actions(step):
     # The first steps decide what is drawn: nothing is saved there.
     if step < 4:
         return ["full"] * LAYERS
+    # Every sixth step is computed and its residuals are kept. Between two of them every layer
+    # alternates between the window with that residual and the output of the step before.
     phase = (step - 4) % 6
-    if phase == 0:
-        return ["full"] * LAYERS
-    return ["ast" if (phase + layer) % 2 else "wa-rs" for layer in range(LAYERS)]
+    row = ["full" if phase == 0 else ("ast" if (phase + layer) % 2 else "wa-rs") for layer in range(LAYERS)]
+    # The class matters little to attention while the image is mostly noise, much later on (measured).
+    if step < 12:
+        row = [{"full": "asc", "wa-rs": "wa-rs+asc", "ast": "ast"}[action] for action in row]
+    return row
 
 
 def main():
