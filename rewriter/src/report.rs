@@ -2,7 +2,6 @@
 
 use crate::find::{Kind, Layer, Survey};
 use crate::onnx::{ModelFile, elem_type};
-use crate::shapes::Facts;
 use comfy_table::{ContentArrangement, Table, presets};
 use ditfastattn_plans::{Action, CacheShape, Cfg, Plan, Workload};
 use serde::Serialize;
@@ -116,11 +115,7 @@ impl Report {
                 latents: survey.inputs.latents.clone(),
                 conditioning: survey.inputs.conditioning.clone(),
             },
-            sites: survey
-                .sites
-                .iter()
-                .map(|s| site(s, &survey.facts))
-                .collect(),
+            sites: survey.sites.iter().map(site).collect(),
             plan: None,
             output: None,
         }
@@ -311,8 +306,7 @@ impl Report {
     }
 }
 
-fn site(site: &crate::find::Site, facts: &Facts) -> Site {
-    let _ = facts;
+fn site(site: &crate::find::Site) -> Site {
     let mut row = Site {
         node: site.node.clone(),
         op: site.op.clone(),

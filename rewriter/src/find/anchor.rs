@@ -286,7 +286,7 @@ fn scores_product(
             ("", "Cast" | "Identity" | "Dropout") => at = node.proto.input[0].clone(),
             ("", op @ ("Mul" | "Div")) => {
                 let (a, b) = (node.input(0), node.input(1));
-                match operand::scalar_factor(graph, facts, op, a, b) {
+                match operand::scalar_factor(facts, op, a, b) {
                     Some((value, factor)) => {
                         scale *= factor;
                         at = value.to_owned();

@@ -5,7 +5,7 @@ use super::Reason;
 use super::anchor::Core;
 use super::source::{is_weight, projected};
 use crate::onnx::{Graph, Node};
-use crate::shapes::{BATCH, Dim, Facts, Value};
+use crate::shapes::{BATCH, Facts, Value};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// A module that can run inside an `If` and on any number of batch rows.
@@ -335,7 +335,6 @@ fn batch_free_target(facts: &Facts, index: usize, node: &Node) -> Option<Vec<i64
             None => -1,
         });
     }
-    let _: &[Dim] = output;
     (free.iter().filter(|&&d| d == -1).count() <= 1).then_some(free)
 }
 

@@ -56,12 +56,7 @@ fn permuted(layout: &str, perm: &[i64]) -> Option<String> {
 
 /// Walks `operand` upstream while nothing but layout (and, with `scale`, a constant factor) is in the way. The factor is
 /// multiplied into `scale`.
-pub fn absorb(
-    graph: &Graph,
-    facts: &Facts,
-    operand: &Operand,
-    mut scale: Option<&mut f64>,
-) -> Operand {
+pub fn absorb(graph: &Graph, facts: &Facts, operand: &Operand, scale: Option<&mut f64>) -> Operand {
     if operand.packed_heads.is_some() {
         return operand.clone();
     }
@@ -100,15 +95,13 @@ pub fn absorb(
                 }),
             "Reshape" => node.input(0).and_then(|v| regrouped(facts, &at, v)),
             "Mul" | "Div" if scale.is_some() => {
-                scalar_factor(graph, facts, node.op(), node.input(0), node.input(1)).map(
-                    |(v, f)| {
-                        factor *= f;
-                        Operand {
-                            value: v.into(),
-                            ..at.clone()
-                        }
-                    },
-                )
+                scalar_factor(facts, node.op(), node.input(0), node.input(1)).map(|(v, f)| {
+                    factor *= f;
+                    Operand {
+                        value: v.into(),
+                        ..at.clone()
+                    }
+                })
             }
             _ => None,
         };
@@ -118,7 +111,7 @@ pub fn absorb(
             best = (at.clone(), factor);
         }
     }
-    if let Some(scale) = scale.as_deref_mut() {
+    if let Some(scale) = scale {
         *scale *= best.1;
     }
     best.0
@@ -126,7 +119,6 @@ pub fn absorb(
 
 /// `(tensor, factor)` of a multiplication or division by one known number.
 pub fn scalar_factor<'g>(
-    _graph: &Graph,
     facts: &Facts,
     op: &str,
     a: Option<&'g str>,

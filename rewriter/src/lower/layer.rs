@@ -51,7 +51,7 @@ fn typed(mut fact: Fact, core: &Core) -> Fact {
 
 /// The fact with every size that changes with the batch left open: what holds on the rows ASC selects.
 fn rows_open(fact: Fact) -> Fact {
-    // An unknown size is any product that is not a known number; the batch itself is one.
+    // Annotations write sizes that are known numbers and leave all others open.
     let open = |d: &Dim| {
         if d.depends_on(BATCH) {
             Dim::from(BATCH)
@@ -78,7 +78,6 @@ fn core_form(
     let renamed = HashMap::new();
     attention(
         &mut nodes,
-        survey,
         layer,
         step,
         names,
@@ -106,7 +105,6 @@ fn core_form(
 #[allow(clippy::too_many_arguments)]
 fn attention(
     nodes: &mut Vec<Bytes>,
-    survey: &Survey,
     layer: &Layer,
     step: &Step,
     names: &mut Names,
@@ -116,7 +114,6 @@ fn attention(
     result: &str,
 ) {
     let core = &layer.core;
-    let _ = survey;
     let mut operand = |operand: &Operand, role: &str| -> String {
         let value = renamed
             .get(&operand.value)
@@ -247,7 +244,7 @@ fn module_form(
     for &index in &module.inside {
         if index > op_at && !attended {
             attention(
-                &mut nodes, survey, layer, step, names, &prefix, "module", &renamed, &result,
+                &mut nodes, layer, step, names, &prefix, "module", &renamed, &result,
             );
             attended = true;
         }
@@ -265,7 +262,7 @@ fn module_form(
     }
     if !attended {
         attention(
-            &mut nodes, survey, layer, step, names, &prefix, "module", &renamed, &result,
+            &mut nodes, layer, step, names, &prefix, "module", &renamed, &result,
         );
     }
     let computed_else = names.fresh(&format!("{prefix}/shared"));

@@ -98,7 +98,7 @@ pub fn lower(
     }
     let graph = &model.graph;
     let mut names = Names::new(graph);
-    let step = step::build(graph, survey, plan, request, &mut names)?;
+    let step = step::build(survey, plan, request, &mut names)?;
     let mut edit = GraphEdit::default();
     let mut insert: BTreeMap<usize, Vec<Bytes>> = BTreeMap::new();
     let mut moved = BTreeSet::new();
@@ -221,9 +221,9 @@ fn unused_initializers(
         })
         .filter(|name| {
             let needed = |&user: &usize| {
-                let target_only =
+                let only_as_target =
                     reshaped.contains(&user) && graph.nodes[user].input(0) != Some(name.as_str());
-                !dead.contains(&user) && !(moved.contains(&user) && target_only)
+                !(dead.contains(&user) || (moved.contains(&user) && only_as_target))
             };
             !graph.is_output(name) && !graph.consumers(name).iter().any(needed)
         })

@@ -3,7 +3,7 @@
 use super::build::{self, Names};
 use super::{DOMAIN, LowerError, RequestInputs};
 use crate::find::Survey;
-use crate::onnx::{AttributeProto, Graph, TensorProto, elem_type};
+use crate::onnx::{AttributeProto, TensorProto, elem_type};
 use crate::shapes::Fact;
 use bytes::Bytes;
 use ditfastattn_plans::Plan;
@@ -40,13 +40,11 @@ impl Step {
 /// # Errors
 /// [`LowerError::NameTaken`] if the model has a value with the name of a request input.
 pub fn build(
-    graph: &Graph,
     survey: &Survey,
     plan: &Plan,
     request: RequestInputs,
     names: &mut Names,
 ) -> Result<Step, LowerError> {
-    let _ = graph;
     let mut inputs = Vec::new();
     let mut initializers = Vec::new();
     for (name, ty) in [

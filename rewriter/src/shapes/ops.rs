@@ -141,13 +141,8 @@ fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
             Some(Fact::of(c.ty(0), Some(dims)))
         }
         "OneHot" => one_hot(c),
-        "MatMul" => matmul(c, c.shape(0)?.to_vec(), c.shape(1)?.to_vec(), c.ty(0)),
-        "MatMulInteger" => matmul(
-            c,
-            c.shape(0)?.to_vec(),
-            c.shape(1)?.to_vec(),
-            elem_type::INT32,
-        ),
+        "MatMul" => matmul(c.shape(0)?, c.shape(1)?, c.ty(0)),
+        "MatMulInteger" => matmul(c.shape(0)?, c.shape(1)?, elem_type::INT32),
         "Gemm" => gemm(c),
         "Conv" => conv(c),
         "Einsum" => einsum(c),
@@ -600,8 +595,7 @@ fn one_hot(c: &Context) -> Option<Fact> {
     })
 }
 
-fn matmul(c: &mut Context, a: Vec<Dim>, b: Vec<Dim>, ty: i32) -> Option<Fact> {
-    let _ = c;
+fn matmul(a: &[Dim], b: &[Dim], ty: i32) -> Option<Fact> {
     let (ra, rb) = (a.len(), b.len());
     if ra == 0 || rb == 0 {
         return None;
@@ -627,8 +621,7 @@ fn fused_matmul(c: &mut Context) -> Option<Fact> {
             dims.swap(n - 1, n - 2);
         }
     }
-    let ty = c.ty(0);
-    matmul(c, a, b, ty)
+    matmul(&a, &b, c.ty(0))
 }
 
 fn gemm(c: &Context) -> Option<Fact> {
