@@ -28,11 +28,11 @@ pub(super) fn reach_of_step(part: f64) -> f64 {
 /// scale stay near each other for some steps, and count as ambiguous.
 const CLEARLY_NEARER: f64 = 0.4;
 
-/// Latents of the two runs of one step under `cfg: separate` are the same tensor; this allows for a cast in between.
-const SAME: f64 = 1e-2;
-
 /// Unfinished generations that are remembered.
 const STRANDS: usize = 16;
+
+/// An unfinished generation that has not had a run while others had as many as this many generations have is over.
+const GENERATIONS_OF_PATIENCE: u64 = 4;
 
 /// Elements of the latents that are compared.
 const SAMPLES: usize = 4096;
@@ -222,24 +222,30 @@ fn digest(feed: &Feed<'_>) -> Option<u128> {
 #[derive(Clone, Debug)]
 struct Strand {
     due: usize,
+    /// The turn at which it was seen last.
+    seen: u64,
     conditioning: Option<Vec<Fingerprint>>,
     latents: Sketch,
 }
 
 impl Strand {
     /// Whether its generation may have a run at `place` (`None`: anywhere). Generations go forward, but not every run of
-    /// theirs need have come by here.
-    fn may_reach(&self, place: Option<usize>) -> bool {
-        place.is_none_or(|place| self.due <= place)
+    /// theirs need have come by here; and which of the two runs of a step one was may have been a wrong guess.
+    fn may_reach(&self, place: Option<usize>, runs_per_step: usize) -> bool {
+        place.is_none_or(|place| self.due / runs_per_step <= place / runs_per_step)
     }
 }
 
 /// What is remembered about anonymous runs, besides the caches.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Guard {
-    /// Steps have two runs with conditioning of their own. That of one says nothing about the other, so generations
-    /// that are not in the slot are told apart by their latents only.
-    two_branches: bool,
+    /// The two runs of a step have conditioning of their own. That of one says nothing about the other, so with two
+    /// generations that are not in the slot are told apart by their latents only.
+    runs_per_step: usize,
+    /// Anonymous runs so far.
+    turn: u64,
+    /// Turns after which a generation that has not come by again is over.
+    patience: u64,
     /// Two generations were seen at once: nothing is served until one starts anew.
     pub contested: bool,
     /// Of the slot's generation, per branch, from its last completed run.
@@ -260,10 +266,18 @@ struct Watch {
 }
 
 impl Guard {
-    pub fn new(two_branches: bool) -> Self {
+    /// `runs` is the length of a whole generation.
+    pub fn new(runs_per_step: usize, runs: usize) -> Self {
         Guard {
-            two_branches,
-            ..Guard::default()
+            runs_per_step,
+            turn: 0,
+            patience: GENERATIONS_OF_PATIENCE * runs.max(STRANDS) as u64,
+            contested: false,
+            conditioning: [None, None],
+            latents: None,
+            strands: VecDeque::new(),
+            watch: [Watch::default(), Watch::default()],
+            learnt: Vec::new(),
         }
     }
 
@@ -273,6 +287,7 @@ impl Guard {
             let conditioning = self.conditioning[branch_of_due].take();
             self.remember(Strand {
                 due,
+                seen: self.turn,
                 conditioning,
                 latents,
             });
@@ -284,10 +299,12 @@ impl Guard {
 
     /// Nobody has come by for long: everything but what was learnt of the model is forgotten.
     pub fn forget(&mut self) {
+        let learnt = std::mem::take(&mut self.learnt);
+        let patience = self.patience;
         *self = Guard {
-            two_branches: self.two_branches,
-            learnt: std::mem::take(&mut self.learnt),
-            ..Guard::default()
+            patience,
+            learnt,
+            ..Guard::new(self.runs_per_step, 0)
         };
     }
 
@@ -304,21 +321,33 @@ impl Guard {
     }
 
     /// A run that was not served has come by, at `place` if that is certain. Its generation goes on at `due`, if at all.
-    pub fn note(&mut self, place: Option<usize>, due: Option<usize>, evidence: &Evidence) {
-        let mut near: Vec<(usize, f64)> = self
+    /// `in_flight` is the run that owns the slot at the moment.
+    pub fn note(
+        &mut self,
+        place: Option<usize>,
+        due: Option<usize>,
+        evidence: &Evidence,
+        in_flight: Option<&Evidence>,
+    ) {
+        let strands = self
             .strands
             .iter()
             .enumerate()
-            .filter(|(_, strand)| strand.may_reach(place))
+            .filter(|(_, strand)| strand.may_reach(place, self.runs_per_step))
             .filter(|(_, strand)| self.fits(strand.conditioning.as_deref(), evidence))
-            .map(|(i, strand)| (i, strand.latents.distance(&evidence.latents)))
+            .map(|(i, strand)| (Some(i), &strand.latents));
+        // It may as well continue the slot.
+        let slot = self.latents.iter().chain(in_flight.map(|run| &run.latents));
+        let mut near: Vec<(Option<usize>, f64)> = strands
+            .chain(slot.map(|latents| (None, latents)))
+            .map(|(i, latents)| (i, latents.distance(&evidence.latents)))
             .filter(|(_, distance)| *distance < CONTINUES)
             .collect();
         near.sort_by(|a, b| a.1.total_cmp(&b.1));
-        // The strand that it clearly continues is no longer where it was. In doubt both stay.
+        // The strand that it clearly continues is no longer where it was. In doubt all stay.
         match near[..] {
-            [(index, _)] => drop(self.strands.remove(index)),
-            [(index, nearest), (_, next), ..] if nearest < CLEARLY_NEARER * next => {
+            [(Some(index), _)] => drop(self.strands.remove(index)),
+            [(Some(index), nearest), (_, next), ..] if nearest < CLEARLY_NEARER * next => {
                 drop(self.strands.remove(index));
             }
             _ => {}
@@ -326,14 +355,26 @@ impl Guard {
         if let Some(due) = due {
             self.remember(Strand {
                 due,
+                seen: self.turn,
                 conditioning: Some(evidence.conditioning.clone()),
                 latents: evidence.latents.clone(),
             });
         }
     }
 
+    /// The run that was noted last with this evidence is in the slot after all.
+    pub fn recall(&mut self, evidence: &Evidence) {
+        let noted = self
+            .strands
+            .iter()
+            .rposition(|strand| strand.latents == evidence.latents);
+        if let Some(index) = noted {
+            self.strands.remove(index);
+        }
+    }
+
     fn remember(&mut self, mut strand: Strand) {
-        if self.two_branches {
+        if self.runs_per_step > 1 {
             strand.conditioning = None;
         }
         if self.strands.len() == STRANDS {
@@ -369,18 +410,25 @@ impl Guard {
             && self
                 .strands
                 .iter()
-                .filter(|strand| strand.may_reach(place))
+                .filter(|strand| strand.may_reach(place, self.runs_per_step))
                 .filter(|strand| self.fits(strand.conditioning.as_deref(), evidence))
                 // One that stands exactly where the slot stands would find the same caches.
                 .filter(|strand| !strand.latents.identical(latents))
-                .all(|strand| own < CLEARLY_NEARER * strand.latents.distance(&evidence.latents))
+                .map(|strand| strand.latents.distance(&evidence.latents))
+                .all(|other| match place {
+                    Some(_) => own < CLEARLY_NEARER * other,
+                    // The slot may have gone a step further than the other one: its next run would look like the
+                    // slot's own. Only places could tell.
+                    None => other >= CONTINUES,
+                })
     }
 
-    /// Whether this could be the second run of the step that the slot has seen the first run of.
+    /// Whether this could be the second run of the step that the slot has seen the first run of: guidance feeds both
+    /// the same latents.
     pub fn same_step(&self, evidence: &Evidence) -> bool {
         self.latents
             .as_ref()
-            .is_some_and(|latents| latents.distance(&evidence.latents) < SAME)
+            .is_some_and(|latents| latents.identical(&evidence.latents))
     }
 
     /// Whether the conditioning of `branch` has been seen, and can vouch for a run of that branch.
@@ -405,6 +453,9 @@ impl Guard {
 
     /// Learns which inputs move with the steps. To be shown every anonymous run, served or not.
     pub fn watch(&mut self, step: usize, branch: usize, evidence: &Evidence) {
+        self.turn += 1;
+        let (turn, patience) = (self.turn, self.patience);
+        self.strands.retain(|strand| turn - strand.seen <= patience);
         let count = evidence.conditioning.len();
         self.learnt.resize(count, false);
         let learnt = &mut self.learnt;
@@ -494,7 +545,7 @@ mod tests {
     }
 
     fn slot(evidence: Evidence) -> Guard {
-        let mut guard = Guard::default();
+        let mut guard = Guard::new(1, 20);
         guard.begin(None, 0);
         guard.advance(0, evidence);
         guard
@@ -603,7 +654,7 @@ mod tests {
                 2,
             )
         };
-        let mut guard = Guard::default();
+        let mut guard = Guard::new(1, 20);
         guard.watch(0, 0, &at(0, 1.0));
         guard.watch(1, 0, &at(1, 0.9));
         let mut fresh = slot(at(0, 1.0));
@@ -620,7 +671,7 @@ mod tests {
     #[test]
     fn guidance_that_differs_between_users_is_not_learnt() {
         let (a, b, image) = (noise(1, 5000), noise(2, 5000), noise(3, 5000));
-        let mut guard = Guard::default();
+        let mut guard = Guard::new(1, 20);
         for step in 0..8 {
             let (from, scale) = if step % 2 == 0 { (&a, 3.5) } else { (&b, 7.0) };
             let latents = toward(from, &image, 0.1 * step as f32);

@@ -27,7 +27,7 @@ pub(super) struct Request<T> {
 }
 
 impl<T: Cached> Request<T> {
-    pub fn new(now: u64, two_branches: bool) -> Self {
+    pub fn new(now: u64, guard: Guard) -> Self {
         Request {
             trail: Trail::default(),
             caches: Vec::new(),
@@ -35,7 +35,7 @@ impl<T: Cached> Request<T> {
             recapturing: false,
             in_flight: None,
             last_used: now,
-            guard: Guard::new(two_branches),
+            guard,
         }
     }
 

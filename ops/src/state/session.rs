@@ -10,7 +10,7 @@ use super::Cached;
 use super::caches::LayerCaches;
 use super::counters::Counters;
 use super::directive::{Loss, Mode, Rows, Situation, Work};
-use super::guard::{CONTINUES, Evidence, reach_of_step};
+use super::guard::{CONTINUES, Evidence, Guard, reach_of_step};
 use super::process::Process;
 use super::program::Program;
 use super::request::Request;
@@ -268,10 +268,12 @@ impl<T: Cached> Session<T> {
             return unplanned(notices);
         };
         self.make_room(inner, call.request, graveyard);
-        let request = inner
-            .requests
-            .entry(call.request)
-            .or_insert_with(|| Request::new(now, self.program.runs_per_step() > 1));
+        let request = inner.requests.entry(call.request).or_insert_with(|| {
+            Request::new(
+                now,
+                Guard::new(self.program.runs_per_step(), self.program.runs()),
+            )
+        });
         request.last_used = now;
 
         // Two runs of one step have the same latents; others cannot be the second run.
@@ -338,7 +340,7 @@ impl<T: Cached> Session<T> {
                         graveyard.append(&mut request.caches);
                     }
                     request.trail.observe(value);
-                    self.note(request, place, evidence);
+                    self.note(request, place, evidence, None);
                     return Decision::dense();
                 }
                 let may_share = request.guard.knows(branch);
@@ -386,12 +388,18 @@ impl<T: Cached> Session<T> {
     }
 
     /// An anonymous run is not served: its generation is remembered, to be told from the slot's later on.
-    fn note(&self, request: &mut Request<T>, place: usize, evidence: &Evidence) {
+    fn note(
+        &self,
+        request: &mut Request<T>,
+        place: usize,
+        evidence: &Evidence,
+        in_flight: Option<&Evidence>,
+    ) {
         let place = self.certain(place);
         let due = place.map_or(Some(0), |place| {
             Some(place + 1).filter(|due| *due < self.program.runs())
         });
-        request.guard.note(place, due, evidence);
+        request.guard.note(place, due, evidence, in_flight);
     }
 
     /// The place of the run that comes next, if any is left, and its branch.
@@ -472,7 +480,7 @@ impl<T: Cached> Session<T> {
         self.count(|c| &c.collisions, 1);
         if call.request == ANONYMOUS {
             if let Some(evidence) = &call.evidence {
-                self.note(request, place, evidence);
+                self.note(request, place, evidence, other.claim.evidence.as_ref());
             }
             if place != 0 && !call.start {
                 return Decision::dense();
@@ -510,6 +518,17 @@ impl<T: Cached> Session<T> {
                             self.count(|c| &c.aborted, 1);
                             let (next, branch) = self.due(request);
                             request.guard.begin(next, branch);
+                            // The heir's generation is in the slot now. The dead run's client may not know, and go on,
+                            // unless it was the heir that tried again.
+                            if let Some(own) = &claim.evidence {
+                                request.guard.recall(own);
+                                if let (Some((place, _)), Some(evidence)) =
+                                    (other.claim.at, &other.claim.evidence)
+                                    && evidence != own
+                                {
+                                    self.note(request, place, evidence, Some(own));
+                                }
+                            }
                             // Where it began and which way it goes stays known, unless it begins here.
                             if claim.at.is_none_or(|(place, _)| place == 0) {
                                 request.trail = Trail::default();

@@ -583,8 +583,10 @@ fn with_branch(mut evidence: Evidence, branch: usize) -> Evidence {
 }
 
 /// Two generations whose latents and conditioning are equal at every step so far are one: their caches are equal too.
-fn same_so_far(a: &Picture, b: &Picture, step: usize) -> bool {
-    a.first == b.first && (a.first..=step).all(|s| a.evidence(s) == b.evidence(s))
+/// Unconditional runs (branch 1) have the same conditioning whatever the prompt.
+fn same_so_far(a: &Picture, b: &Picture, step: usize, branch: usize) -> bool {
+    let shown = |picture: &Picture, s| with_branch(picture.evidence(s), branch);
+    a.first == b.first && (a.first..=step).all(|s| shown(a, s) == shown(b, s))
 }
 
 proptest! {
@@ -643,9 +645,13 @@ proptest! {
                 if let Some(tensor) = served {
                     let from = tensor.maker;
                     let step = place / per_step;
+                    // What was made before two pictures part is of both.
+                    let made_at = from.place / per_step;
+                    let twins = same_so_far(
+                        &pictures[from.client], &pictures[who], made_at, from.place % per_step,
+                    );
                     prop_assert!(
-                        from.client == who && (from.generation == generations[who] || !listed)
-                            || (step > 0 && same_so_far(&pictures[from.client], &pictures[who], step - 1)),
+                        from.client == who && (from.generation == generations[who] || !listed) || twins,
                         "client {} at {} was served what client {} made at {}",
                         who, place, from.client, from.place
                     );
@@ -786,6 +792,38 @@ fn a_run_that_vanished_is_found_dead_by_the_next_one_that_completes() {
     b.complete(&mut client, |_| {});
     assert!(b.process.run(vanished.run.ticket()).is_err());
     assert_eq!(b.process.runs_in_flight(), 0);
+}
+
+#[test]
+fn an_anonymous_generation_that_was_cut_off_does_not_cost_the_next_one() {
+    for (cut, same_seed) in [(0, false), (0, true), (2, false)] {
+        let rows: Vec<&[Action]> = vec![&[Full], &[Ast], &[WaRs], &[Ast], &[WaRs], &[Ast]];
+        let mut b = bench(Cfg::None, &rows);
+        let first = Picture::new(1, 0);
+        let second = Picture::new(if same_seed { 1 } else { 2 }, 0);
+        let mut client = Client::new(0, 0, 2);
+        for place in 0..cut {
+            client.place = place;
+            b.complete(&mut client, |call| {
+                call.evidence = Some(first.evidence(place))
+            });
+        }
+        client.place = cut;
+        b.begin(&client, |call| call.evidence = Some(first.evidence(cut)));
+        client.restart(0);
+        for place in 0..rows.len() {
+            client.place = place;
+            let open = b.complete(&mut client, |call| {
+                call.evidence = Some(second.evidence(place))
+            });
+            assert_eq!(
+                open.served,
+                usize::from(place > 0),
+                "cut at {cut}, step {place}"
+            );
+        }
+        assert_eq!((b.get("contested"), b.get("aborted")), (0, 1));
+    }
 }
 
 #[test]
