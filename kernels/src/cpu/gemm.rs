@@ -16,7 +16,7 @@ pub(crate) const QUERIES: usize = 64;
 #[derive(Clone, Copy)]
 pub(crate) struct Gemm {
     pub a: *const f32,
-    /// Distance in A between neighbouring rows of C.
+    /// Distance in A between neighbouring rows of C; this or `a_step` is 1.
     pub a_row: usize,
     /// Distance in A between neighbouring steps.
     pub a_step: usize,
@@ -69,57 +69,76 @@ impl Gemm {
 
 /// NR vectors of columns, rows in sixes.
 #[inline(always)]
-unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm, between: &mut impl FnMut()) {
-    let mut row = 0;
-    while row < g.rows {
-        let n = (g.rows - row).min(6);
-        let part = Gemm {
-            // SAFETY: row < rows.
-            a: unsafe { g.a.add(row * g.a_row) },
-            // SAFETY: row < rows.
-            c: unsafe { g.c.add(row * QUERIES) },
-            ..g
-        };
-        // SAFETY: a part of the rows of what the caller promised.
-        unsafe {
-            match n {
-                6 => tile::<S, 6, NR>(simd, part),
-                5 => tile::<S, 5, NR>(simd, part),
-                4 => tile::<S, 4, NR>(simd, part),
-                3 => tile::<S, 3, NR>(simd, part),
-                2 => tile::<S, 2, NR>(simd, part),
-                _ => tile::<S, 1, NR>(simd, part),
-            }
+unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm, between: &mut dyn FnMut()) {
+    let sixes = g.rows / 6 * 6;
+    let head = Gemm { rows: sixes, ..g };
+    let tail = Gemm {
+        a: g.a.wrapping_add(sixes * g.a_row),
+        c: g.c.wrapping_add(sixes * QUERIES),
+        rows: g.rows - sixes,
+        ..g
+    };
+    // SAFETY: parts of the rows of what the caller promised.
+    unsafe {
+        tiles::<S, 6, NR>(simd, head, between);
+        match tail.rows {
+            5 => tiles::<S, 5, NR>(simd, tail, between),
+            4 => tiles::<S, 4, NR>(simd, tail, between),
+            3 => tiles::<S, 3, NR>(simd, tail, between),
+            2 => tiles::<S, 2, NR>(simd, tail, between),
+            1 => tiles::<S, 1, NR>(simd, tail, between),
+            _ => {}
         }
-        between();
-        row += n;
     }
 }
 
-/// A function of its own, so that the compiler allots registers to one tile at a time.
+/// `rows / MR` tiles. A function of its own, so that the compiler allots registers to one shape of tile at a time.
 #[inline(never)]
-unsafe fn tile<S: Simd, const MR: usize, const NR: usize>(simd: S, g: Gemm) {
-    struct Tile<const MR: usize, const NR: usize>(Gemm);
-    impl<const MR: usize, const NR: usize> WithSimd for Tile<MR, NR> {
+unsafe fn tiles<S: Simd, const MR: usize, const NR: usize>(
+    simd: S,
+    g: Gemm,
+    between: &mut dyn FnMut(),
+) {
+    struct Tiles<'a, const MR: usize, const NR: usize>(Gemm, &'a mut dyn FnMut());
+    impl<const MR: usize, const NR: usize> WithSimd for Tiles<'_, MR, NR> {
         type Output = ();
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
             let g = self.0;
-            // SAFETY: made by `tile` only, whose caller promised.
+            // SAFETY: made by `tiles` only, whose caller promised.
             unsafe {
                 // The stride that is 1 is told to the compiler, for simpler addresses.
                 if g.a_step == 1 {
-                    tile_body::<S, MR, NR>(simd, g, g.a_row, 1);
-                } else if g.a_row == 1 {
-                    tile_body::<S, MR, NR>(simd, g, 1, g.a_step);
+                    tile_loop::<S, MR, NR>(simd, g, g.a_row, 1, self.1);
                 } else {
-                    tile_body::<S, MR, NR>(simd, g, g.a_row, g.a_step);
+                    tile_loop::<S, MR, NR>(simd, g, 1, g.a_step, self.1);
                 }
             }
         }
     }
-    simd.vectorize(Tile::<MR, NR>(g))
+    debug_assert!(g.a_step == 1 || g.a_row == 1);
+    simd.vectorize(Tiles::<MR, NR>(g, between))
+}
+
+#[inline(always)]
+unsafe fn tile_loop<S: Simd, const MR: usize, const NR: usize>(
+    simd: S,
+    g: Gemm,
+    a_row: usize,
+    a_step: usize,
+    between: &mut dyn FnMut(),
+) {
+    for row in (0..g.rows).step_by(MR) {
+        let part = Gemm {
+            a: g.a.wrapping_add(row * a_row),
+            c: g.c.wrapping_add(row * QUERIES),
+            ..g
+        };
+        // SAFETY: row + MR ≤ rows, which the caller promised.
+        unsafe { tile_body::<S, MR, NR>(simd, part, a_row, a_step) };
+        between();
+    }
 }
 
 #[inline(always)]

@@ -36,6 +36,13 @@ pub(crate) struct Segment {
     pub masked: u64,
 }
 
+/// The segments of one block of keys. Kept from block to block for its memory.
+#[derive(Debug, Default)]
+pub(crate) struct Segments {
+    pub list: Vec<Segment>,
+    cuts: Vec<usize>,
+}
+
 /// What one vector of queries sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Vector {
@@ -98,10 +105,12 @@ impl Sight {
     }
 
     /// Cuts the block of keys `keys` into segments, in the order of the keys.
-    pub fn segments(&self, keys: Range<usize>, out: &mut Vec<Segment>) {
-        out.clear();
+    pub fn segments(&self, keys: Range<usize>, segments: &mut Segments) {
+        let Segments { list, cuts } = segments;
+        list.clear();
+        cuts.clear();
         debug_assert!(keys.end <= self.kv_tokens);
-        let mut cuts = vec![keys.start, keys.end];
+        cuts.extend([keys.start, keys.end]);
         if self.pass != Pass::All {
             let edges = self
                 .vectors
@@ -124,7 +133,7 @@ impl Sight {
                     let n = (rest >> first).trailing_ones() as usize;
                     let bits = ones(n) << first;
                     rest &= !bits;
-                    out.push(Segment {
+                    list.push(Segment {
                         keys: keys.clone(),
                         vectors: first..first + n,
                         masked: masked & bits,
@@ -227,6 +236,7 @@ mod tests {
 
     /// Segments, masks and `touches` of every key block against the definition, pair by pair.
     fn compare(band: Band, tokens: usize, lanes: usize, block: usize) {
+        let mut segments = Segments::default();
         for pass in [Pass::All, Pass::Inside(band), Pass::Outside(band)] {
             let shown = |i: usize, j: usize| match pass {
                 Pass::All => true,
@@ -237,8 +247,8 @@ mod tests {
                 let queries = first..tokens.min(first + 32);
                 let sight = Sight::new(pass, queries.clone(), tokens, lanes);
                 for keys in (0..tokens).step_by(block).map(|k| k..tokens.min(k + block)) {
-                    let mut segments = Vec::new();
                     sight.segments(keys.clone(), &mut segments);
+                    let segments = &segments.list;
                     assert_eq!(sight.touches(&keys), !segments.is_empty());
                     for key in keys {
                         for (v, start) in queries.clone().step_by(lanes).enumerate() {
@@ -306,14 +316,14 @@ mod tests {
     #[test]
     fn a_wide_block_is_one_segment() {
         let sight = Sight::new(Pass::Inside(Band::new(500)), 1000..1064, 2000, 16);
-        let mut segments = Vec::new();
+        let mut segments = Segments::default();
         sight.segments(900..1000, &mut segments);
         let all = Segment {
             keys: 900..1000,
             vectors: 0..4,
             masked: 0,
         };
-        assert_eq!(segments, [all]);
+        assert_eq!(segments.list, [all]);
         assert!(!sight.touches(&(300..500)) && !sight.touches(&(1564..1700)));
     }
 }

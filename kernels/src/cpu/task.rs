@@ -11,7 +11,7 @@ use super::exp::exp2;
 use super::gemm::{Gemm, QUERIES, load, store};
 use super::pack::{Ahead, Order, Plane, gather, gather_channels, scatter_channels};
 use super::scratch::Scratch;
-use super::sight::{Pass, Segment, Sight, row};
+use super::sight::{Pass, Segment, Segments, Sight, row};
 use crate::api::{Attention, Mode};
 
 /// Keys in a block. With [`QUERIES`] it sets the working set: scores, Q, O, K and V of a block should stay in L2
@@ -314,7 +314,7 @@ fn pass<S: Simd>(
         .iter()
         .map(|b| Sight::new(pass, b.queries.clone(), s.kv_tokens, S::F32_LANES))
         .collect();
-    let mut segments: Vec<Segment> = Vec::new();
+    let mut segments = Segments::default();
     for first in (0..s.kv_tokens).step_by(KEYS) {
         let keys = first..s.kv_tokens.min(first + KEYS);
         if !sights.iter().any(|sight| sight.touches(&keys)) {
@@ -352,7 +352,7 @@ fn pass<S: Simd>(
         for (block, sight) in blocks.iter_mut().zip(&sights) {
             if sight.touches(&keys) {
                 sight.segments(keys.clone(), &mut segments);
-                step(simd, context, block, sight, pass, first, &segments);
+                step(simd, context, block, sight, pass, first, &segments.list);
             }
         }
     }
