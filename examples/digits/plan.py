@@ -1,6 +1,6 @@
 """Writes plan.json: what each of the 6 layers does at each of the 50 steps. Needs nothing but Python.
 
-A hand-made plan, to be read as one; `dfa-rewrite search` finds plans by Algorithm 1 of the paper.
+A hand-made plan, simple enough to read; README.md says what it costs in quality.
 """
 
 import json
