@@ -1,6 +1,6 @@
 //! How far two images are apart: PSNR and SSIM.
 //!
-//! Both as scikit-image computes them by default (SSIM: 7×7 uniform window, sample covariance,
+//! Both by scikit-image's default definitions (SSIM: 7×7 uniform window, sample covariance,
 //! borders left out). Plain numbers in, plain numbers out.
 
 /// Peak signal-to-noise ratio in dB; infinite for equal images. `range` is the width of the values' range.
@@ -60,8 +60,8 @@ mod tests {
     }
 
     #[test]
-    fn agrees_with_scikit_image() {
-        // structural_similarity and peak_signal_noise_ratio with data_range=2.0
+    fn agrees_with_the_definitions_in_scipy() {
+        // the same formulas over scipy.ndimage.uniform_filter(size=7), data range 2.0
         let (a, b) = (wave(0.0, 0.2), wave(0.2, 0.25));
         assert!((ssim(&a, &b, 32, 2.0) - 0.253_102_025).abs() < 1e-5);
         assert!((psnr(&a, &b, 2.0) - 14.276_261_316).abs() < 1e-5);
