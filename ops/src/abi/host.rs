@@ -9,7 +9,7 @@ use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatusPtr};
 
 use super::status::{Code, Error};
 
-/// The oldest function table that has everything we call (`KernelContext_ParallelFor`, shape inference).
+/// The oldest function table that has everything we call (`KernelContext_ParallelFor`).
 pub const MIN_API: u32 = 17;
 
 /// A host's function table.
@@ -19,8 +19,6 @@ pub const MIN_API: u32 = 17;
 #[derive(Clone, Copy, Debug)]
 pub struct Host {
     api: *const OrtApi,
-    /// Minor version of the host: 32 for 1.32.0.
-    pub minor: u32,
 }
 
 // SAFETY: the table is immutable, 'static data of the host's library, and its functions may be called from any thread.
@@ -66,7 +64,7 @@ impl Host {
             // SAFETY: plain call into the host.
             let api = unsafe { get_api(MIN_API) };
             if !api.is_null() {
-                return Ok(Host { api, minor });
+                return Ok(Host { api });
             }
         }
         // SAFETY: API 1 exists in every release.

@@ -11,6 +11,5 @@ pub mod host;
 pub mod info;
 pub mod library;
 pub mod op;
-pub mod shape;
 pub mod status;
 pub mod tensor;

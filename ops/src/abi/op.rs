@@ -7,14 +7,13 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 
 use ort_sys::{
     ONNXTensorElementDataType, OrtApi, OrtCustomOp, OrtCustomOpInputOutputCharacteristic,
-    OrtKernelContext, OrtKernelInfo, OrtMemType, OrtShapeInferContext, OrtStatusPtr,
+    OrtKernelContext, OrtKernelInfo, OrtMemType, OrtStatusPtr,
 };
 
 use super::context::Context;
 use super::host::Host;
 use super::info::Info;
-use super::shape::InferContext;
-use super::status::{Code, Error, caught, guard};
+use super::status::{Error, caught, guard};
 
 /// What computes a node.
 pub trait Kernel: Send + Sync + Sized + 'static {
@@ -98,16 +97,12 @@ impl Port {
     }
 }
 
-/// Says what is certain about the shapes of a node's outputs.
-pub type Infer = fn(&InferContext<'_>) -> Result<(), Error>;
-
 /// The static face of an operator. Registrations of one name may differ in types only.
 #[derive(Debug)]
 pub struct Spec {
     pub name: &'static CStr,
     pub inputs: &'static [Port],
     pub outputs: &'static [Port],
-    pub infer: Option<Infer>,
 }
 
 impl Spec {
@@ -132,16 +127,9 @@ struct Instance<K> {
     kernel: K,
 }
 
-/// Hosts before 1.24 dereference a null pointer in shape inference when an optional input is skipped with an empty
-/// name (onnxruntime#26199): they are given no inference for such ops.
-const SAFE_INFERENCE_WITH_OPTIONALS: u32 = 24;
-
 impl Op {
     /// The operator `K` with the face `spec`, for `host`. Leaked: sessions keep pointers to it.
     pub(crate) fn leak<K: Kernel>(host: Host, spec: &'static Spec) -> &'static Op {
-        let has_optional = spec.inputs.iter().any(|port| port.arity == Arity::Optional);
-        let infers =
-            spec.infer.is_some() && (!has_optional || host.minor >= SAFE_INFERENCE_WITH_OPTIONALS);
         Box::leak(Box::new(Op {
             raw: OrtCustomOp {
                 // The version of the fields that are filled here, not of the host.
@@ -164,7 +152,11 @@ impl Op {
                 GetVariadicOutputHomogeneity: Some(heterogeneous),
                 CreateKernelV2: Some(create::<K>),
                 KernelComputeV2: Some(compute::<K>),
-                InferOutputShapeFn: if infers { Some(infer) } else { None },
+                // No shape inference. The rewriter writes types and shapes of all our outputs; the host would only repeat
+                // them, and its interface for this is a trap: before 1.24 it dereferences null for a skipped optional
+                // input (onnxruntime#26199), 1.24 aborts the process if an output does not exist, and 1.24 and newer
+                // contradict the type that value_info gives an output if several element types are registered.
+                InferOutputShapeFn: None,
                 GetStartVersion: Some(start_version),
                 GetEndVersion: Some(end_version),
             },
@@ -311,25 +303,4 @@ unsafe extern "system" fn destroy<K: Kernel>(kernel: *mut c_void) {
         drop(unsafe { Box::from_raw(kernel.cast::<Instance<K>>()) });
         Ok(())
     });
-}
-
-unsafe extern "system" fn infer(
-    raw: *const OrtCustomOp,
-    context: *mut OrtShapeInferContext,
-) -> OrtStatusPtr {
-    // SAFETY: the host hands back our pointer.
-    let op = unsafe { op(raw) };
-    // Errors are swallowed: the host ignores and leaks the status. Kernels check shapes when they compute.
-    let _ = caught(|| {
-        // SAFETY: the context lives during this call.
-        let context = unsafe { InferContext::new(&op.host, context) };
-        op.spec.infer.map_or(Ok(()), |infer| infer(&context))
-    });
-    OrtStatusPtr(std::ptr::null_mut())
-}
-
-impl From<std::collections::TryReserveError> for Error {
-    fn from(error: std::collections::TryReserveError) -> Self {
-        Error::new(Code::RuntimeException, error.to_string())
-    }
 }

@@ -11,7 +11,6 @@ use ditfastattn_plans::{Plan, Side, TextTokens};
 use crate::abi::context::Context;
 use crate::abi::info::Info;
 use crate::abi::op::Kernel;
-use crate::abi::shape::{Dim, InferContext};
 use crate::abi::status::{Code, Error};
 use crate::state::{Directive, Residual, Rows, Run, Work};
 
@@ -423,42 +422,5 @@ fn band(plan: &Plan, text: Option<TextTokens>, tokens: usize) -> Band {
         half_width: plan.half_width(tokens, count),
         text: count,
         text_at_start: text.is_some_and(|text| text.side == Side::Start),
-    }
-}
-
-/// The output's shape follows from those of q and v.
-pub(super) fn infer(context: &InferContext<'_>) -> Result<(), Error> {
-    let layout = |name| {
-        let text = context.string(name);
-        Layout::parse(text.as_deref().unwrap_or(DEFAULT_LAYOUT))
-    };
-    let (Some(q), Some(v)) = (context.input(0)?, context.input(2)?) else {
-        return Ok(());
-    };
-    let o_layout = layout(c"o_layout")?;
-    let q_sizes = layout(c"q_layout")?.sizes(&q);
-    let v_sizes = layout(c"v_layout")?.sizes(&v);
-    let (Some([batch, heads, tokens, _]), Some([_, v_heads, _, channels])) = (q_sizes, v_sizes)
-    else {
-        return Ok(());
-    };
-    // Folded heads would have to be divided or multiplied: left to the graph's own annotations.
-    let (Some(b), Some(h), Some(s), Some(d)) = (batch, heads, tokens, channels) else {
-        return Ok(());
-    };
-    if v_heads.is_none() {
-        return Ok(());
-    }
-    let fold = |b: &Dim, h: &Dim| match (b, h) {
-        (Dim::Size(b), Dim::Size(h)) => Some(b * h),
-        _ => None,
-    };
-    let folded = fold(b, h).map(Dim::Size);
-    let dims = o_layout.dims([b.clone(), h.clone(), s.clone(), d.clone()], |_, _| {
-        folded.clone()
-    });
-    match dims {
-        Some(dims) => context.set_output(0, &dims),
-        None => Ok(()),
     }
 }

@@ -113,16 +113,6 @@ impl Layout {
         dims.sort_by_key(|(axis, _)| *axis);
         Some(dims.into_iter().map(|(_, n)| n).collect())
     }
-
-    /// The sizes of batch, heads, sequence and channels in `dims`; heads is `None` in rank 3, where the batch is folded.
-    pub fn sizes<'a, N>(&self, dims: &'a [N]) -> Option<[Option<&'a N>; 4]> {
-        if dims.len() != self.rank {
-            return None;
-        }
-        let [b, h, s, d] = self.axes;
-        let heads = (self.rank == 4).then(|| &dims[h]);
-        Some([Some(&dims[b]), heads, Some(&dims[s]), Some(&dims[d])])
-    }
 }
 
 #[cfg(test)]

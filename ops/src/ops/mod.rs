@@ -50,18 +50,17 @@ static STEP: Spec = Spec {
         Port::variadic(Type::Any),
     ],
     outputs: &[Port::one(Type::I64), Port::variadic(Type::Bool)],
-    infer: Some(step::infer),
 };
 
 /// One [`Spec`] per element type: hosts pick the kernel by type.
 macro_rules! typed {
-    ($($name:ident = $op:literal ($($input:expr),*) $infer:expr;)*) => {
-        $(static $name: [Spec; 3] = [typed!(@ Type::F32, $op, [$($input),*], $infer),
-                                     typed!(@ Type::F16, $op, [$($input),*], $infer),
-                                     typed!(@ Type::BF16, $op, [$($input),*], $infer)];)*
+    ($($name:ident = $op:literal ($($input:expr),*);)*) => {
+        $(static $name: [Spec; 3] = [typed!(@ Type::F32, $op, [$($input),*]),
+                                     typed!(@ Type::F16, $op, [$($input),*]),
+                                     typed!(@ Type::BF16, $op, [$($input),*])];)*
     };
-    (@ $ty:expr, $op:literal, [$($input:expr),*], $infer:expr) => {
-        Spec { name: $op, inputs: &[$($input.port($ty)),*], outputs: &[Port::one($ty)], infer: $infer }
+    (@ $ty:expr, $op:literal, [$($input:expr),*]) => {
+        Spec { name: $op, inputs: &[$($input.port($ty)),*], outputs: &[Port::one($ty)] }
     };
 }
 
@@ -83,10 +82,10 @@ impl In {
 }
 
 typed! {
-    SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket) None;
-    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalTyped) Some(attention::infer);
-    SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket) None;
-    REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket) None;
+    SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket);
+    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalTyped);
+    SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket);
+    REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket);
 }
 
 /// The operators as registered with one host.

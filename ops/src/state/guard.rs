@@ -28,6 +28,10 @@ pub(super) fn reach_of_step(part: f64) -> f64 {
 /// scale stay near each other for some steps, and count as ambiguous.
 const CLEARLY_NEARER: f64 = 0.4;
 
+/// A run that is not served is taken to continue the generation it is this much nearer to than to any other. Successive
+/// states of one generation are at about 1 : 2.
+const NEARER: f64 = 0.6;
+
 /// Unfinished generations that are remembered.
 const STRANDS: usize = 16;
 
@@ -347,7 +351,7 @@ impl Guard {
         // The strand that it clearly continues is no longer where it was. In doubt all stay.
         match near[..] {
             [(Some(index), _)] => drop(self.strands.remove(index)),
-            [(Some(index), nearest), (_, next), ..] if nearest < CLEARLY_NEARER * next => {
+            [(Some(index), nearest), (_, next), ..] if nearest < NEARER * next => {
                 drop(self.strands.remove(index));
             }
             _ => {}
@@ -458,6 +462,7 @@ impl Guard {
         self.strands.retain(|strand| turn - strand.seen <= patience);
         let count = evidence.conditioning.len();
         self.learnt.resize(count, false);
+        let (learnt_before, mut learnt_now) = (self.learnt.clone(), false);
         let learnt = &mut self.learnt;
         let watch = &mut self.watch[branch];
         watch.runs.resize(count, None);
@@ -484,9 +489,24 @@ impl Guard {
                     Some((same, times)) if same == direction => (direction, times + 1),
                     _ => (direction, 1),
                 });
-            if run.is_some_and(|(_, times)| times >= CHANGES_TO_LEARN) {
+            if run.is_some_and(|(_, times)| times >= CHANGES_TO_LEARN) && !learnt[i] {
                 learnt[i] = true;
+                learnt_now = true;
             }
+        }
+        if learnt_now {
+            // Until now every run of this generation looked like another one. What it left under those names is its own.
+            let before = std::mem::replace(&mut self.learnt, learnt_before);
+            let mut strands = std::mem::take(&mut self.strands);
+            let differs = |strand: &Strand| !self.fits(strand.conditioning.as_deref(), evidence);
+            let other: Vec<bool> = strands.iter().map(differs).collect();
+            self.learnt = before;
+            let mut other = other.into_iter();
+            strands.retain(|strand| {
+                let differed = other.next().unwrap_or(false);
+                !(differed && self.fits(strand.conditioning.as_deref(), evidence))
+            });
+            self.strands = strands;
         }
     }
 }
