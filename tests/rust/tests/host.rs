@@ -21,17 +21,25 @@ fn environment() -> &'static Arc<Environment> {
     static ENVIRONMENT: OnceLock<Arc<Environment>> = OnceLock::new();
     ENVIRONMENT.get_or_init(|| {
         let library = setting("ORT_DYLIB_PATH");
-        ort::init_from(library).expect("load ONNX Runtime").build().expect("make an environment").into()
+        ort::init_from(library)
+            .expect("load ONNX Runtime")
+            .build()
+            .expect("make an environment")
+            .into()
     })
 }
 
 /// A path that `scripts/test` provides. Without it the test fails: it must not pass by not running.
 fn setting(name: &str) -> PathBuf {
-    std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set; run scripts/test")).into()
+    std::env::var_os(name)
+        .unwrap_or_else(|| panic!("{name} is not set; run scripts/test"))
+        .into()
 }
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../fixtures")
+        .join(name)
 }
 
 struct Case {
@@ -41,13 +49,17 @@ struct Case {
 
 impl Case {
     fn open(name: &str) -> Self {
-        let mut arrays = NpzReader::new(File::open(fixture(&format!("{name}.npz"))).unwrap()).unwrap();
+        let mut arrays =
+            NpzReader::new(File::open(fixture(&format!("{name}.npz"))).unwrap()).unwrap();
         let names = arrays.names().unwrap();
         Self { arrays, names }
     }
 
     fn steps(&self) -> usize {
-        self.names.iter().filter(|n| n.starts_with("step") && n.ends_with("_out")).count()
+        self.names
+            .iter()
+            .filter(|n| n.starts_with("step") && n.ends_with("_out"))
+            .count()
     }
 
     fn expected(&mut self, step: usize) -> ArrayD<f32> {
@@ -63,7 +75,13 @@ impl Case {
         let names = self.names.clone();
         names
             .iter()
-            .filter_map(|n| Some((n, n.strip_prefix("fixed_").or_else(|| n.strip_prefix(&prefix))?)))
+            .filter_map(|n| {
+                Some((
+                    n,
+                    n.strip_prefix("fixed_")
+                        .or_else(|| n.strip_prefix(&prefix))?,
+                ))
+            })
             .filter(|(_, input)| *input != "out")
             .map(|(name, input)| {
                 let value = match self.arrays.by_name::<OwnedRepr<i64>, ndarray::IxDyn>(name) {
@@ -80,7 +98,9 @@ fn tensor<T: ort::value::PrimitiveTensorElementType + std::fmt::Debug + Clone + 
     array: ArrayD<T>,
 ) -> SessionInputValue<'static> {
     let shape = array.shape().to_vec();
-    Tensor::from_array((shape, array.into_raw_vec_and_offset().0)).unwrap().into()
+    Tensor::from_array((shape, array.into_raw_vec_and_offset().0))
+        .unwrap()
+        .into()
 }
 
 fn session(path: &Path) -> Session {
@@ -104,15 +124,30 @@ fn rewrite(model: &str, plan: &Plan, folder: &Path) -> PathBuf {
 fn distance(actual: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(actual.len(), expected.len());
     let largest = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
-    actual.iter().zip(expected).fold(0f32, |m, (a, e)| m.max((a - e).abs())) / largest
+    actual
+        .iter()
+        .zip(expected)
+        .fold(0f32, |m, (a, e)| m.max((a - e).abs()))
+        / largest
 }
 
 #[test]
 fn follows_the_plan_at_every_step() {
-    for (name, dialect) in [("dit", "ts17"), ("dit", "dyn23"), ("pixart", "ts17"), ("fbdit", "dyn18")] {
+    for (name, dialect) in [
+        ("dit", "ts17"),
+        ("dit", "dyn23"),
+        ("pixart", "ts17"),
+        ("fbdit", "dyn18"),
+    ] {
         let folder = tempfile::tempdir().unwrap();
-        let plan = Plan::parse(&std::fs::read_to_string(fixture(&format!("{name}.plan.json"))).unwrap()).unwrap();
-        let mut session = session(&rewrite(&format!("{name}__{dialect}.onnx"), &plan, folder.path()));
+        let plan =
+            Plan::parse(&std::fs::read_to_string(fixture(&format!("{name}.plan.json"))).unwrap())
+                .unwrap();
+        let mut session = session(&rewrite(
+            &format!("{name}__{dialect}.onnx"),
+            &plan,
+            folder.path(),
+        ));
         let mut case = Case::open(name);
         for step in 0..case.steps() {
             let outputs = session.run(case.feed(step)).unwrap();
@@ -132,8 +167,14 @@ fn a_fault_in_an_op_is_an_error_and_the_session_lives_on() {
     let mut case = Case::open("dit");
     let mut bad = case.feed(0);
     // A request id must be one number.
-    bad.insert("dfa_request_id".into(), tensor(ArrayD::from_elem(vec![3], 1i64)));
+    bad.insert(
+        "dfa_request_id".into(),
+        tensor(ArrayD::from_elem(vec![3], 1i64)),
+    );
     let error = session.run(bad).map(|_| ()).unwrap_err().to_string();
-    assert!(error.contains("dfa_request_id") || error.contains("request id"), "{error}");
+    assert!(
+        error.contains("dfa_request_id") || error.contains("request id"),
+        "{error}"
+    );
     assert!(session.run(case.feed(0)).is_ok());
 }
