@@ -278,11 +278,16 @@ fn peak(level: Level, pool: &Pool) -> f64 {
         type Output = f64;
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> f64 {
+            let fused = std::any::TypeId::of::<S>() != std::any::TypeId::of::<pulp::Scalar256b>();
             let mut acc = [simd.splat_f32s(1.0); 12];
             let x = std::hint::black_box(simd.splat_f32s(0.999));
             for _ in 0..STEPS {
                 for a in &mut acc {
-                    *a = simd.mul_add_e_f32s(*a, x, x);
+                    *a = if fused {
+                        simd.mul_add_e_f32s(*a, x, x)
+                    } else {
+                        simd.add_f32s(simd.mul_f32s(*a, x), x)
+                    };
                 }
             }
             std::hint::black_box(acc);

@@ -4,6 +4,8 @@
 
 use pulp::Simd;
 
+use super::vector::mul_add;
+
 /// Coefficients of r, r², … r⁵ in 2^r. The constant term is exactly 1, so that 2^0 = 1 exactly.
 /// Weighted minimax fit on [−1/2, 1/2]: relative error 9.2e-8.
 #[allow(clippy::approx_constant)] // The first is near ln 2, as it should be, but not ln 2.
@@ -31,7 +33,7 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let r = simd.sub_f32s(x, simd.sub_f32s(t, magic));
     let mut p = simd.splat_f32s(C[4]);
     for c in [C[3], C[2], C[1], C[0], 1.0] {
-        p = simd.mul_add_e_f32s(p, r, simd.splat_f32s(c));
+        p = mul_add(simd, p, r, simd.splat_f32s(c));
     }
     let bits = simd.transmute_u32s_f32s(t);
     let scale = simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(23));

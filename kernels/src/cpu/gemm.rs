@@ -9,6 +9,8 @@
 
 use pulp::{Simd, WithSimd};
 
+use super::vector::{load, mul_add, store};
+
 /// Queries in a block: the row length of every matrix with a query per lane.
 pub(crate) const QUERIES: usize = 64;
 
@@ -167,7 +169,7 @@ unsafe fn tile_body<S: Simd, const MR: usize, const NR: usize>(
             for i in 0..MR {
                 let x = simd.splat_f32s(*a.add(i * a_row));
                 for j in 0..NR {
-                    acc[i][j] = simd.mul_add_e_f32s(x, bs[j], acc[i][j]);
+                    acc[i][j] = mul_add(simd, x, bs[j], acc[i][j]);
                 }
             }
             a = a.wrapping_add(a_step);
@@ -179,20 +181,4 @@ unsafe fn tile_body<S: Simd, const MR: usize, const NR: usize>(
             }
         }
     }
-}
-
-/// # Safety
-/// `S::F32_LANES` floats at `p` must be readable; no alignment is needed.
-#[inline(always)]
-pub(crate) unsafe fn load<S: Simd>(_: S, p: *const f32) -> S::f32s {
-    // SAFETY: promised by the caller; every bit pattern is a vector.
-    unsafe { p.cast::<S::f32s>().read_unaligned() }
-}
-
-/// # Safety
-/// `S::F32_LANES` floats at `p` must be writable; no alignment is needed.
-#[inline(always)]
-pub(crate) unsafe fn store<S: Simd>(_: S, p: *mut f32, x: S::f32s) {
-    // SAFETY: promised by the caller.
-    unsafe { p.cast::<S::f32s>().write_unaligned(x) }
 }

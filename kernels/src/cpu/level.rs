@@ -27,7 +27,7 @@ impl Level {
         Level::available()[0]
     }
 
-    /// Runs `op` with this level's vectors; [`Option::None`]-like `Default` if the machine lacks it.
+    /// Runs `op` with this level's vectors; on a machine without them does nothing and returns the default.
     pub fn run<Op: WithSimd>(self, op: Op) -> Op::Output
     where
         Op::Output: Default,

@@ -9,6 +9,7 @@ mod pack;
 mod scratch;
 mod sight;
 mod task;
+mod vector;
 
 pub use level::Level;
 

@@ -8,10 +8,11 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::exp::exp2;
-use super::gemm::{Gemm, QUERIES, load, store};
+use super::gemm::{Gemm, QUERIES};
 use super::pack::{Ahead, Order, Plane, gather, gather_channels, scatter_channels};
 use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Segments, Sight, row};
+use super::vector::{load, mul_add, store};
 use crate::api::{Attention, Mode};
 
 /// Keys in a block. With [`QUERIES`] it sets the working set: scores, Q, O, K and V of a block should stay in L2
@@ -612,14 +613,14 @@ fn softmax<S: Simd>(
             for _ in 0..n / 2 {
                 for (i, sum) in sums.iter_mut().enumerate() {
                     let p = p.add(i * QUERIES);
-                    let e = exp2(simd, simd.mul_add_e_f32s(load(simd, p), scale, shift));
+                    let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
                     store(simd, p, e);
                     *sum = simd.add_f32s(*sum, e);
                 }
                 p = p.wrapping_add(2 * QUERIES);
             }
             if n % 2 == 1 {
-                let e = exp2(simd, simd.mul_add_e_f32s(load(simd, p), scale, shift));
+                let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
                 store(simd, p, e);
                 sums[0] = simd.add_f32s(sums[0], e);
             }
@@ -655,7 +656,7 @@ fn values_seen<S: Simd>(
                     let o = block.o.as_mut_ptr().add(c * QUERIES + at);
                     let p = context.scores.as_ptr().add((key - first) * QUERIES + at);
                     let old = load(simd, o);
-                    let new = simd.mul_add_e_f32s(load(simd, p), simd.splat_f32s(value), old);
+                    let new = mul_add(simd, load(simd, p), simd.splat_f32s(value), old);
                     let hides = seg.masked >> v & 1 == 1 && !text.contains(&key);
                     let new = if hides {
                         simd.select_f32s(seen(simd, block, pass, key, v), new, old)
