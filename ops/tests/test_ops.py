@@ -14,7 +14,7 @@ import textwrap
 import numpy as np
 import pytest
 import onnxruntime as ort
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 import tiny as T
 
@@ -487,3 +487,51 @@ def test_three_symbols_are_exported():
     out = subprocess.run(["nm", "-D", "--defined-only", T.LIB], capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1].split("@")[0] for line in out.splitlines()}
     assert names == {"RegisterCustomOps", "ditfastattn_stats", "ditfastattn_reset"}
+
+
+@pytest.mark.parametrize("kind,tolerance", [("FLOAT", 1e-5), ("FLOAT16", 4e-3), ("BFLOAT16", 3e-2)])
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD", "BSD"])
+def test_every_element_type_and_folded_heads(kind, tolerance, layout):
+    """One core-form layer whose q, k, v are the latents: full with capture, window with residual, reuse."""
+    el = getattr(TensorProto, kind)
+    plan = {"format": "ditfastattn-plan", "version": 1, "steps": [["full"], ["wa-rs"], ["ast"]], "timesteps": [9, 5, 1]}
+    info = helper.make_tensor_value_info
+    dims = ["b", "h", "s", "d"][: len(layout)]
+    zero = {"id": np.zeros([1], np.int64), "start": np.zeros([1], bool), "end": np.zeros([1], bool)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("DiTFastAttnStep", ["t", "id", "start", "end", "x"], ["ticket", "skip"], domain=T.DOMAIN,
+                             plan=json.dumps(plan), layers=1, core_layers=[0]),
+            helper.make_node("Cast", ["x"], ["q"], to=el),
+            helper.make_node("DiTFastAttn", ["q", "q", "q", "ticket"], ["o"], domain=T.DOMAIN, layer=0, form="core",
+                             scale=0.5, **{f"{n}_layout": layout for n in "qkvo"}),
+            helper.make_node("Cast", ["o"], ["y"], to=TensorProto.FLOAT),
+        ],
+        "g", [info("t", TensorProto.FLOAT, [1]), info("x", TensorProto.FLOAT, dims)], [info("y", TensorProto.FLOAT, dims)],
+        [numpy_helper.from_array(v, n) for n, v in zero.items()], value_info=[info("o", el, dims)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(T.DOMAIN, 1)], ir_version=8)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(T.LIB)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    shape = {"BHSD": (2, 3, 16, 8), "BSHD": (2, 16, 3, 8), "BSD": (6, 16, 8)}[layout]
+    base = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    residual = None
+    for step, t in enumerate([9, 5, 1]):
+        x = (base * (1 - 0.05 * step)).astype(np.float32)
+        got = session.run(None, {"t": np.array([t], np.float32), "x": x})[0]
+        q = (x.transpose(0, 2, 1, 3) if layout == "BSHD" else x).astype(np.float64)
+        scores = 0.5 * q @ q.swapaxes(-1, -2)
+        i = np.arange(16)
+        soft = lambda s: np.exp(s - s.max(-1, keepdims=True)) / np.exp(s - s.max(-1, keepdims=True)).sum(-1, keepdims=True)
+        full = soft(scores) @ q
+        window = soft(np.where(np.abs(i[:, None] - i) <= 2, scores, -np.inf)) @ q
+        if step == 0:
+            expected, residual = full, full - window
+        elif step == 1:
+            expected = window + residual
+        if layout == "BSHD" and step < 2:
+            expected = expected.transpose(0, 2, 1, 3)
+        np.testing.assert_allclose(got, expected, atol=tolerance, rtol=0)
+    s = T.stats()
+    assert (s["layers_full"], s["layers_window"], s["layers_reused"]) == (1, 1, 1)

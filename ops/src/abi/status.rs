@@ -90,3 +90,29 @@ pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> String {
         .or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "unknown".to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panics_become_errors_with_their_text() {
+        let index = std::hint::black_box(3);
+        let error = caught(|| Ok([1, 2][index])).expect_err("out of bounds");
+        assert_eq!(error.code, Code::RuntimeException);
+        assert!(error.message.contains("index out of bounds"), "{error}");
+        let error = caught::<()>(|| panic!("row {index}"))
+            .expect_err("a panic")
+            .at("DiTFastAttn", "attention_0");
+        assert_eq!(
+            error.message,
+            "DiTFastAttn node `attention_0`: panic: row 3"
+        );
+    }
+
+    #[test]
+    fn errors_pass_through() {
+        let error = caught::<()>(|| Err(Error::graph("no"))).expect_err("an error");
+        assert_eq!((error.code, &*error.message), (Code::InvalidGraph, "no"));
+    }
+}

@@ -219,7 +219,10 @@ impl Bench {
             if computed {
                 latest.output = Some(open.maker);
             }
-            assert!(directive.rows == Rows::All || (planned.uses_halves() && client.rows % 2 == 0));
+            assert!(
+                directive.rows == Rows::All
+                    || (planned.uses_halves() && client.rows.is_multiple_of(2))
+            );
             let output = (directive.keep && computed)
                 .then(|| make(Kind::Output))
                 .flatten();
@@ -644,7 +647,6 @@ proptest! {
                 };
                 if let Some(tensor) = served {
                     let from = tensor.maker;
-                    let step = place / per_step;
                     // What was made before two pictures part is of both.
                     let made_at = from.place / per_step;
                     let twins = same_so_far(
