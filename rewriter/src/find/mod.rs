@@ -1,8 +1,8 @@
 //! Finding attention by dataflow. Read-only: says what every softmax and attention operator is, and why.
 //!
-//! The order of things: [`inputs`] names the timestep, the latents and the conditioning; [`anchor`] recognises
-//! softmax(q·kᵀ)·v in any dialect; [`source`] follows q, k and v back to their projections and so tells self- from
-//! cross-attention; [`module`] tries to isolate the whole attention module. A new exporter dialect is a new way of
+//! The order of things: `inputs` names the timestep, the latents and the conditioning; `anchor` recognises
+//! softmax(q·kᵀ)·v in any dialect; `source` follows q, k and v back to their projections and so tells self- from
+//! cross-attention; `module` tries to isolate the whole attention module. A new exporter dialect is a new way of
 //! finding, never a change in lowering. Every non-match carries a reason and the nodes it is about.
 
 mod anchor;
