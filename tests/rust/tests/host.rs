@@ -15,7 +15,7 @@ use ort::value::Tensor;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 fn environment() -> &'static Arc<Environment> {
     static ENVIRONMENT: OnceLock<Arc<Environment>> = OnceLock::new();
@@ -104,6 +104,10 @@ fn tensor<T: ort::value::PrimitiveTensorElementType + std::fmt::Debug + Clone + 
 }
 
 fn session(path: &Path) -> Session {
+    // ONNX Runtime's table of operator domains is not guarded: two first sessions at once can both
+    // try to add ours, and one of them fails (docs/operations.md).
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock();
     Session::builder(environment())
         .unwrap()
         .with_operator_library(setting("DITFASTATTN_LIB"))
