@@ -22,7 +22,7 @@ import onnxruntime as ort
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "python"))
 import synthetic  # noqa: E402
-from conftest import TARGET, session, tool  # noqa: E402
+from conftest import session, stats, tool  # noqa: E402
 
 # One row per plan, repeated over the steps; what each costs is compared with the dense graph.
 PLANS = {
@@ -78,6 +78,8 @@ def main():
                         continue
                     if step % 3 == 0 or name == "full + capture":
                         ratios.append(measured / timed(dense, step, {}))
+            # A plan that is not served would be measured as dense.
+            assert stats()["misses"] == 0, stats()
             print(f"  {name:15} {statistics.median(ratios):.3f}   ({len(ratios)} pairs)", flush=True)
 
 

@@ -23,7 +23,7 @@ def dit(path, layers, width, heads, tokens, sparse=False):
         for key, value in (("location", path.name + ".data"), ("offset", offset), ("length", size)):
             tensor.external_data.add(key=key, value=str(value))
         if not sparse:
-            data.write((rng.standard_normal(dims, dtype=np.float32) / np.sqrt(dims[0])).tobytes())
+            data.write((rng.standard_normal(dims, dtype=np.float32) * np.float32(dims[0] ** -0.5)).tobytes())
         offset += size
         initializers.append(tensor)
         return name
