@@ -95,7 +95,8 @@ impl Node {
             .any(|a| a.g.is_some() || !a.graphs.is_empty())
     }
 
-    fn parse(raw: Bytes) -> Result<Self, String> {
+    /// Reads a node; `depth` counts the subgraphs around it.
+    fn parse(raw: Bytes, depth: usize) -> Result<Self, String> {
         let proto = NodeProto::decode(raw.clone()).map_err(|e| format!("bad node: {e}"))?;
         let attributes = proto
             .attribute
@@ -103,14 +104,12 @@ impl Node {
             .map(|a| AttributeProto::decode(a.clone()))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|e| {
-                format!(
-                    "bad attribute of node {}: {e}",
-                    proto.name.as_deref().unwrap_or("")
-                )
+                let name = proto.name.as_deref().unwrap_or("");
+                format!("bad attribute of node {name}: {e}")
             })?;
         let mut captured = Vec::new();
         for graph in attributes.iter().flat_map(|a| a.g.iter().chain(&a.graphs)) {
-            captured.extend(free_names(graph, 0)?);
+            captured.extend(free_names(graph, depth)?);
         }
         Ok(Self {
             proto,
@@ -140,7 +139,7 @@ fn free_names(graph: &Bytes, depth: usize) -> Result<Vec<String>, String> {
         };
         match field.number {
             FIELD_NODE => {
-                let node = Node::parse_nested(payload, depth + 1)?;
+                let node = Node::parse(payload, depth + 1)?;
                 used.extend(node.proto.input.iter().cloned());
                 used.extend(node.captured);
                 defined.extend(node.proto.output);
@@ -153,26 +152,6 @@ fn free_names(graph: &Bytes, depth: usize) -> Result<Vec<String>, String> {
     }
     used.retain(|n| !n.is_empty() && !defined.contains(n));
     Ok(used)
-}
-
-impl Node {
-    fn parse_nested(raw: Bytes, depth: usize) -> Result<Self, String> {
-        let proto = NodeProto::decode(raw.clone()).map_err(|e| format!("bad node: {e}"))?;
-        let mut captured = Vec::new();
-        for attribute in &proto.attribute {
-            let attribute = AttributeProto::decode(attribute.clone())
-                .map_err(|e| format!("bad attribute: {e}"))?;
-            for graph in attribute.g.iter().chain(&attribute.graphs) {
-                captured.extend(free_names(graph, depth)?);
-            }
-        }
-        Ok(Self {
-            proto,
-            raw,
-            captured,
-            attributes: Vec::new(),
-        })
-    }
 }
 
 /// A graph input that must be fed (or may be, where it has a default initializer).
@@ -215,7 +194,7 @@ impl Graph {
                     .map_err(|e| format!("bad graph {what}: {e}"))
             };
             match field.number {
-                FIELD_NODE => nodes.push(Node::parse(payload)?),
+                FIELD_NODE => nodes.push(Node::parse(payload, 0)?),
                 FIELD_INITIALIZER => {
                     let (name, constant) = Constant::read(&payload).ok_or("bad initializer")?;
                     initializers.insert(name, constant);
