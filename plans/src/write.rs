@@ -71,17 +71,23 @@ fn json<T: Serialize + ?Sized>(value: &T, space: &'static str) -> String {
 
 struct Spaced(&'static str);
 
+impl Spaced {
+    fn separate<W: Write + ?Sized>(&self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first {
+            Ok(())
+        } else {
+            write!(writer, ",{}", self.0)
+        }
+    }
+}
+
 impl Formatter for Spaced {
     fn begin_array_value<W: Write + ?Sized>(
         &mut self,
         writer: &mut W,
         first: bool,
     ) -> io::Result<()> {
-        if first {
-            Ok(())
-        } else {
-            write!(writer, ",{}", self.0)
-        }
+        self.separate(writer, first)
     }
 
     fn begin_object_key<W: Write + ?Sized>(
@@ -89,11 +95,7 @@ impl Formatter for Spaced {
         writer: &mut W,
         first: bool,
     ) -> io::Result<()> {
-        if first {
-            Ok(())
-        } else {
-            write!(writer, ",{}", self.0)
-        }
+        self.separate(writer, first)
     }
 
     fn begin_object_value<W: Write + ?Sized>(&mut self, writer: &mut W) -> io::Result<()> {

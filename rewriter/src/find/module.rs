@@ -60,31 +60,28 @@ pub fn isolate(graph: &Graph, facts: &Facts, core: &Core, source: &str) -> Resul
             [label],
         ));
     }
-    let as_exported = region(graph, core, source, &sink, &BTreeMap::new());
-    if check(graph, facts, &as_exported, source, core, &BTreeMap::new()).is_ok() {
-        return finish(
-            graph,
-            core,
-            source,
-            sink,
-            projects_out,
-            as_exported,
-            BTreeMap::new(),
-        );
+    let mut reshaped = BTreeMap::new();
+    let mut inside = region(graph, core, source, &sink, &reshaped);
+    if check(graph, facts, &inside, source, core, &reshaped).is_err() {
+        // Second try: every Reshape whose target can be written without the batch gets such a target.
+        reshaped = inside
+            .iter()
+            .filter(|&&i| graph.nodes[i].is("Reshape"))
+            .filter_map(|&i| Some((i, batch_free_target(facts, i, &graph.nodes[i])?)))
+            .collect();
+        inside = region(graph, core, source, &sink, &reshaped);
+        check(graph, facts, &inside, source, core, &reshaped)?;
+        reshaped.retain(|i, _| inside.contains(i));
     }
-    // Second try: every Reshape whose target can be written without the batch gets such a target.
-    let reshaped: BTreeMap<usize, Vec<i64>> = as_exported
-        .iter()
-        .filter(|&&i| graph.nodes[i].is("Reshape"))
-        .filter_map(|&i| Some((i, batch_free_target(facts, i, &graph.nodes[i])?)))
-        .collect();
-    let inside = region(graph, core, source, &sink, &reshaped);
-    check(graph, facts, &inside, source, core, &reshaped)?;
-    let reshaped = reshaped
-        .into_iter()
-        .filter(|(i, _)| inside.contains(i))
-        .collect();
-    finish(graph, core, source, sink, projects_out, inside, reshaped)
+    let duplicated = duplicated(graph, core, &sink, &inside)?;
+    Ok(Module {
+        source: source.to_owned(),
+        sink,
+        inside,
+        duplicated,
+        reshaped,
+        projects_out,
+    })
 }
 
 /// A model exported for a single row has no halves, so nothing can depend on their number.
@@ -338,16 +335,13 @@ fn batch_free_target(facts: &Facts, index: usize, node: &Node) -> Option<Vec<i64
     (free.iter().filter(|&&d| d == -1).count() <= 1).then_some(free)
 }
 
-/// Sorts out what the outside still needs of the inside.
-fn finish(
+/// Nodes `inside` that the outside still needs: cheap ones may run twice.
+fn duplicated(
     graph: &Graph,
     core: &Core,
-    source: &str,
-    sink: String,
-    projects_out: bool,
-    inside: BTreeSet<usize>,
-    reshaped: BTreeMap<usize, Vec<i64>>,
-) -> Result<Module, Reason> {
+    sink: &str,
+    inside: &BTreeSet<usize>,
+) -> Result<BTreeSet<usize>, Reason> {
     let dead = dead_without(graph, core);
     let mut duplicated = BTreeSet::new();
     // Backwards, so that what a duplicate needs outside becomes a duplicate too.
@@ -372,14 +366,7 @@ fn finish(
             }
         }
     }
-    Ok(Module {
-        source: source.to_owned(),
-        sink,
-        inside,
-        duplicated,
-        reshaped,
-        projects_out,
-    })
+    Ok(duplicated)
 }
 
 /// Shape arithmetic costs nothing to run twice.

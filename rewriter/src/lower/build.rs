@@ -60,7 +60,7 @@ pub fn node(
     .into()
 }
 
-/// A type annotation with known sizes only; symbolic sizes stay open.
+/// A type annotation with known sizes only; symbolic sizes stay open, and so does the batch that ASC halves.
 pub fn value_info(name: &str, fact: &Fact) -> Bytes {
     let shape = fact.shape.as_ref().map(|dims| TensorShapeProto {
         dim: dims

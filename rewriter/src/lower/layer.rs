@@ -5,8 +5,8 @@ use super::build::{self, Names};
 use super::step::Step;
 use super::{DOMAIN, LowerError};
 use crate::find::{Core, Layer, Module, Operand, Survey};
-use crate::onnx::{AttributeProto, Constant, Data, Graph, Node, NodeProto, TensorProto, elem_type};
-use crate::shapes::{BATCH, Dim, Fact};
+use crate::onnx::{AttributeProto, Graph, Node, NodeProto, TensorProto, elem_type};
+use crate::shapes::Fact;
 use bytes::Bytes;
 use prost::Message;
 use std::collections::{BTreeSet, HashMap};
@@ -34,6 +34,11 @@ pub fn build(
     }
 }
 
+/// What the names of this layer's new values and nodes begin with.
+fn prefix(layer: &Layer) -> String {
+    format!("dfa/layer_{}", layer.index)
+}
+
 fn position(graph: &Graph, value: &str) -> usize {
     graph.producer_index(value).map_or(0, |(index, _)| index)
 }
@@ -49,22 +54,6 @@ fn typed(mut fact: Fact, core: &Core) -> Fact {
     fact
 }
 
-/// The fact with every size that changes with the batch left open: what holds on the rows ASC selects.
-fn rows_open(fact: Fact) -> Fact {
-    // Annotations write sizes that are known numbers and leave all others open.
-    let open = |d: &Dim| {
-        if d.depends_on(BATCH) {
-            Dim::from(BATCH)
-        } else {
-            d.clone()
-        }
-    };
-    Fact {
-        shape: fact.shape.map(|s| s.iter().map(open).collect()),
-        ..fact
-    }
-}
-
 fn core_form(
     graph: &Graph,
     survey: &Survey,
@@ -73,19 +62,7 @@ fn core_form(
     names: &mut Names,
 ) -> Patch {
     let core = &layer.core;
-    let prefix = format!("dfa/layer_{}", layer.index);
-    let mut nodes = Vec::new();
-    let renamed = HashMap::new();
-    attention(
-        &mut nodes,
-        layer,
-        step,
-        names,
-        &prefix,
-        "core",
-        &renamed,
-        &core.out.value,
-    );
+    let nodes = attention(layer, step, names, &HashMap::new());
     let mut value_info = Vec::new();
     if !annotated(graph, &core.out.value) && core.out.packed_heads.is_none() {
         value_info.push(build::value_info(
@@ -102,28 +79,29 @@ fn core_form(
 }
 
 /// The attention op itself, with the reshapes that packed heads need around it.
-#[allow(clippy::too_many_arguments)]
 fn attention(
-    nodes: &mut Vec<Bytes>,
     layer: &Layer,
     step: &Step,
     names: &mut Names,
-    prefix: &str,
-    form: &str,
     renamed: &HashMap<String, String>,
-    result: &str,
-) {
+) -> Vec<Bytes> {
     let core = &layer.core;
+    let prefix = prefix(layer);
+    let form = if layer.module.is_ok() {
+        "module"
+    } else {
+        "core"
+    };
+    let name_here = |value: &String| renamed.get(value).unwrap_or(value).clone();
+    let result = name_here(&core.out.value);
+    let mut nodes = Vec::new();
     let mut operand = |operand: &Operand, role: &str| -> String {
-        let value = renamed
-            .get(&operand.value)
-            .unwrap_or(&operand.value)
-            .clone();
+        let value = name_here(&operand.value);
         let Some(heads) = operand.packed_heads else {
             return value;
         };
         let split = names.fresh(&format!("{prefix}/{role}_heads"));
-        reshape(nodes, names, &value, &split, vec![0, 0, heads, -1]);
+        reshape(&mut nodes, names, &value, &split, &[0, 0, heads, -1]);
         split
     };
     let (q, k, v) = (
@@ -133,7 +111,7 @@ fn attention(
     );
     let out = match core.out.packed_heads {
         Some(_) => names.fresh(&format!("{prefix}/out_heads")),
-        None => result.to_owned(),
+        None => result.clone(),
     };
     let attributes = [
         AttributeProto::int("layer", layer.index as i64),
@@ -154,11 +132,12 @@ fn attention(
         &attributes,
     ));
     if core.out.packed_heads.is_some() {
-        reshape(nodes, names, &out, result, vec![0, 0, -1]);
+        reshape(&mut nodes, names, &out, &result, &[0, 0, -1]);
     }
+    nodes
 }
 
-fn reshape(nodes: &mut Vec<Bytes>, names: &mut Names, input: &str, output: &str, target: Vec<i64>) {
+fn reshape(nodes: &mut Vec<Bytes>, names: &mut Names, input: &str, output: &str, target: &[i64]) {
     let shape = constant(nodes, names, output, target);
     let name = names.fresh(&format!("{output}/reshape"));
     nodes.push(build::node(
@@ -172,15 +151,11 @@ fn reshape(nodes: &mut Vec<Bytes>, names: &mut Names, input: &str, output: &str,
 }
 
 /// A `Constant` node with a shape vector; returns the value's name.
-fn constant(nodes: &mut Vec<Bytes>, names: &mut Names, near: &str, values: Vec<i64>) -> String {
+fn constant(nodes: &mut Vec<Bytes>, names: &mut Names, near: &str, values: &[i64]) -> String {
     let value = names.fresh(&format!("{near}/shape"));
-    let constant = Constant::ints(values);
-    let Some(Data::Ints(ints)) = constant.data else {
-        unreachable!("made of integers")
-    };
-    let raw: Vec<u8> = ints.iter().flat_map(|i| i.to_le_bytes()).collect();
+    let raw: Vec<u8> = values.iter().flat_map(|i| i.to_le_bytes()).collect();
     let tensor = TensorProto {
-        dims: constant.dims,
+        dims: vec![values.len() as i64],
         data_type: elem_type::INT64,
         raw_data: Some(raw.into()),
         ..TensorProto::default()
@@ -207,7 +182,7 @@ fn module_form(
 ) -> Result<Patch, LowerError> {
     let core = &layer.core;
     let facts = &survey.facts;
-    let prefix = format!("dfa/layer_{}", layer.index);
+    let prefix = prefix(layer);
     let own = AttributeProto::int("layer", layer.index as i64);
     let own = std::slice::from_ref(&own);
 
@@ -243,15 +218,13 @@ fn module_form(
     let mut attended = false;
     for &index in &module.inside {
         if index > op_at && !attended {
-            attention(
-                &mut nodes, layer, step, names, &prefix, "module", &renamed, &result,
-            );
+            nodes.extend(attention(layer, step, names, &renamed));
             attended = true;
         }
         let target = module
             .reshaped
             .get(&index)
-            .map(|t| constant(&mut nodes, names, &prefix, t.clone()));
+            .map(|t| constant(&mut nodes, names, &prefix, t));
         let duplicate = module.duplicated.contains(&index);
         nodes.push(moved_node(
             &graph.nodes[index],
@@ -261,9 +234,7 @@ fn module_form(
         )?);
     }
     if !attended {
-        attention(
-            &mut nodes, layer, step, names, &prefix, "module", &renamed, &result,
-        );
+        nodes.extend(attention(layer, step, names, &renamed));
     }
     let computed_else = names.fresh(&format!("{prefix}/shared"));
     let share = names.fresh(&format!("{prefix}/share"));
@@ -277,8 +248,8 @@ fn module_form(
     ));
 
     let sink = typed(facts.of(&module.sink), core);
-    let selected_fact = rows_open(typed(facts.of(&module.source), core));
-    let out_fact = rows_open(typed(facts.of(&core.out.value), core));
+    let selected_fact = typed(facts.of(&module.source), core);
+    let out_fact = typed(facts.of(&core.out.value), core);
     let mut inner_info = vec![build::value_info(&selected, &selected_fact)];
     if core.out.packed_heads.is_none() && result != computed {
         inner_info.push(build::value_info(&result, &out_fact));

@@ -44,14 +44,6 @@ impl Constant {
             },
         ))
     }
-
-    pub fn ints(values: Vec<i64>) -> Self {
-        Self {
-            elem_type: elem_type::INT64,
-            dims: vec![i64::try_from(values.len()).unwrap_or(i64::MAX)],
-            data: Some(Data::Ints(values)),
-        }
-    }
 }
 
 fn values(tensor: &TensorProto, elements: usize) -> Option<Data> {

@@ -15,7 +15,6 @@ const FIELD_INITIALIZER: u32 = 5;
 const FIELD_INPUT: u32 = 11;
 const FIELD_OUTPUT: u32 = 12;
 const FIELD_VALUE_INFO: u32 = 13;
-const FIELD_SPARSE_INITIALIZER: u32 = 15;
 
 /// A node: decoded, and the bytes it came from.
 #[derive(Clone, Debug)]
@@ -207,7 +206,6 @@ impl Graph {
                         value_info.insert(value.name, ty);
                     }
                 }
-                FIELD_SPARSE_INITIALIZER => {}
                 _ => {}
             }
         }
