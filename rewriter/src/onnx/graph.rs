@@ -94,6 +94,11 @@ impl Node {
             .any(|a| a.g.is_some() || !a.graphs.is_empty())
     }
 
+    /// Reads a serialized node; `None` if it is none.
+    pub fn read(raw: Bytes) -> Option<Self> {
+        Self::parse(raw, 0).ok()
+    }
+
     /// Reads a node; `depth` counts the subgraphs around it.
     fn parse(raw: Bytes, depth: usize) -> Result<Self, String> {
         let proto = NodeProto::decode(raw.clone()).map_err(|e| format!("bad node: {e}"))?;

@@ -52,6 +52,13 @@ impl Context<'_> {
     fn fresh(&mut self) -> Dim {
         self.symbols.fresh("?").into()
     }
+
+    /// The size in numbers of a multiple of the batch that the exporter baked in.
+    fn literal(&self, size: &Dim) -> Option<i64> {
+        let batch = self.static_batch?;
+        let per_row = size.over(&BATCH.into())?.times(&batch.into())?;
+        per_row.known()
+    }
 }
 
 /// Position of `axis` (may be negative) in a tensor of `rank` dimensions.
@@ -87,13 +94,9 @@ pub(super) fn outputs(c: &mut Context) -> Vec<Fact> {
         }
         _ => {}
     }
-    let fact = match (domain.as_str(), op.as_str()) {
-        ("", op) => onnx(c, op),
-        ("com.microsoft", "FusedMatMul") => fused_matmul(c),
-        ("com.microsoft", "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu") => Some(same(c)),
-        ("com.microsoft", "MultiHeadAttention") if c.shape(0).is_some_and(|s| s.len() == 3) => {
-            Some(same(c))
-        }
+    let fact = match domain.as_str() {
+        "" => onnx(c, &op),
+        "com.microsoft" => microsoft(c, &op),
         _ => None,
     };
     let mut facts = vec![Fact::default(); count];
@@ -194,6 +197,22 @@ fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
             Some(Fact::of(c.ty(1), Some(dims)))
         }
         "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Mod" | "Min" | "Max" | "PRelu" => binary(c, op),
+        _ => None,
+    }
+}
+
+/// What ONNX Runtime's optimizers leave in the graphs they save.
+fn microsoft(c: &mut Context, op: &str) -> Option<Fact> {
+    match op {
+        "FusedMatMul" => fused_matmul(c),
+        "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "BiasSoftmax" => Some(same(c)),
+        "MultiHeadAttention" => fused_attention(c),
+        "Attention" => projecting_attention(c),
+        "DynamicQuantizeMatMul" | "MatMulIntegerToFloat" => {
+            matmul(c.shape(0)?, c.shape(1)?, elem_type::FLOAT)
+        }
+        "FusedConv" => conv(c),
+        "FusedGemm" => gemm(c),
         _ => None,
     }
 }
@@ -349,7 +368,15 @@ fn slice(c: &mut Context) -> Option<Fact> {
                 }
                 count.into()
             }
-            (Some(0), Some(end), Some(1), None) if end >= i64::from(i32::MAX) => dims[at].clone(),
+            (_, _, Some(1), _) => {
+                let bounds = (symbolic(c, 1, "starts", i), symbolic(c, 2, "ends", i));
+                match bounds {
+                    (Some(from), Some(to)) => {
+                        span(c, &dims[at].clone(), &from, &to).unwrap_or_else(|| c.fresh())
+                    }
+                    _ => c.fresh(),
+                }
+            }
             _ => c.fresh(),
         };
     }
@@ -358,6 +385,34 @@ fn slice(c: &mut Context) -> Option<Fact> {
         shape: Some(dims),
         value,
     })
+}
+
+/// Bound `i` of a slice, which may be computed from sizes.
+fn symbolic(c: &Context, input: usize, attribute: &str, i: usize) -> Option<Dim> {
+    match c.node.ints(attribute) {
+        Some(list) => list.get(i).map(|&n| n.into()),
+        None => ints_value(c.value(input)?)?.get(i).cloned(),
+    }
+}
+
+/// How much of an axis of size `size` lies between two bounds, which exporters keep inside the axis: one stream of a joint
+/// sequence, one half of a batch.
+fn span(c: &mut Context, size: &Dim, from: &Dim, to: &Dim) -> Option<Dim> {
+    let absolute = |c: &mut Context, at: &Dim| match at.known() {
+        Some(end) if end >= i64::from(i32::MAX) => Some(size.clone()),
+        // A literal bound of a batch that was traced: half of it, as in `x[: len(x) // 2]`.
+        Some(n) if n > 0 && size.depends_on(BATCH) && c.static_batch.is_some() => {
+            size.times(&n.into())?.over(&c.literal(size)?.into())
+        }
+        _ if at.is_negative() => c.symbols.sum(size, at, false),
+        // A slice stops at the end of the axis: a literal beyond it would be no size.
+        Some(n) if n > 0 && size.known().is_none() && !c.symbols.is_part(at, size) => None,
+        _ => Some(at.clone()),
+    };
+    let (from, to) = (absolute(c, from)?, absolute(c, to)?);
+    c.symbols
+        .sum(&to, &from, true)
+        .filter(|d| d.known().is_none_or(|n| n >= 0) && !d.is_negative())
 }
 
 /// Positions that a slice of an axis of `size` elements picks: their count, and the list itself where the axis is short enough
@@ -717,16 +772,44 @@ fn attention(c: &Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims)))
 }
 
+/// com.microsoft MultiHeadAttention: [B, S, H·D] from q of that shape, or from packed [B, S, H, 3, D].
+fn fused_attention(c: &Context) -> Option<Fact> {
+    let q = c.shape(0)?;
+    let dims = match q.len() {
+        3 => {
+            let width = match c.shape(2) {
+                Some([_, _, v]) => v.clone(),
+                Some([_, heads, _, head_dim]) => heads.times(head_dim)?,
+                _ => q[2].clone(),
+            };
+            vec![q[0].clone(), q[1].clone(), width]
+        }
+        5 => vec![q[0].clone(), q[1].clone(), q[2].times(&q[4])?],
+        _ => return None,
+    };
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+/// com.microsoft Attention, whose weights project x to q, k and v: [B, S, width of v].
+fn projecting_attention(c: &Context) -> Option<Fact> {
+    let (x, weights) = (c.shape(0)?, c.shape(1)?);
+    let width = match c.node.ints("qkv_hidden_sizes") {
+        Some(&[_, _, v]) => v.into(),
+        _ => weights.last()?.over(&3.into())?,
+    };
+    let [batch, tokens, _] = x else { return None };
+    let dims = vec![batch.clone(), tokens.clone(), width];
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
 fn split(c: &mut Context) -> Option<Vec<Fact>> {
     let dims = c.shape(0)?.to_vec();
     let count = c.node.proto.output.len();
     let at = axis(c.node.int("axis").unwrap_or(0), dims.len())?;
-    let sizes = c
-        .node
-        .ints("split")
-        .filter(|s| !s.is_empty())
-        .map(<[i64]>::to_vec)
-        .or_else(|| c.ints(1));
+    let sizes: Option<Vec<Dim>> = match c.node.ints("split").filter(|s| !s.is_empty()) {
+        Some(list) => Some(list.iter().map(|&n| n.into()).collect()),
+        None => c.value(1).and_then(ints_value).map(<[Dim]>::to_vec),
+    };
     let ty = c.ty(0);
     let value = c.value(0).filter(|_| dims.len() == 1).cloned();
     let mut offset = 0usize;
@@ -734,7 +817,8 @@ fn split(c: &mut Context) -> Option<Vec<Fact>> {
         .map(|i| {
             let mut out = dims.clone();
             out[at] = match &sizes {
-                Some(sizes) => (*sizes.get(i)?).into(),
+                Some(sizes) => sizes.get(i)?.clone(),
+                None if c.input(1).is_some() => return None,
                 None => dims[at].over(&(count as i64).into())?,
             };
             let piece = match (
