@@ -178,6 +178,7 @@ impl Case {
                 q: Input::from_slice(&q, strides),
                 k: Input::from_slice(&k, strides),
                 v: Input::from_slice(&v, strides),
+                mask: None,
                 out: Output::from_slice(&mut out, strides),
                 mode: match kind {
                     Kind::Full => Mode::Full,

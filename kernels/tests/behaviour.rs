@@ -346,6 +346,7 @@ fn a_residual_that_is_read_may_be_the_output() {
         q: p.q.input(),
         k: p.k.input(),
         v: p.v.input(),
+        mask: None,
         // SAFETY: the tensor has the shape's elements; each is read and then written by the same task.
         out: unsafe { Output::from_raw(data, DType::F32, both.strides) },
         mode: Mode::Window {

@@ -67,23 +67,25 @@ macro_rules! typed {
 /// An input of a typed operator.
 enum In {
     Typed,
-    OptionalTyped,
     Ticket,
+    OptionalAny,
+    OptionalI64,
 }
 
 impl In {
     const fn port(self, ty: Type) -> Port {
         match self {
             In::Typed => Port::one(ty),
-            In::OptionalTyped => Port::optional(ty),
             In::Ticket => Port::one(Type::I64),
+            In::OptionalAny => Port::optional(Type::Any),
+            In::OptionalI64 => Port::optional(Type::I64),
         }
     }
 }
 
 typed! {
     SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket);
-    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalTyped);
+    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalAny, In::OptionalI64);
     SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket);
     REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket);
 }
