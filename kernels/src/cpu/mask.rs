@@ -246,7 +246,10 @@ mod tests {
         let mut line = [0.0, 1.0, -1e4, f32::MIN, f32::MAX, -inf, inf, f32::NAN];
         assert_eq!(in_powers_of_two(&mut line), (false, false));
         let log2_e = std::f32::consts::LOG2_E;
-        assert_eq!(line[..7], [0.0, log2_e, -1e4 * log2_e, -3e38, 3e38, -inf, inf]);
+        assert_eq!(
+            line[..7],
+            [0.0, log2_e, -1e4 * log2_e, -3e38, 3e38, -inf, inf]
+        );
         assert!(line[7].is_nan());
         assert_eq!(in_powers_of_two(&mut [0.0, -0.0]), (true, false));
         assert_eq!(in_powers_of_two(&mut [-inf, -inf]), (false, true));

@@ -482,16 +482,7 @@ fn step<S: Simd>(
     }
     let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
     for v in 0..vectors {
-        softmax(
-            simd,
-            scale,
-            context.scores,
-            block,
-            dv,
-            first,
-            segments,
-            v,
-        );
+        softmax(simd, scale, context.scores, block, dv, first, segments, v);
     }
 
     let (v_row, v_step) = match context.v_order {
@@ -746,7 +737,10 @@ fn divide<S: Simd>(simd: S, from: &[f32], to: &mut [f32], sum: &[f32], minus: Op
 /// Rows of `[channels, QUERIES]` whose sum is zero, since they see nothing, become 0 in place of 0 / 0.
 fn clear_empty(x: &mut [f32], sum: &[f32]) {
     for (lane, _) in sum.iter().enumerate().filter(|(_, sum)| **sum == 0.0) {
-        x.iter_mut().skip(lane).step_by(QUERIES).for_each(|x| *x = 0.0);
+        x.iter_mut()
+            .skip(lane)
+            .step_by(QUERIES)
+            .for_each(|x| *x = 0.0);
     }
 }
 

@@ -139,7 +139,12 @@ pub struct TestMask<T> {
 impl<T: Element> TestMask<T> {
     /// `dims` are 1 where the mask is repeated; elements are `gap` apart. `value` gives what is added, −∞ to hide;
     /// in a boolean mask all that is not −∞ shows.
-    pub fn new(dims: [usize; 4], gap: usize, boolean: bool, mut value: impl FnMut() -> f32) -> Self {
+    pub fn new(
+        dims: [usize; 4],
+        gap: usize,
+        boolean: bool,
+        mut value: impl FnMut() -> f32,
+    ) -> Self {
         let mut stride = gap;
         let mut strides = [0; 4];
         for axis in (0..4).rev() {
@@ -180,7 +185,8 @@ impl<T: Element> TestMask<T> {
     /// What is added to a score; −∞ hides.
     fn value(&self, [b, h, i, j]: [usize; 4]) -> f32 {
         let s = self.strides;
-        let at = b as isize * s.batch + h as isize * s.head + i as isize * s.query + j as isize * s.key;
+        let at =
+            b as isize * s.batch + h as isize * s.head + i as isize * s.query + j as isize * s.key;
         match &self.data {
             MaskData::Additive(data) => data[at as usize].to_f32(),
             MaskData::Boolean(data) if data[at as usize] == 0 => f32::NEG_INFINITY,
@@ -330,7 +336,11 @@ impl<T: Element> Problem<T> {
                     .zip(&p)
                     .map(|(j, p)| p * v[(kv * s.kv_tokens + j) * s.v_dim + c])
                     .sum();
-                out.push(if keys.is_empty() && zero { 0.0 } else { dot / sum });
+                out.push(if keys.is_empty() && zero {
+                    0.0
+                } else {
+                    dot / sum
+                });
             }
         }
         out
