@@ -7,7 +7,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::gemm::QUERIES;
-use super::pack::{Plane, read_line, transpose};
+use super::pack::{Ahead, Plane, read_line, transpose};
 use super::vector::{load, mul_add, store};
 use crate::api::{Input, Strides};
 use crate::mask::{Mask, MaskType};
@@ -58,6 +58,22 @@ impl<'s> Tile<'s> {
 
     pub fn effect(&self) -> Effect {
         self.effect
+    }
+
+    /// Asks for the memory of a block that will be read.
+    pub fn ahead(&self, queries: Range<usize>, keys: Range<usize>) -> Ahead {
+        let s = self.mask.strides;
+        if s.query == 0 || s.key != 1 {
+            return Ahead::nothing();
+        }
+        let size = self.mask.kind.size() as isize;
+        let first = offset(&self.mask, self.plane, queries.start, keys.start);
+        Ahead::lines(
+            self.mask.data.wrapping_offset(first * size),
+            s.query * size,
+            keys.len() as isize * size,
+            queries.len(),
+        )
     }
 
     /// Reads the block of `queries` and `keys`.
@@ -184,6 +200,14 @@ fn add<S: Simd>(simd: S, scale: f32, scores: &mut [f32], tile: &[f32], lanes: Ra
     });
 }
 
+fn offset(mask: &Mask<'_>, plane: Plane, query: usize, key: usize) -> isize {
+    let s = mask.strides;
+    plane.batch as isize * s.batch
+        + plane.head as isize * s.head
+        + query as isize * s.query
+        + key as isize * s.key
+}
+
 /// One query's line of a mask: what is to be added to the scores of some keys, in powers of e.
 ///
 /// # Safety
@@ -191,10 +215,7 @@ fn add<S: Simd>(simd: S, scale: f32, scores: &mut [f32], tile: &[f32], lanes: Ra
 #[inline(always)]
 unsafe fn read(mask: &Mask<'_>, plane: Plane, query: usize, key: usize, to: &mut [f32]) {
     let s = mask.strides;
-    let at = plane.batch as isize * s.batch
-        + plane.head as isize * s.head
-        + query as isize * s.query
-        + key as isize * s.key;
+    let at = offset(mask, plane, query, key);
     match mask.kind {
         MaskType::Additive(dtype) => {
             // SAFETY: the same promises, in other words.
@@ -229,9 +250,8 @@ fn in_powers_of_two(line: &mut [f32]) -> (bool, bool) {
         other |= u32::from(*x != 0.0);
         shown |= u32::from(*x != f32::NEG_INFINITY);
         let y = *x * std::f32::consts::LOG2_E;
-        let held = if y > LARGEST { LARGEST } else { y };
-        let held = if y < -LARGEST { -LARGEST } else { held };
-        *x = if x.abs() == f32::INFINITY { *x } else { held };
+        let held = y.clamp(-LARGEST, LARGEST);
+        *x = if x.abs() == f32::INFINITY { y } else { held };
     }
     (other == 0, shown == 0)
 }

@@ -450,6 +450,16 @@ impl Ahead {
         }
     }
 
+    /// Of `count` lines of `bytes`, the first at `next`, `distance` bytes apart.
+    pub fn lines(next: *const u8, distance: isize, bytes: isize, count: usize) -> Self {
+        Ahead {
+            next,
+            token: distance,
+            bytes,
+            left: count,
+        }
+    }
+
     /// Of an output, which is written.
     pub fn output(t: &Output<'_>, p: Plane, tokens: Range<usize>, channels: usize) -> Self {
         // SAFETY: nothing is read through this input, only asked for.

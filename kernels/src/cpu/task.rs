@@ -59,8 +59,10 @@ struct Block<'s> {
     to: &'s mut [f32],
 }
 
-/// Memory to ask for between tiles: keys and values of the next block, then what the end of the task touches.
+/// Memory to ask for between tiles: the mask's next tile, keys and values of the next block, then what the end of the
+/// task touches.
 struct Prefetch {
+    mask: Ahead,
     lists: [Ahead; 4],
     /// Tokens to ask for at a time.
     rate: usize,
@@ -71,7 +73,7 @@ impl Prefetch {
     fn poke(&mut self) {
         let [a, b, c, d] = &mut self.lists;
         for _ in 0..self.rate {
-            let _ = a.step() || b.step() || c.step() || d.step();
+            let _ = self.mask.step() || a.step() || b.step() || c.step() || d.step();
         }
     }
 }
@@ -218,6 +220,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
     };
     let mut context = Context {
         prefetch: Prefetch {
+            mask: Ahead::nothing(),
             lists: [
                 Ahead::nothing(),
                 Ahead::nothing(),
@@ -340,6 +343,8 @@ fn pass<S: Simd>(
         .iter()
         .map(|b| Sight::new(pass, b.queries.clone(), s.kv_tokens, S::F32_LANES))
         .collect();
+    let all =
+        blocks.first().map_or(0, |b| b.queries.start)..blocks.last().map_or(0, |b| b.queries.end);
     let mut segments = Segments::default();
     for first in (0..s.kv_tokens).step_by(KEYS) {
         let keys = first..s.kv_tokens.min(first + KEYS);
@@ -373,7 +378,10 @@ fn pass<S: Simd>(
             context.prefetch.lists[1] = Ahead::new(&a.v, plane, next, s.v_dim);
         }
         let tiles = touched * (keys.len() + s.v_dim) / 6 + 1;
-        let tokens = context.prefetch.lists[0].left() + context.prefetch.lists[1].left();
+        let mut tokens = context.prefetch.lists[0].left() + context.prefetch.lists[1].left();
+        if a.mask.is_some() {
+            tokens += touched * QUERIES;
+        }
         context.prefetch.rate = 1 + tokens / tiles;
         for (block, sight) in blocks.iter_mut().zip(&sights) {
             if sight.touches(&keys) {
@@ -383,12 +391,30 @@ fn pass<S: Simd>(
                     if tile.effect() == Effect::HidesAll {
                         continue;
                     }
+                    let (queries, keys) = next_tile(block.queries.end, &all, &keys, s.kv_tokens);
+                    context.prefetch.mask = tile.ahead(queries, keys);
                 }
                 sight.segments(keys.clone(), &mut segments);
                 step(simd, context, block, sight, pass, first, &segments.list);
             }
         }
     }
+}
+
+/// The queries and keys that come after the query block that ends at `end`, if the band hides none of them; `all` are
+/// the queries of the task.
+fn next_tile(
+    end: usize,
+    all: &Range<usize>,
+    keys: &Range<usize>,
+    kv_tokens: usize,
+) -> (Range<usize>, Range<usize>) {
+    let (first, keys) = if end < all.end {
+        (end, keys.clone())
+    } else {
+        (all.start, keys.end..kv_tokens.min(keys.end + KEYS))
+    };
+    (first..all.end.min(first + QUERIES), keys)
 }
 
 #[inline(always)]
