@@ -4,16 +4,18 @@
 //! |---|---|---|
 //! | `DiTFastAttnStep` | timestep, request id, start, end, latents, conditioning… → ticket, skip per layer | decides |
 //! | `DiTFastAttnSelect` | x, ticket → x' | the rows a layer computes |
-//! | `DiTFastAttn` | q, k, v, ticket → o | attention: full, full with capture, window with residual |
+//! | `DiTFastAttn` | q, k, v, ticket, mask?, text? → o | attention: full, full with capture, window with residual |
 //! | `DiTFastAttnShare` | y', ticket → y | all rows again; keeps the output |
 //! | `DiTFastAttnReuse` | x, ticket → y | the kept output |
 //!
 //! Owns their registration and what they share. Nothing here decides what a layer does: that is `state`.
 
 mod attention;
+mod band;
 mod environment;
 mod layer;
 mod layout;
+mod mask;
 mod reuse;
 mod select;
 mod share;
