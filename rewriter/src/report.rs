@@ -224,7 +224,14 @@ impl Report {
         table
             .load_style(presets::NOTHING)
             .set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header([
+        let with_text = self.sites.iter().any(|s| s.text.is_some());
+        let columns = |row: [String; 8]| {
+            let row = row.into_iter().enumerate();
+            row.filter(move |(i, _)| *i != 5 || with_text)
+                .map(|(_, cell)| cell)
+                .collect::<Vec<_>>()
+        };
+        let header = [
             "layer",
             "attention",
             "form",
@@ -233,10 +240,11 @@ impl Report {
             "text",
             "dtype",
             "node",
-        ]);
+        ];
+        table.set_header(columns(header.map(str::to_owned)));
         let or_dash = |s: Option<String>| s.unwrap_or_else(|| "-".into());
         for s in &self.sites {
-            table.add_row([
+            table.add_row(columns([
                 or_dash(s.layer.map(|l| l.to_string())),
                 s.kind.into(),
                 s.form.unwrap_or("left alone").into(),
@@ -252,7 +260,7 @@ impl Report {
                 ),
                 s.dtype.unwrap_or("-").into(),
                 s.node.clone(),
-            ]);
+            ]));
         }
         for line in table.lines() {
             let _ = writeln!(text, "{}", line.trim_end());

@@ -248,6 +248,7 @@ fn unused_initializers(
         .filter(|name| {
             graph.initializers.contains_key(*name) && !graph.inputs.iter().any(|i| i.name == **name)
         })
+        .filter(|name| !survey.layers().any(|l| l.core.reads().any(|r| r == *name)))
         .filter(|name| {
             let needed = |&user: &usize| {
                 let only_as_target =

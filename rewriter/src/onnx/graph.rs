@@ -171,6 +171,8 @@ pub struct GraphInput {
 /// The main graph, indexed by value name.
 #[derive(Debug)]
 pub struct Graph {
+    /// Version of the ONNX operators; 0 if the model does not say.
+    pub opset: i64,
     pub nodes: Vec<Node>,
     pub inputs: Vec<GraphInput>,
     pub outputs: Vec<String>,
@@ -270,6 +272,7 @@ impl Graph {
         }
         let outputs = outputs.into_iter().map(|o| o.name).collect();
         Ok(Self {
+            opset: 0,
             nodes,
             inputs,
             outputs,

@@ -150,10 +150,7 @@ fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
         "Conv" => conv(c),
         "Einsum" => einsum(c),
         "Attention" => attention(c),
-        "ConstantOfShape" => {
-            let dims = ints_value(c.value(0)?)?.to_vec();
-            Some(Fact::of(0, Some(dims)))
-        }
+        "ConstantOfShape" => constant_of_shape(c),
         "Range" => {
             let dim = match (c.input(0)?.scalar(), c.value(1), c.input(2)?.scalar()) {
                 (Some(0.0), Some(Value::Ints(limit)), Some(1.0)) if limit.len() == 1 => {
@@ -190,11 +187,20 @@ fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
         "IsNaN" | "IsInf" => Some(Fact::of(elem_type::BOOL, c.shape(0).map(<[Dim]>::to_vec))),
         "Equal" | "Greater" | "Less" | "GreaterOrEqual" | "LessOrEqual" | "And" | "Or" | "Xor" => {
             let dims = broadcast(c.shape(0)?, c.shape(1)?)?;
-            Some(Fact::of(elem_type::BOOL, Some(dims)))
+            let value = (op == "Equal").then(|| equal(c)).flatten();
+            Some(Fact {
+                elem_type: elem_type::BOOL,
+                shape: Some(dims),
+                value,
+            })
         }
         "Where" => {
             let dims = broadcast(&broadcast(c.shape(0)?, c.shape(1)?)?, c.shape(2)?)?;
-            Some(Fact::of(c.ty(1), Some(dims)))
+            Some(Fact {
+                elem_type: c.ty(1),
+                shape: Some(dims),
+                value: chosen(c),
+            })
         }
         "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Mod" | "Min" | "Max" | "PRelu" => binary(c, op),
         _ => None,
@@ -418,7 +424,6 @@ fn span(c: &mut Context, size: &Dim, from: &Dim, to: &Dim) -> Option<Dim> {
 /// Positions that a slice of an axis of `size` elements picks: their count, and the list itself where the axis is short enough
 /// to be a shape vector.
 fn positions(start: i64, end: i64, step: i64, size: i64) -> Option<(i64, Vec<usize>)> {
-    const LISTED: i64 = 64;
     let wrap = |at: i64| if at < 0 { at.saturating_add(size) } else { at };
     let (start, span) = match step {
         1.. => {
@@ -532,7 +537,7 @@ fn squeeze(c: &Context) -> Option<Fact> {
 fn reshape(c: &mut Context) -> Option<Fact> {
     let ty = c.ty(0);
     let target = ints_value(c.value(1)?)?.to_vec();
-    let value = (target.len() <= 1).then(|| c.value(0).cloned()).flatten();
+    let value = c.value(0).cloned();
     let input = c.shape(0).map(<[Dim]>::to_vec);
     let allow_zero = c.node.int("allowzero") == Some(1);
     let mut dims = Vec::with_capacity(target.len());
@@ -621,6 +626,71 @@ fn transpose(c: &Context) -> Option<Fact> {
 fn expand(c: &Context) -> Option<Fact> {
     let target = ints_value(c.value(1)?)?;
     Some(Fact::of(c.ty(0), Some(broadcast(c.shape(0)?, target)?)))
+}
+
+/// Shape vectors are short; longer fills are data.
+const LISTED: i64 = 64;
+
+fn constant_of_shape(c: &Context) -> Option<Fact> {
+    let dims = ints_value(c.value(0)?)?.to_vec();
+    let fill = match c.node.attribute("value").and_then(|a| a.t.as_ref()) {
+        Some(tensor) => crate::onnx::Constant::read(tensor)?.1,
+        None => crate::onnx::Constant {
+            elem_type: elem_type::FLOAT,
+            dims: vec![1],
+            data: Some(crate::onnx::Data::Floats(vec![0.0])),
+        },
+    };
+    let count = Dim::product(&dims).and_then(|n| n.known());
+    let value = count.filter(|n| (0..=LISTED).contains(n)).and_then(|n| {
+        let n = n as usize;
+        Some(match fill.data.as_ref()? {
+            crate::onnx::Data::Ints(v) => Value::Ints(vec![(*v.first()?).into(); n]),
+            crate::onnx::Data::Floats(v) => Value::Floats(vec![*v.first()?; n]),
+        })
+    });
+    Some(Fact {
+        elem_type: fill.elem_type,
+        shape: Some(dims),
+        value,
+    })
+}
+
+/// Which elements of two shape vectors are equal, as 0 and 1: exporters compare sizes with −1 to find what to keep.
+fn equal(c: &Context) -> Option<Value> {
+    let (Value::Ints(a), Value::Ints(b)) = (c.value(0)?, c.value(1)?) else {
+        return None;
+    };
+    let one = |(a, b): (Dim, Dim)| -> Option<Dim> {
+        let differ = match (a.known(), b.known()) {
+            (Some(a), Some(b)) => a != b,
+            // Sizes are not negative.
+            (Some(n), None) | (None, Some(n)) if n < 0 => true,
+            _ if a == b => false,
+            _ => return None,
+        };
+        Some(i64::from(!differ).into())
+    };
+    pairs(a, b)?
+        .into_iter()
+        .map(one)
+        .collect::<Option<_>>()
+        .map(Value::Ints)
+}
+
+/// `Where` over shape vectors.
+fn chosen(c: &Context) -> Option<Value> {
+    let condition = c.ints(0)?;
+    let (yes, no) = (ints_value(c.value(1)?)?, ints_value(c.value(2)?)?);
+    let pairs = pairs(yes, no)?;
+    if condition.len() != pairs.len() {
+        return None;
+    }
+    let picked = condition
+        .iter()
+        .zip(pairs)
+        .map(|(&c, (yes, no))| if c != 0 { yes } else { no });
+    Some(Value::Ints(picked.collect()))
 }
 
 /// TorchScript spells `repeat_interleave` with it: a shape vector of ones and one repeat count.

@@ -69,7 +69,11 @@ pub fn around(
             scores: node
                 .input(0)
                 .ok_or_else(|| Reason::new("the Softmax has no input", [node.label()]))?,
-            axis: Some(node.int("axis").unwrap_or(-1)),
+            // Before opset 13 the default was axis 1, with all later axes flattened into it.
+            axis: Some(
+                node.int("axis")
+                    .unwrap_or(if graph.opset < 13 { 1 } else { -1 }),
+            ),
         },
         _ => {
             spelled_out(graph, node).ok_or_else(|| Reason::new("not a softmax", [node.label()]))?
