@@ -158,6 +158,59 @@ fn free_names(graph: &Bytes, depth: usize) -> Result<Vec<String>, String> {
     Ok(used)
 }
 
+/// `nodes` so that each comes after what it reads: unchanged if they are, as ONNX wants it. Some converters do not care,
+/// and ONNX Runtime does not either; then what is needed moves up, just before the node that needs it.
+///
+/// # Errors
+/// A value that is produced twice, or that depends on itself.
+pub fn in_order(nodes: Vec<Node>) -> Result<Vec<Node>, String> {
+    let mut producer: HashMap<&str, usize> = HashMap::new();
+    for (index, node) in nodes.iter().enumerate() {
+        for output in node.proto.output.iter().filter(|o| !o.is_empty()) {
+            if producer.insert(output, index).is_some() {
+                return Err(format!("the value `{output}` is produced twice"));
+            }
+        }
+    }
+    let needs = |node: &Node| -> Vec<usize> {
+        let inputs = node.proto.input.iter().chain(&node.captured);
+        inputs
+            .filter_map(|v| producer.get(v.as_str()).copied())
+            .collect()
+    };
+    let mut order = Vec::with_capacity(nodes.len());
+    let mut placed = vec![false; nodes.len()];
+    let mut open = vec![false; nodes.len()];
+    for start in 0..nodes.len() {
+        let mut pending = vec![start];
+        while let Some(&node) = pending.last() {
+            let missing = (!placed[node])
+                .then(|| needs(&nodes[node]).into_iter().find(|&n| !placed[n]))
+                .flatten();
+            match missing {
+                Some(next) => {
+                    if std::mem::replace(&mut open[node], true) && open[next] {
+                        let (a, b) = (nodes[node].label(), nodes[next].label());
+                        return Err(format!("the nodes `{a}` and `{b}` need each other's results"));
+                    }
+                    pending.push(next);
+                }
+                None => {
+                    pending.pop();
+                    if !std::mem::replace(&mut placed[node], true) {
+                        order.push(node);
+                    }
+                }
+            }
+        }
+    }
+    if order.iter().enumerate().all(|(i, &n)| i == n) {
+        return Ok(nodes);
+    }
+    let mut nodes: Vec<Option<Node>> = nodes.into_iter().map(Some).collect();
+    Ok(order.into_iter().filter_map(|i| nodes[i].take()).collect())
+}
+
 /// A graph input that must be fed (or may be, where it has a default initializer).
 #[derive(Clone, Debug)]
 pub struct GraphInput {
@@ -240,12 +293,13 @@ impl Graph {
                 }
             })
             .collect();
+        let nodes = in_order(nodes)?;
         let mut producers = HashMap::new();
         let mut consumers: HashMap<String, Vec<usize>> = HashMap::new();
         for (index, node) in nodes.iter().enumerate() {
             for (slot, output) in node.proto.output.iter().enumerate() {
-                if !output.is_empty() && producers.insert(output.clone(), (index, slot)).is_some() {
-                    return Err(format!("the value `{output}` is produced twice"));
+                if !output.is_empty() {
+                    producers.insert(output.clone(), (index, slot));
                 }
             }
             for input in node.proto.input.iter().chain(&node.captured) {
@@ -254,19 +308,6 @@ impl Graph {
                     if list.last() != Some(&index) {
                         list.push(index);
                     }
-                }
-            }
-        }
-        for (index, node) in nodes.iter().enumerate() {
-            for input in &node.proto.input {
-                if producers
-                    .get(input)
-                    .is_some_and(|&(producer, _)| producer >= index)
-                {
-                    return Err(format!(
-                        "node `{}` uses `{input}` before it is produced",
-                        node.label()
-                    ));
                 }
             }
         }

@@ -55,6 +55,9 @@ pub fn spelled_out<'g>(graph: &'g Graph, div: &'g Node) -> Option<Softmax<'g>> {
     })
 }
 
+/// Attention in QDQ form has ranges that were calibrated on dense attention: windows and residuals would be clipped to them.
+const QUANTIZED: &str = "the attention's own products are quantised (QDQ), in ranges calibrated on dense attention; quantise the projections only";
+
 /// The attention around the softmax at `index`.
 pub fn around(
     graph: &Graph,
@@ -191,11 +194,7 @@ fn walk_scores<'g>(
                     );
                 }
             },
-            ("", "DequantizeLinear") => {
-                return refuse(
-                    "the scores are quantised (QDQ): attention without that rounding would be another model; quantise only the projections".into(),
-                );
-            }
+            ("", "DequantizeLinear") => return refuse(QUANTIZED.into()),
             (_, op) => {
                 return refuse(format!(
                     "not attention that is known: the Softmax's input comes from {op}, expected q·kᵀ (MatMul)"
@@ -223,6 +222,7 @@ fn leads_to_product(graph: &Graph, value: &str) -> bool {
                 if matches!(
                     node.op(),
                     "Cast" | "Mul" | "Div" | "Identity" | "Add" | "Sub" | "DequantizeLinear"
+                        | "QuantizeLinear"
                 ) =>
             {
                 match node.input(0) {
@@ -288,6 +288,9 @@ fn walk_weights<'g>(
         };
         match (next.domain(), next.op()) {
             ("", "Cast" | "Identity" | "Dropout") => at = next.output(0),
+            ("", "QuantizeLinear") => {
+                return Err(Reason::new(QUANTIZED, [softmax.label(), next.label()]));
+            }
             ("", "Where") if consumers.len() == 2 => at = next.output(0),
             _ if product::is_product(next) => {
                 return Ok(Downstream {
@@ -295,12 +298,6 @@ fn walk_weights<'g>(
                     probabilities: at.to_owned(),
                     guard,
                 });
-            }
-            ("", "QuantizeLinear") => {
-                return Err(Reason::new(
-                    "the attention weights are quantised (QDQ): attention without that rounding would be another model; quantise only the projections",
-                    [softmax.label(), next.label()],
-                ));
             }
             (_, op) => {
                 return Err(Reason::new(
