@@ -135,7 +135,7 @@ fn batch_major_source(scene: &Scene, source: &str) -> String {
 }
 
 /// A model exported for a single row has no halves, so nothing can depend on their number.
-fn batch_is_one(graph: &Graph, facts: &Facts) -> bool {
+pub fn batch_is_one(graph: &Graph, facts: &Facts) -> bool {
     facts.static_batch.is_none()
         && !graph.inputs.iter().any(|i| {
             facts

@@ -30,6 +30,8 @@ pub enum Prep {
     Columns { from: i64, to: i64 },
     /// [B, S, H·D] → [B, S, H, D].
     SplitHeads(i64),
+    /// Multiplied by a tensor that is one number per head: a learnt temperature.
+    Times(String),
     /// One element of an axis, which disappears.
     Pick { axis: i64, index: i64 },
 }
@@ -64,6 +66,7 @@ impl Operand {
             .flat_map(|p| match p {
                 Prep::Project { weights, bias } => [Some(weights), bias.as_ref()],
                 Prep::AddBias { bias, .. } => [Some(bias), None],
+            Prep::Times(factor) => [Some(factor), None],
                 _ => [None, None],
             })
             .flatten()
@@ -78,7 +81,7 @@ impl Operand {
                 Prep::Project { weights, .. } => {
                     *dims.last_mut()? = facts.shape(weights)?.last()?.clone();
                 }
-                Prep::AddBias { .. } => {}
+                Prep::AddBias { .. } | Prep::Times(_) => {}
                 Prep::Columns { from, to } => *dims.last_mut()? = (to - from).into(),
                 Prep::SplitHeads(heads) => {
                     let width = dims.pop()?;
@@ -103,7 +106,7 @@ impl Operand {
     /// The axis of `value` itself (not of what `prep` makes of it) that holds the tokens.
     pub fn token_axis(&self) -> Option<usize> {
         match self.prep.first() {
-            None => self.layout.find('S'),
+            None | Some(Prep::Times(_)) => self.layout.find('S'),
             // Every fused operator takes [B, S, …].
             Some(_) => Some(1),
         }

@@ -43,6 +43,8 @@ pub struct Layer {
     pub text: Text,
     /// The module to wrap, or why only the core can be replaced.
     pub module: Result<Module, Reason>,
+    /// Whether halves of its rows are halves of the batch, as ASC needs it; else why that is not known.
+    pub halves: Result<(), Reason>,
 }
 
 /// One softmax or attention operator.
@@ -289,7 +291,9 @@ fn into_kinds(
             let text = streams.text(facts, &candidate.core);
             let sources: Vec<String> = candidate.sources.iter().cloned().collect();
             let module = module::isolate(&scene, &candidate.core, &sources);
+            let halves = halves(&scene, &candidate.core);
             let layer = Layer {
+                halves,
                 index: layers,
                 joint: candidate.streams.len() > 1,
                 core: candidate.core,
@@ -300,4 +304,22 @@ fn into_kinds(
             (node, Kind::Layer(Box::new(layer)))
         })
         .collect()
+}
+
+/// Rows of the core may be folded with heads, frames or positions; the batch must be the outermost of them.
+fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
+    let &Scene {
+        graph,
+        facts,
+        batch,
+    } = scene;
+    let out = &core.out.value;
+    if batch.is_outermost(facts, out) || module::batch_is_one(graph, facts) {
+        return Ok(());
+    }
+    let text = format!(
+        "it is not known that the batch is outermost in the attention's result `{out}` {}",
+        facts.show(out)
+    );
+    Err(Reason::new(text, [graph.nodes[core.anchor].label()]))
 }

@@ -128,6 +128,10 @@ impl Attention<'_> {
                 let shape = w.ints(&near, &[0, 0, *heads, -1]);
                 w.push("Reshape", &near, &[x, &shape], &[])
             }
+            Prep::Times(factor) => {
+                let factor = self.name_here(factor).to_owned();
+                w.push("Mul", &format!("{near}_scaled"), &[x, &factor], &[])
+            }
             Prep::Pick { axis, index } => {
                 let near = format!("{near}_picked");
                 let index = w.int(&near, *index);

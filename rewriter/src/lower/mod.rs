@@ -14,7 +14,7 @@ use crate::find::{Kind, Survey, Target, dead_without};
 use crate::onnx::{GraphEdit, ModelFile};
 use build::Names;
 use bytes::Bytes;
-use ditfastattn_plans::Plan;
+use ditfastattn_plans::{Cfg, Plan};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -58,6 +58,14 @@ pub enum LowerError {
         layer: usize,
         node: String,
         why: &'static str,
+    },
+    #[error(
+        "layer {layer} ({node}) cannot be shared across guidance: {why}; use a plan without asc for it, or leave the layer out with --skip"
+    )]
+    NoHalves {
+        layer: usize,
+        node: String,
+        why: String,
     },
     #[error(
         "the model already has a value called `{name}`, which the rewritten model needs as an input; rename it"
@@ -196,6 +204,18 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         && let Some((key, plan, model)) = expected.mismatch(&survey.fingerprint())
     {
         return Err(LowerError::PlanDoesNotFit { key, plan, model });
+    }
+    for layer in survey.layers() {
+        if let Err(reason) = &layer.halves
+            && (0..plan.step_count()).any(|t| plan.action(t, layer.index).uses_halves())
+            && plan.cfg != Cfg::Separate
+        {
+            return Err(LowerError::NoHalves {
+                layer: layer.index,
+                node: survey.label(layer),
+                why: reason.text.clone(),
+            });
+        }
     }
     Ok(())
 }

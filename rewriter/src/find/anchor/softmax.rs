@@ -3,10 +3,10 @@
 use super::mask::{self, Mask};
 use super::{Core, product};
 use crate::find::Reason;
-use crate::find::operand;
+use crate::find::operand::{self, Prep};
 use crate::find::source::{Dependence, is_weight};
 use crate::onnx::{Data, Graph, Node};
-use crate::shapes::Facts;
+use crate::shapes::{Dim, Facts};
 
 /// A softmax, however it is written; its result is the first output of `node`.
 pub struct Softmax<'g> {
@@ -117,7 +117,15 @@ pub fn around(
         guard: downstream.guard,
         ..upstream.mask
     };
-    let operands = [scores.q, scores.k, weighted.v, weighted.out];
+    let mut q = scores.q;
+    if !upstream.times.is_empty() && q.layout != "BHSD" {
+        return Err(Reason::new(
+            "the scores are multiplied head by head, and q is not [B, H, S, D]",
+            [node.label()],
+        ));
+    }
+    q.prep.extend(upstream.times.into_iter().map(Prep::Times));
+    let operands = [q, scores.k, weighted.v, weighted.out];
     let scale = Some(upstream.scale * scores.factor);
     Ok(Core::seen(index, operands, scale, mask))
 }
@@ -125,6 +133,8 @@ pub fn around(
 struct Upstream<'g> {
     product: &'g Node,
     scale: f64,
+    /// Tensors of one number per head.
+    times: Vec<String>,
     mask: Mask,
 }
 
@@ -138,6 +148,7 @@ fn walk_scores<'g>(
     let mut at = softmax.scores;
     let mut scale = 1.0;
     let mut mask = Mask::none();
+    let mut times = Vec::new();
     let label = softmax.node.label();
     loop {
         let Some((node, _)) = graph.producer(at) else {
@@ -151,6 +162,7 @@ fn walk_scores<'g>(
             return Ok(Upstream {
                 product: node,
                 scale,
+                times,
                 mask,
             });
         }
@@ -162,12 +174,24 @@ fn walk_scores<'g>(
                     scale *= factor;
                     at = value;
                 }
-                None => {
-                    return refuse(format!(
-                        "the scores are {op}-ed by something that is not one known number"
-                    ));
-                }
+                None => match per_head(graph, facts, node) {
+                    Some((value, factor)) => {
+                        times.push(factor.to_owned());
+                        at = value;
+                    }
+                    None => {
+                        let what = if op == "Mul" { "multiplied" } else { "divided" };
+                        return refuse(format!(
+                            "the scores are {what} by something that is neither a known number nor one number per head"
+                        ));
+                    }
+                },
             },
+            ("", "Add" | "Sub" | "Where") if !times.is_empty() => {
+                return refuse(
+                    "the scores are masked before they are multiplied head by head".into(),
+                );
+            }
             ("", op @ ("Add" | "Sub")) => {
                 let (Some(a), Some(b)) = (a, b) else {
                     return refuse(format!("{op} without operands"));
@@ -204,6 +228,23 @@ fn walk_scores<'g>(
         if !dependence.on_anything(at) {
             return refuse("not attention: the softmax is over a constant".into());
         }
+    }
+}
+
+/// `(scores, factor)` of a multiplication by [H, 1, 1] or [1, H, 1, 1]: the same as multiplying q.
+fn per_head<'g>(graph: &'g Graph, facts: &Facts, node: &'g Node) -> Option<(&'g str, &'g str)> {
+    let (a, b) = (node.input(0)?, node.input(1)?);
+    let is_factor = |v: &str| {
+        let shape = facts.shape(v).unwrap_or_default();
+        let n = shape.len();
+        let ones = |dims: &[Dim]| dims.iter().all(|d| d.known() == Some(1));
+        (n == 3 && ones(&shape[1..])) || (n == 4 && ones(&shape[..1]) && ones(&shape[2..]))
+    };
+    match (is_factor(a), is_factor(b)) {
+        _ if !node.is("Mul") => None,
+        (false, true) if leads_to_product(graph, a) => Some((a, b)),
+        (true, false) if leads_to_product(graph, b) => Some((b, a)),
+        _ => None,
     }
 }
 
