@@ -60,7 +60,7 @@
 //!
 //! **Masks.** Where a call has one, a tile of it is turned into `[keys, 64]` too (`mask`), in powers of two, and added
 //! to the scores before the softmax; what a boolean mask hides is −∞ there. Tiles of zeros are not added, and blocks
-//! in which every key is hidden are left out, so a causal mask halves the work and padding costs next to nothing.
+//! in which every key is hidden are left out, so padding costs nothing and a causal mask less than none.
 //!
 //! **The end.** O is divided by the sums, the residual is subtracted or added in float32, and rows are turned back
 //! into the caller's layout and dtype.

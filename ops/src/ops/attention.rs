@@ -385,7 +385,7 @@ impl<T: Real> Layer<'_, T> {
                 q: from_row(*q, start),
                 k: from_row(*k, start),
                 v: from_row(*v, start),
-                mask: self.mask.map(|mask| mask.from_row(start)),
+                mask: self.mask.map(|mask| mask.starting_at(start)),
                 out: Output::from_slice(out, o.strides),
                 mode,
             },

@@ -54,7 +54,8 @@ impl Scores {
         let mut axes = [1; 4];
         match *dims {
             [rows, queries, keys] if self.folded && rows != 1 => {
-                if heads == 0 || !rows.is_multiple_of(heads) {
+                // One row of the batch cannot stand for others: numpy would not repeat it either.
+                if heads == 0 || !rows.is_multiple_of(heads) || (rows == heads && batch != 1) {
                     return None;
                 }
                 axes = [rows / heads, heads, queries, keys];
@@ -63,18 +64,12 @@ impl Scores {
             _ => return None,
         }
         let row = match self.half {
-            Some(first) if axes[0] != 1 && axes[0] == 2 * batch => {
-                if first {
-                    0
-                } else {
-                    batch
-                }
-            }
+            Some(first) if batch != 0 && axes[0] == 2 * batch => usize::from(!first) * batch,
             _ if axes[0] == 1 || axes[0] == batch => 0,
             _ => return None,
         };
-        let fits = axes.iter().zip(self.dims).skip(1);
-        fits.into_iter()
+        let mut others = axes.iter().zip(self.dims).skip(1);
+        others
             .all(|(&axis, full)| axis == 1 || axis == full)
             .then_some((axes, row))
     }
@@ -128,7 +123,7 @@ impl<'a> MaskInput<'a> {
     }
 
     /// The mask of the rows at hand from `start` on; the kernel checks that what it needs is there.
-    pub fn from_row(&self, start: usize) -> Mask<'a> {
+    pub fn starting_at(&self, start: usize) -> Mask<'a> {
         let first = (self.row + start) * self.strides.batch.unsigned_abs();
         let strides = self.strides;
         let mask = match self.values {
