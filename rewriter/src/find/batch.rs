@@ -45,7 +45,11 @@ impl Batch {
                         found = Some(to);
                     }
                 }
-                if let (Some(to), true) = (found, agree) {
+                // A leading axis that is the batch and nothing else needs no proof: two halves put together again.
+                if !agree || found.is_none() {
+                    found = is_batch(facts, name).then(|| Dim::from(1));
+                }
+                if let Some(to) = found {
                     places.insert(name.clone(), to);
                 }
             }
@@ -53,14 +57,21 @@ impl Batch {
         Self { places }
     }
 
-    /// Whether the rows of the batch lie one after the other in `value`. A leading axis that is the batch and nothing else
-    /// shows it; one that is folded from several must have been followed all the way from the inputs.
+    /// Whether the rows of the batch lie one after the other in `value`, all of them. A leading axis that is the batch and
+    /// nothing else shows it; one that is folded from several must have been followed all the way from the inputs.
     pub fn is_outermost(&self, facts: &Facts, value: &str) -> bool {
-        let first = facts.shape(value).and_then(<[Dim]>::first);
-        match (first, self.places.get(value)) {
-            (Some(first), _) if *first == Dim::from(BATCH) => true,
-            (Some(first), Some(place)) => first.depends_on(BATCH) && place.known() == Some(1),
-            _ => false,
-        }
+        let whole = facts
+            .shape(value)
+            .and_then(|s| s.first()?.over(&BATCH.into()))
+            .is_some_and(|rest| rest.is_whole());
+        is_batch(facts, value)
+            || (whole && self.places.get(value).and_then(Dim::known) == Some(1))
     }
+}
+
+fn is_batch(facts: &Facts, value: &str) -> bool {
+    facts
+        .shape(value)
+        .and_then(<[Dim]>::first)
+        .is_some_and(|d| *d == Dim::from(BATCH))
 }

@@ -98,7 +98,7 @@ pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module,
             check(scene, &inside, &sources, core, &retargeted)?
         }
     };
-    let duplicated = duplicated(graph, core, &sinks.values, &region.inside)?;
+    let duplicated = duplicated(graph, facts, core, &sinks.values, &region.inside)?;
     Ok(Module {
         sources,
         sinks: sinks.values,
@@ -320,6 +320,7 @@ fn batch_not_baked_in(facts: &Facts, index: usize, node: &Node) -> Result<(), Re
 /// Nodes `inside` that the outside still needs: cheap ones may run twice.
 fn duplicated(
     graph: &Graph,
+    facts: &Facts,
     core: &Core,
     sinks: &[String],
     inside: &BTreeSet<usize>,
@@ -337,7 +338,7 @@ fn duplicated(
                 (!inside.contains(&user) && !dead.contains(&user)) || duplicated.contains(&user)
             });
             if graph.is_output(output) || outside.is_some() {
-                if !is_cheap(node) {
+                if !is_cheap(facts, node) {
                     let user = outside.map_or("the model's outputs", |&u| graph.nodes[u].label());
                     return Err(Reason::new(
                         format!("`{output}` inside the module is also used outside, by {user}"),
@@ -352,9 +353,16 @@ fn duplicated(
 }
 
 /// Shape arithmetic costs nothing to run twice.
-fn is_cheap(node: &Node) -> bool {
+fn is_cheap(facts: &Facts, node: &Node) -> bool {
+    let is_size = |value: &String| {
+        let fact = facts.of(value);
+        matches!(
+            fact.elem_type,
+            elem_type::INT32 | elem_type::INT64 | elem_type::BOOL
+        ) && fact.rank().is_some_and(|r| r <= 1)
+    };
     node.domain().is_empty()
-        && matches!(
+        && (matches!(
             node.op(),
             "Shape"
                 | "Gather"
@@ -365,7 +373,7 @@ fn is_cheap(node: &Node) -> bool {
                 | "Cast"
                 | "Size"
                 | "Constant"
-        )
+        ) || node.proto.output.iter().all(is_size))
 }
 
 /// Nodes whose results nobody needs any more once the op produces the core's result. Nodes that were unused before are

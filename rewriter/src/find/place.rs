@@ -207,7 +207,8 @@ pub fn follow(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize
             if slot == 0 || node.is("Concat") =>
         {
             let (axis, _) = at()?;
-            moved(axis)
+            // Along the axis itself the result is another sequence of its elements.
+            (output?.get(axis) == input.get(axis)).then(|| moved(axis))?
         }
         ("", "Gather") if slot == 0 => {
             let (axis, _) = at()?;

@@ -88,13 +88,9 @@ impl Lowering<'_> {
         op: &str,
         x: &str,
         result: &str,
-        sink: Option<(usize, usize)>,
+        mut attributes: Vec<AttributeProto>,
     ) {
-        let mut attributes = vec![AttributeProto::int("layer", self.layer.index as i64)];
-        if let Some((sink, sinks)) = sink.filter(|(_, sinks)| *sinks > 1) {
-            attributes.push(AttributeProto::int("sink", sink as i64));
-            attributes.push(AttributeProto::int("sinks", sinks as i64));
-        }
+        attributes.insert(0, AttributeProto::int("layer", self.layer.index as i64));
         let name = w.names.fresh(&format!("{result}/op"));
         w.nodes.push(build::node(
             DOMAIN,
@@ -104,6 +100,26 @@ impl Lowering<'_> {
             &[result],
             &attributes,
         ));
+    }
+
+    /// Which of the module's results an op stands for.
+    fn place(sink: usize, sinks: usize) -> Vec<AttributeProto> {
+        if sinks == 1 {
+            return Vec::new();
+        }
+        vec![
+            AttributeProto::int("sink", sink as i64),
+            AttributeProto::int("sinks", sinks as i64),
+        ]
+    }
+
+    /// How many leading rows of `sink` there are for each of `source`; 0 if that is no whole number.
+    fn fold(&self, source: &str, sink: &str) -> i64 {
+        let rows = |value: &str| self.survey.facts.shape(value)?.first().cloned();
+        rows(sink)
+            .zip(rows(source))
+            .and_then(|(sink, source)| sink.over(&source)?.known())
+            .unwrap_or(0)
     }
 
     fn core_form(&self, names: &mut Names) -> Patch {
@@ -137,7 +153,7 @@ impl Lowering<'_> {
         let mut inner_info = Vec::new();
         for value in module.sources.iter().chain(&module.selected) {
             let selected = &renamed[value];
-            self.around(&mut w, "DiTFastAttnSelect", value, selected, None);
+            self.around(&mut w, "DiTFastAttnSelect", value, selected, Vec::new());
             inner_info.push(build::value_info(selected, &self.fact(value)));
         }
         self.inside(module, &renamed, &mut w)?;
@@ -149,7 +165,7 @@ impl Lowering<'_> {
         let mut outputs = Vec::new();
         for (sink, value) in module.sinks.iter().enumerate() {
             let shared = w.names.fresh(&format!("{prefix}/shared"));
-            let place = Some((sink, sinks));
+            let place = Self::place(sink, sinks);
             self.around(&mut w, "DiTFastAttnShare", &renamed[value], &shared, place);
             outputs.push(build::value_info(&shared, &self.fact(value)));
         }
@@ -160,8 +176,12 @@ impl Lowering<'_> {
         for (sink, value) in module.sinks.iter().enumerate() {
             let reused = w.names.fresh(&format!("{prefix}/reused"));
             let source = &module.sources[sink.min(module.sources.len() - 1)];
-            let place = Some((sink, sinks));
-            self.around(&mut w, "DiTFastAttnReuse", source, &reused, place);
+            let mut attributes = Self::place(sink, sinks);
+            let fold = self.fold(source, value);
+            if fold != 1 {
+                attributes.push(AttributeProto::int("fold", fold));
+            }
+            self.around(&mut w, "DiTFastAttnReuse", source, &reused, attributes);
             outputs.push(build::value_info(&reused, &self.fact(value)));
         }
         let nodes = std::mem::take(&mut w.nodes);
