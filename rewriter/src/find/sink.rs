@@ -65,7 +65,7 @@ fn walk(graph: &Graph, from: &str, ends: &mut Vec<End>) {
             [node] if is_layout(node) && node.input(0) == Some(at.as_str()) => {
                 at = node.output(0).to_owned();
             }
-            [node] if projected(graph, node) == Some(at.as_str()) && !node.is("Conv") => {
+            [node] if projected(graph, node) == Some(at.as_str()) && !mixes_tokens(node) => {
                 return end(ends, with_bias(graph, node.output(0)), true);
             }
             [node] if node.is("Split") && node.input(0) == Some(at.as_str()) => {
@@ -86,6 +86,14 @@ fn walk(graph: &Graph, from: &str, ends: &mut Vec<End>) {
             _ => return end(ends, at, false),
         }
     }
+}
+
+/// A convolution over more than one position is no projection of tokens.
+fn mixes_tokens(node: &Node) -> bool {
+    node.is("Conv")
+        && node
+            .ints("kernel_shape")
+            .is_none_or(|k| k.iter().any(|&size| size != 1))
 }
 
 fn is_layout(node: &Node) -> bool {

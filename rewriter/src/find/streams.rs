@@ -139,7 +139,11 @@ impl Streams {
         if matches!(node.op(), "Shape" | "Size") || (node.is("DynamicQuantizeLinear") && out > 0) {
             return Flow::default();
         }
-        let inputs: Vec<Flow> = node.proto.input.iter().map(|i| self.flow(i)).collect();
+        let mut inputs: Vec<Flow> = node.proto.input.iter().map(|i| self.flow(i)).collect();
+        // Slices of a sequence that are put back where they were, rotated: it stays what it was.
+        if matches!(node.op(), "ScatterND" | "ScatterElements") && inputs[0].sequence.is_some() {
+            inputs.truncate(1);
+        }
         let captured = node.captured.iter().map(|i| self.flow(i).image);
         let image = inputs.iter().any(|f| f.image) || captured.into_iter().any(|i| i);
         if node.is("Concat")
