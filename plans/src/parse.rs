@@ -191,7 +191,7 @@ fn window(token: &Token<'_>) -> Result<f64, PlanError> {
     Err(token.error(Kind::OutOfRange, what))
 }
 
-fn cfg_name(token: &Token<'_>) -> Result<Cfg, PlanError> {
+pub(crate) fn cfg_name(token: &Token<'_>) -> Result<Cfg, PlanError> {
     let name = token.string("cfg")?;
     let known = Cfg::ALL.into_iter().find(|cfg| cfg.name() == name);
     known.ok_or_else(|| {
@@ -206,7 +206,7 @@ fn cfg_name(token: &Token<'_>) -> Result<Cfg, PlanError> {
     })
 }
 
-fn timestep_values(token: &Token<'_>) -> Result<Vec<f64>, PlanError> {
+pub(crate) fn timestep_values(token: &Token<'_>) -> Result<Vec<f64>, PlanError> {
     let values = token.array("timesteps", "numbers")?;
     let named = values.iter().enumerate();
     named
@@ -214,7 +214,7 @@ fn timestep_values(token: &Token<'_>) -> Result<Vec<f64>, PlanError> {
         .collect()
 }
 
-fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
+pub(crate) fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
     let text = token.object("text")?;
     text.refuse_others(&["tokens", "side"])?;
     let tokens = text.required("tokens")?.count("text.tokens", 0)?;
@@ -233,7 +233,7 @@ fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
     Ok(TextTokens { tokens, side })
 }
 
-fn fingerprint(token: &Token<'_>) -> Result<Fingerprint, PlanError> {
+pub(crate) fn fingerprint(token: &Token<'_>) -> Result<Fingerprint, PlanError> {
     let model = token.object("model")?;
     model.refuse_others(&["layers", "heads", "head_dim", "tokens"])?;
     let count = |key: &str| {
