@@ -129,7 +129,7 @@ impl Plan {
         if json.starts_with(b"PK\x03\x04") || json.starts_with(b"\x80") {
             let message =
                 "this is a Python pickle, as the authors of DiTFastAttn write their plans; \
-                           convert it to JSON and import it (docs/plan-format.md)"
+                           import it (docs/plan-format.md)"
                     .to_owned();
             return Err(PlanError {
                 kind: Kind::Pickle,
@@ -138,21 +138,23 @@ impl Plan {
                 message,
             });
         }
-        match std::str::from_utf8(json) {
-            Ok(text) => Plan::parse(text),
-            Err(error) => {
-                let (line, column) = position(json, error.valid_up_to());
-                let message =
-                    "a plan is UTF-8 text, and this byte is not; save the file as UTF-8".to_owned();
-                Err(PlanError {
-                    kind: Kind::NotUtf8,
-                    line,
-                    column,
-                    message,
-                })
-            }
-        }
+        Plan::parse(utf8(json)?)
     }
+}
+
+/// The bytes as text; refused at the first that is not UTF-8.
+pub(crate) fn utf8(json: &[u8]) -> Result<&str, PlanError> {
+    std::str::from_utf8(json).map_err(|error| {
+        let (line, column) = position(json, error.valid_up_to());
+        let message =
+            "a plan is UTF-8 text, and this byte is not; save the file as UTF-8".to_owned();
+        PlanError {
+            kind: Kind::NotUtf8,
+            line,
+            column,
+            message,
+        }
+    })
 }
 
 pub(crate) fn refuse_large(bytes: usize) -> Result<(), PlanError> {
