@@ -2,7 +2,7 @@
 //!
 //! This crate owns the plan's file format and its checks ([`Plan`]), what a plan implies for the
 //! caches that run it ([`Liveness`]), what it saves ([`Cost`], [`Times`]), how it is found
-//! ([`search()`]) and how it looks ([`HeatMap`]). It knows nothing of ONNX, of ONNX Runtime or of
+//! ([`search()`]) and how it looks ([`HeatMap`], [`ValueMap`], [`LineChart`]). It knows nothing of ONNX, of ONNX Runtime or of
 //! how attention is computed, and it opens no files: text and bytes go in, text and bytes come
 //! out; only a [`Journal`] writes to the file that it is given.
 //!
@@ -22,10 +22,10 @@
 mod action;
 mod cost;
 mod error;
-mod heatmap;
 mod import;
 mod liveness;
 mod parse;
+mod pictures;
 mod plan;
 mod schema;
 mod search;
@@ -36,9 +36,9 @@ mod write;
 pub use action::{Action, UnknownAction};
 pub use cost::{Cost, Counts, LayerCount, LayerWork, Workload, band_density, band_density_limit};
 pub use error::{PlanError, PlanErrorKind};
-pub use heatmap::{HeatMap, TooLarge};
 pub use liveness::{CacheShape, Liveness, PeakBytes};
 pub use parse::MAX_PLAN_BYTES;
+pub use pictures::{Axis, HeatMap, LineChart, Scale, Series, TooLarge, ValueMap, Values};
 pub use plan::{Cfg, DEFAULT_WINDOW, Fingerprint, Plan, Side, TextTokens};
 pub use schema::json_schema;
 pub use search::{

@@ -127,7 +127,8 @@ pub struct Forward {
     /// sample all its elements (both halves of guidance, all channels), in any fixed order. The
     /// loss is averaged over samples.
     pub samples: Vec<Vec<f32>>,
-    /// What was run, as a fraction of a forward pass over all samples; 1 without any reuse.
+    /// What was run, as a fraction of a forward pass over all samples; 1 without any reuse. Under
+    /// `cfg: separate` both runs of a step are one forward pass.
     pub forwards: f64,
 }
 
@@ -225,6 +226,60 @@ pub enum SearchError<E> {
 ///
 /// Each decided layer-step goes to `journal` (`&mut ()` keeps none) and then to `observe`, which
 /// can stop the search. A table that is complete already needs no run at all.
+///
+/// ```
+/// use std::ops::ControlFlow;
+/// use ditfastattn_plans::*;
+///
+/// /// One layer whose output falls to nothing; sharing it across steps is off by 1 %.
+/// struct Model(f32);
+///
+/// impl Denoiser for Model {
+///     type Error = std::convert::Infallible;
+///
+///     fn base(&mut self, _step: usize, _chosen: &[Action]) -> Result<Forward, Self::Error> {
+///         Ok(Forward { samples: vec![vec![self.0]], forwards: 1.0 })
+///     }
+///
+///     fn trial(&mut self, trial: &Trial<'_>) -> Result<Forward, Self::Error> {
+///         let off = if trial.candidate == Action::Ast { 1.01 } else { 1.0001 };
+///         Ok(Forward { samples: vec![vec![self.0 * off]], forwards: 1.0 })
+///     }
+///
+///     fn commit(&mut self, _step: usize, _row: &[Action]) -> Result<f64, Self::Error> {
+///         self.0 *= 0.5;
+///         Ok(1.0)
+///     }
+/// }
+///
+/// let work = Workload { tokens: 4096, text: 0, width: 1152, rows: 2 };
+/// let settings = Settings {
+///     model_hash: "sha256 of the model".to_owned(),
+///     inputs_hash: "sha256 of the calibration inputs".to_owned(),
+///     model: None,
+///     steps: 3,
+///     delta: 0.005,
+///     metric: Metric::Mrae,
+///     window: DEFAULT_WINDOW,
+///     cfg: Cfg::CondFirst,
+///     timesteps: None,
+///     text: None,
+///     candidates: candidates_by_cost(&[work.into()], DEFAULT_WINDOW, Cfg::CondFirst),
+/// };
+/// // In a file: `Journal::open(file, &settings)?`, which also resumes.
+/// let mut lines = Vec::new();
+/// let mut journal = Journal::new(&mut lines, &settings)?;
+/// let mut observe = |progress: &Progress<'_>| {
+///     println!("{progress}");
+///     ControlFlow::Continue(())
+/// };
+/// let table = LossTable::new(settings)?;
+/// let found = search(&mut Model(1.0), table, &mut journal, &mut observe)?;
+/// assert_eq!(found.plan.steps, [[Action::Full], [Action::WaRsAsc], [Action::WaRsAsc]]);
+/// assert_eq!(found.effort.naive_forwards(), 2.0 + 4.0 + 3.0);
+/// assert_eq!(LossTable::parse(&lines)?, found.table);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 ///
