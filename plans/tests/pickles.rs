@@ -227,6 +227,12 @@ fn nesting_and_loops_end() {
     refused(b"\x80\x02]q\x00h\x00a.", 0, "in itself");
     let many = [b"\x80\x02".to_vec(), vec![b'N'; MAX_PLAN_BYTES - 3]].concat();
     refused(&many, 2 + (1 << 20), "more than 1048576 values");
+    let many = [b"\x80\x04N".to_vec(), vec![0x94; MAX_PLAN_BYTES - 3]].concat();
+    refused(&many, 3 + (1 << 20), "more than 1048576 memo entries");
+    for opcode in [b'(', b'2', b'e', b'1'] {
+        let many = [b"\x80\x04]".to_vec(), vec![opcode; MAX_PLAN_BYTES - 3]].concat();
+        assert!(import(&many).is_err());
+    }
 }
 
 /// The memo's index is the file's choice, and allocates nothing.

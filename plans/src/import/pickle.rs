@@ -11,7 +11,7 @@ use std::fmt::Write;
 use crate::parse::MAX_PLAN_BYTES;
 use crate::{PlanError, PlanErrorKind};
 
-/// More values than any plan needs: what is shared counts once.
+/// More values than any plan needs: what is shared counts once. The memo has no more entries.
 const MOST_VALUES: usize = 1 << 20;
 /// A plan's are three deep.
 const DEEPEST: usize = 16;
@@ -484,7 +484,13 @@ impl Machine {
     fn put(&mut self, at: usize, index: u64) -> Result<(), PlanError> {
         let top = self.top(at)?;
         self.memo.insert(index, top);
-        Ok(())
+        match self.memo.len() <= MOST_VALUES {
+            true => Ok(()),
+            false => {
+                let what = format!("more than {MOST_VALUES} memo entries; a plan has fewer");
+                Err(refused(at, &what))
+            }
+        }
     }
 
     fn get(&mut self, at: usize, index: u64) -> Result<(), PlanError> {

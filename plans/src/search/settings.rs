@@ -53,8 +53,9 @@ impl Settings {
         self.candidates.len()
     }
 
-    /// The loss that a candidate of `layer` (from 0) has to stay under, `(i / |M|) · δ` with i
-    /// from 1: the first layer has the least to spend, the last one all of δ (Algorithm 1).
+    /// What the loss of a candidate of `layer` (from 0) has to be strictly below, `(i / |M|) · δ`
+    /// with i from 1: the first layer has the least to spend, the last one all of δ (Algorithm 1).
+    /// With δ = 0 every layer stays `full`.
     pub fn threshold(&self, layer: usize) -> f64 {
         self.delta * (layer + 1) as f64 / self.layers() as f64
     }

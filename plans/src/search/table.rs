@@ -97,6 +97,16 @@ impl LossTable {
         self.cells.iter().map(|cell| cell.tried.len()).sum()
     }
 
+    /// The forward passes that deciding these cells takes at one for each dense run, trial and
+    /// committed step, however often the search was interrupted ([`Effort`](crate::Effort) has
+    /// what one process really ran).
+    pub fn naive_forwards(&self) -> f64 {
+        let layers = self.settings.layers();
+        let begun = self.cells.len().div_ceil(layers);
+        let committed = 1 + self.cells.len() / layers;
+        (begun + self.trials() + committed) as f64
+    }
+
     /// The plan of the cells decided so far; layer-steps that are not decided are `full`. It has
     /// no name.
     pub fn plan(&self) -> Plan {

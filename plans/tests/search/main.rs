@@ -99,6 +99,7 @@ proptest! {
         // A search of a single step has nothing to decide and runs nothing.
         if settings.steps > 1 {
             prop_assert_eq!(&toy.calls, &calls);
+            prop_assert_eq!(found.table.naive_forwards(), calls.len() as f64);
         }
         prop_assert_eq!(found.plan.validate(), Ok(()));
         prop_assert_eq!(found.effort.naive_forwards(), toy.calls.len() as f64);
