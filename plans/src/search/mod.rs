@@ -1,228 +1,38 @@
 //! Algorithm 1 of DiTFastAttn: the greedy search for a plan, over any model that can be run.
 //!
-//! At every step but the first, layer by layer, the candidates are tried in order, each with the
-//! earlier choices of this and of all earlier steps in force and the layers behind it full. The
-//! first one whose loss on the model's final output is below `(i / |M|) · δ` is taken; if none
-//! is, the layer stays full. Steps run on the trajectory that the choices so far have led to.
-//!
 //! This module drives; it holds no tensors and runs no model. [`Denoiser`] is the model,
 //! [`LossTable`] the search's state and record, [`Journal`] the record on disk.
-//!
-//! A larger δ usually saves more, but that is no law: an earlier choice that a larger δ allows
-//! changes every activation behind it, and may cost more choices there than it gained.
 
+mod denoiser;
 mod journal;
 mod loss;
+mod outcome;
 mod settings;
 mod table;
 
-use std::fmt;
 use std::ops::ControlFlow;
 
+pub use denoiser::{Denoiser, Forward, Trial};
 pub use journal::{Journal, JournalError, Record};
 pub use loss::{Metric, OutputMismatch, UnknownMetric};
+pub use outcome::{Effort, Found, Progress, Repeated, SearchError};
 pub use settings::{
     InvalidSettings, PAPER_ORDER, Settings, candidates_by_cost, candidates_in_order,
 };
 pub use table::{Cell, LossTable, Rederived, Tried};
 
-use crate::{Action, Plan};
+use crate::Action;
 use table::passes;
-
-/// The model under search, with its scheduler, its calibration inputs and its caches.
-///
-/// For each step t from 1 the search calls [`base`](Denoiser::base) with no choices, then for each
-/// layer some [`trial`](Denoiser::trial)s, after each that is taken [`accept`](Denoiser::accept),
-/// and last [`commit`](Denoiser::commit). Step 0, and steps that a journal has decided, are only
-/// committed.
-///
-/// # Caches
-///
-/// There are two kinds, as in a plan (`docs/plan-format.md`): of each layer the residual R of its
-/// latest `full` or `asc` and the latest output that was not `ast`, both *of committed steps*.
-/// `base` and `trial` read them and never change them; only `commit` does. While searching, every
-/// `full` or `asc` has to leave R behind, because nobody knows yet which steps will read it.
-///
-/// # Cost
-///
-/// What has run once need not run again. The *base* is the latest `base` or accepted trial of the
-/// step. A trial at layer l equals the base in front of l, so it can resume there with the base's
-/// activations; that includes the dense run's, for as long as every choice was `full`. If the base
-/// is the row of the `commit` (compare: after a resume it may not be), the commit has been run.
-/// An implementation that runs everything from the start at every call is right too. What a call
-/// has run it returns as a fraction of a forward pass.
-pub trait Denoiser {
-    /// Why a run failed; handed through.
-    type Error;
-
-    /// Runs `step`, after all committed steps, with `chosen` in the first layers and `full` in
-    /// the rest, and makes it the base. The step's first call has no choices: that is the dense
-    /// output, the reference of every loss. A second one only follows after a resume.
-    ///
-    /// # Errors
-    ///
-    /// Whatever keeps the model from running; it ends the search.
-    fn base(&mut self, step: usize, chosen: &[Action]) -> Result<Forward, Self::Error>;
-
-    /// Runs a step with some layers chosen, one on trial and the rest `full`. The output has the
-    /// shapes that `base` returned.
-    ///
-    /// # Errors
-    ///
-    /// As [`base`](Denoiser::base).
-    fn trial(&mut self, trial: &Trial<'_>) -> Result<Forward, Self::Error>;
-
-    /// The latest trial was taken: it is the base from now on. Returns what it had to run for
-    /// that, usually nothing.
-    ///
-    /// # Errors
-    ///
-    /// As [`base`](Denoiser::base).
-    fn accept(&mut self, trial: &Trial<'_>) -> Result<f64, Self::Error> {
-        let _ = trial;
-        Ok(0.0)
-    }
-
-    /// Runs `step` as `row` says, one action per layer, updates the caches, and hands the output
-    /// to the scheduler, so that the next call can be about `step + 1`. Returns the fraction of a
-    /// forward pass that it ran.
-    ///
-    /// # Errors
-    ///
-    /// As [`base`](Denoiser::base).
-    fn commit(&mut self, step: usize, row: &[Action]) -> Result<f64, Self::Error>;
-}
-
-/// What is to be run: `step` with `prefix` in the first layers, `candidate` in the layer behind
-/// them, `full` in the rest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Trial<'a> {
-    /// The step, from 1.
-    pub step: usize,
-    /// The choices for layers 0 to `layer − 1`.
-    pub prefix: &'a [Action],
-    /// What is tried at `layer`.
-    pub candidate: Action,
-}
-
-impl Trial<'_> {
-    /// The layer on trial, from 0.
-    pub fn layer(&self) -> usize {
-        self.prefix.len()
-    }
-
-    /// The whole row, for a model of `layers` layers.
-    pub fn row(&self, layers: usize) -> Vec<Action> {
-        let mut row = self.prefix.to_vec();
-        row.push(self.candidate);
-        row.resize(layers, Action::Full);
-        row
-    }
-}
-
-/// The outcome of one run.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Forward {
-    /// The model's final output in front of the scheduler and of guidance: for each calibration
-    /// sample all its elements (both halves of guidance, all channels), in any fixed order. The
-    /// loss is averaged over samples.
-    pub samples: Vec<Vec<f32>>,
-    /// What was run, as a fraction of a forward pass over all samples; 1 without any reuse. Under
-    /// `cfg: separate` both runs of a step are one forward pass.
-    pub forwards: f64,
-}
-
-/// What a search has run.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Effort {
-    /// Dense runs, and at most one run to restore the base of a resumed step.
-    pub bases: usize,
-    /// Trials.
-    pub trials: usize,
-    /// Committed steps.
-    pub commits: usize,
-    /// All of it in forward passes, as the [`Denoiser`] reported.
-    pub forwards: f64,
-}
-
-impl Effort {
-    /// What the same calls cost at one full forward pass each, as the authors' code runs them.
-    pub fn naive_forwards(&self) -> f64 {
-        (self.bases + self.trials + self.commits) as f64
-    }
-}
-
-/// Where a search is, after each decided layer-step.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// The layer-step just decided.
-    pub cell: &'a Cell,
-    /// The threshold that its losses had to stay below.
-    pub threshold: f64,
-    /// Layer-steps decided so far.
-    pub decided: usize,
-    /// Layer-steps to decide in all.
-    pub cells: usize,
-    /// What this process has run so far.
-    pub effort: Effort,
-}
-
-/// A choice that was run again, to resume behind it, and its two losses. They are equal where the
-/// model computes the same bits again (same machine, same number of threads).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Repeated {
-    /// The step.
-    pub step: usize,
-    /// The layer.
-    pub layer: usize,
-    /// The candidate and the loss that was recorded.
-    pub recorded: Tried,
-    /// Its loss now.
-    pub now: Option<f64>,
-}
-
-/// A finished search.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Found {
-    /// The plan. It has no name yet.
-    pub plan: Plan,
-    /// Every decision with its losses, for another δ ([`LossTable::rederive`]).
-    pub table: LossTable,
-    /// What was run.
-    pub effort: Effort,
-    /// What was run twice because the search was resumed in the middle of a step.
-    pub repeated: Option<Repeated>,
-}
-
-/// Why a search ended without a plan. What it had decided is in the journal.
-#[derive(Debug, thiserror::Error)]
-pub enum SearchError<E> {
-    /// The model could not be run.
-    #[error("{0}")]
-    Denoiser(E),
-    /// The journal could not be written.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// Outputs of one step have different shapes.
-    #[error("step {step}: {mismatch}")]
-    Output {
-        /// The step.
-        step: usize,
-        /// The difference.
-        mismatch: OutputMismatch,
-    },
-    /// There is nothing to compare with.
-    #[error(
-        "the dense output of step {0} has no elements, or an infinity or NaN among them; check the model and the calibration inputs"
-    )]
-    Reference(usize),
-    /// The observer stopped the search; this is what it had decided.
-    #[error("the search was stopped after {} of {} layer-steps", .0.cells().len(), .0.cell_count())]
-    Stopped(Box<LossTable>),
-}
 
 /// Runs Algorithm 1 from wherever `table` is: a new one, that of a resumed [`Journal`], or one
 /// rederived for another δ.
+///
+/// At every step but the first, layer by layer, the candidates are tried in order, each with the
+/// earlier choices of this and of all earlier steps in force and the layers behind it full. The
+/// first one whose loss on the model's final output is below `(i / |M|) · δ` is taken; if none
+/// is, the layer stays full. Steps run on the trajectory that the choices so far have led to.
+/// A larger δ usually saves more, but that is no law: an earlier choice that it allows changes
+/// every activation behind it, and may cost more choices there than it gained.
 ///
 /// Each decided layer-step goes to `journal` (`&mut ()` keeps none) and then to `observe`, which
 /// can stop the search. A table that is complete already needs no run at all.
@@ -465,21 +275,5 @@ impl Reference {
             step: self.step,
             mismatch,
         })
-    }
-}
-
-impl fmt::Display for Progress<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Progress {
-            cell,
-            decided,
-            cells,
-            ..
-        } = self;
-        write!(
-            f,
-            "{decided}/{cells}: step {}, layer {}: {}",
-            cell.step, cell.layer, cell.action
-        )
     }
 }
