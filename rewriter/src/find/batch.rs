@@ -64,8 +64,7 @@ impl Batch {
             .shape(value)
             .and_then(|s| s.first()?.over(&BATCH.into()))
             .is_some_and(|rest| rest.is_whole());
-        is_batch(facts, value)
-            || (whole && self.places.get(value).and_then(Dim::known) == Some(1))
+        is_batch(facts, value) || (whole && self.places.get(value).and_then(Dim::known) == Some(1))
     }
 }
 

@@ -66,7 +66,7 @@ impl Operand {
             .flat_map(|p| match p {
                 Prep::Project { weights, bias } => [Some(weights), bias.as_ref()],
                 Prep::AddBias { bias, .. } => [Some(bias), None],
-            Prep::Times(factor) => [Some(factor), None],
+                Prep::Times(factor) => [Some(factor), None],
                 _ => [None, None],
             })
             .flatten()

@@ -191,7 +191,9 @@ pub fn in_order(nodes: Vec<Node>) -> Result<Vec<Node>, String> {
                 Some(next) => {
                     if std::mem::replace(&mut open[node], true) && open[next] {
                         let (a, b) = (nodes[node].label(), nodes[next].label());
-                        return Err(format!("the nodes `{a}` and `{b}` need each other's results"));
+                        return Err(format!(
+                            "the nodes `{a}` and `{b}` need each other's results"
+                        ));
                     }
                     pending.push(next);
                 }

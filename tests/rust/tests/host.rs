@@ -4,7 +4,7 @@
 //! `ORT_DYLIB_PATH` names `libonnxruntime.so`, `DITFASTATTN_LIB` the op library; `scripts/test` sets both.
 
 use ditfastattn_plans::Plan;
-use ditfastattn_rewriter::find::{InputsRequest, survey};
+use ditfastattn_rewriter::find::{Choice, InputsRequest, survey};
 use ditfastattn_rewriter::lower::{RequestInputs, lower};
 use ditfastattn_rewriter::onnx::{ModelFile, write_atomically};
 use ndarray::{ArrayD, OwnedRepr};
@@ -118,7 +118,7 @@ fn session(path: &Path) -> Session {
 
 fn rewrite(model: &str, plan: &Plan, folder: &Path) -> PathBuf {
     let model = ModelFile::open(&fixture(model)).unwrap();
-    let survey = survey(&model.graph, &InputsRequest::default()).unwrap();
+    let survey = survey(&model.graph, &InputsRequest::default(), &Choice::default()).unwrap();
     let lowered = lower(&model, &survey, plan, RequestInputs::Optional).unwrap();
     let path = folder.join("model.dfa.onnx");
     write_atomically(&path, &lowered.pieces, &|| false).unwrap();

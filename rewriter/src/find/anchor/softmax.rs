@@ -262,7 +262,13 @@ fn leads_to_product(graph: &Graph, value: &str) -> bool {
             Some((node, _))
                 if matches!(
                     node.op(),
-                    "Cast" | "Mul" | "Div" | "Identity" | "Add" | "Sub" | "DequantizeLinear"
+                    "Cast"
+                        | "Mul"
+                        | "Div"
+                        | "Identity"
+                        | "Add"
+                        | "Sub"
+                        | "DequantizeLinear"
                         | "QuantizeLinear"
                 ) =>
             {
