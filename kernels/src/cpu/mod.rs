@@ -4,6 +4,7 @@
 
 mod exp;
 mod gemm;
+mod keys;
 mod level;
 mod mask;
 mod pack;
@@ -14,9 +15,12 @@ mod vector;
 
 pub use level::Level;
 
+use std::ops::Range;
+
 use crate::api::Attention;
 use crate::parallel::Parallel;
 use gemm::QUERIES;
+use keys::{Keys, Part};
 
 /// Shares a call between threads.
 #[derive(Clone, Copy)]
@@ -39,21 +43,85 @@ pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) {
     if planes == 0 || blocks == 0 || s.v_dim == 0 {
         return;
     }
-    // Blocks in one task share packed keys and values; more of them save packing, fewer of them balance better.
-    let per_task = (planes * blocks / 32).clamp(1, 8).min(blocks);
-    let per_plane = blocks.div_ceil(per_task);
     let shared = Shared(a);
-    pool.run(planes * per_plane, &|i| {
-        let (plane, part) = (i / per_plane, i % per_plane);
-        let first = part * per_task;
-        scratch::with(|scratch| {
-            level.run(task::Task {
-                a: shared.get(),
-                batch: plane / s.heads,
-                head: plane % s.heads,
-                blocks: first..blocks.min(first + per_task),
-                scratch,
+    scratch::with_keys(|memory| {
+        for part in Part::all(a) {
+            let keys = Keys::new(a, &part, memory, pool);
+            let cut = Cut::new(a, &part);
+            pool.run(cut.tasks(), &|i| {
+                let (batch, heads, blocks) = cut.task(i);
+                scratch::with(|scratch| {
+                    level.run(task::Task {
+                        a: shared.get(),
+                        keys: &keys,
+                        batch,
+                        heads,
+                        blocks,
+                        scratch,
+                    });
+                });
             });
-        });
+        }
     });
+}
+
+/// How a part of a call is cut into tasks. Depends on the call alone, so that no result depends on the pool.
+#[derive(Clone, Debug)]
+struct Cut {
+    batch: Range<usize>,
+    heads: Range<usize>,
+    /// Query blocks.
+    blocks: usize,
+    /// Neighbouring heads in a task.
+    heads_each: usize,
+    /// Query blocks in a task.
+    blocks_each: usize,
+}
+
+impl Cut {
+    fn new(a: &Attention<'_>, part: &Part) -> Self {
+        let s = a.shape;
+        let per_kv = s.heads / s.kv_heads;
+        let heads = part.kv_heads.start * per_kv..part.kv_heads.end * per_kv;
+        let blocks = s.q_tokens.div_ceil(QUERIES);
+        // Heads that share a mask share what it takes to read it.
+        let heads_each = match a.mask {
+            Some(mask) if mask.strides.head == 0 => 2.min(heads.len()),
+            _ => 1,
+        };
+        // Blocks in one task share keys and values in the cache; more of them save traffic, fewer of them balance better.
+        let blocks_all = part.batch.len() * heads.len() * blocks;
+        let blocks_each = (blocks_all / heads_each / 32).clamp(1, 8).min(blocks);
+        Cut {
+            batch: part.batch.clone(),
+            heads,
+            blocks,
+            heads_each,
+            blocks_each,
+        }
+    }
+
+    /// Tasks along the heads and along the queries.
+    fn grid(&self) -> (usize, usize) {
+        let along_heads = self.heads.len().div_ceil(self.heads_each);
+        (along_heads, self.blocks.div_ceil(self.blocks_each))
+    }
+
+    fn tasks(&self) -> usize {
+        let (along_heads, along_queries) = self.grid();
+        self.batch.len() * along_heads * along_queries
+    }
+
+    /// The batch, heads and query blocks of task `i`. Those that read the same keys come one after the other.
+    fn task(&self, i: usize) -> (usize, Range<usize>, Range<usize>) {
+        let (along_heads, along_queries) = self.grid();
+        let (block, rest) = (i % along_queries * self.blocks_each, i / along_queries);
+        let (head, batch) = (rest % along_heads * self.heads_each, rest / along_heads);
+        let head = self.heads.start + head;
+        (
+            self.batch.start + batch,
+            head..self.heads.end.min(head + self.heads_each),
+            block..self.blocks.min(block + self.blocks_each),
+        )
+    }
 }

@@ -36,7 +36,7 @@ impl Order {
     }
 }
 
-fn offset(s: Strides, p: Plane, token: usize, channel: usize) -> isize {
+pub(crate) fn offset(s: Strides, p: Plane, token: usize, channel: usize) -> isize {
     p.batch as isize * s.batch
         + p.head as isize * s.head
         + token as isize * s.token
@@ -430,23 +430,41 @@ pub(crate) struct Ahead {
     next: *const u8,
     token: isize,
     bytes: isize,
+    /// Tokens left of this head.
     left: usize,
+    /// From the end of a head to the start of the next.
+    head: isize,
+    tokens: usize,
+    heads: usize,
 }
 
 impl Ahead {
-    /// Of tokens `tokens` of a plane. Layouts whose channels are not neighbours are left to the hardware.
-    pub fn new(t: &Input<'_>, p: Plane, tokens: Range<usize>, channels: usize) -> Self {
-        let size = t.dtype.size() as isize;
-        let at = offset(t.strides, p, tokens.start, 0) * size;
+    /// Of tokens `tokens` of some heads. Layouts whose channels are not neighbours are left to the hardware.
+    pub fn new(
+        t: &Input<'_>,
+        batch: usize,
+        heads: Range<usize>,
+        tokens: Range<usize>,
+        channels: usize,
+    ) -> Self {
+        let (s, size) = (t.strides, t.dtype.size() as isize);
+        if heads.is_empty() || tokens.is_empty() || s.channel != 1 {
+            return Self::nothing();
+        }
+        let first = Plane {
+            batch,
+            head: heads.start,
+        };
+        let next = (t.data).wrapping_offset(offset(s, first, tokens.start, 0) * size);
+        let n = tokens.len();
+        if s.head == channels as isize {
+            let bytes = s.head * heads.len() as isize * size;
+            return Self::lines(next, s.token * size, bytes, n);
+        }
         Ahead {
-            next: t.data.wrapping_offset(at),
-            token: t.strides.token * size,
-            bytes: channels as isize * size,
-            left: if t.strides.channel == 1 {
-                tokens.len()
-            } else {
-                0
-            },
+            head: (s.head - n as isize * s.token) * size,
+            heads: heads.len() - 1,
+            ..Self::lines(next, s.token * size, channels as isize * size, n)
         }
     }
 
@@ -457,28 +475,32 @@ impl Ahead {
             token: distance,
             bytes,
             left: count,
+            head: 0,
+            tokens: count,
+            heads: 0,
         }
     }
 
     /// Of an output, which is written.
-    pub fn output(t: &Output<'_>, p: Plane, tokens: Range<usize>, channels: usize) -> Self {
+    pub fn output(
+        t: &Output<'_>,
+        batch: usize,
+        heads: Range<usize>,
+        tokens: Range<usize>,
+        channels: usize,
+    ) -> Self {
         // SAFETY: nothing is read through this input, only asked for.
         let t = unsafe { Input::from_raw(t.data, t.dtype, t.strides) };
-        Self::new(&t, p, tokens, channels)
+        Self::new(&t, batch, heads, tokens, channels)
     }
 
     pub fn nothing() -> Self {
-        Ahead {
-            next: std::ptr::null(),
-            token: 0,
-            bytes: 0,
-            left: 0,
-        }
+        Self::lines(std::ptr::null(), 0, 0, 0)
     }
 
     /// Tokens not yet asked for.
     pub fn left(&self) -> usize {
-        self.left
+        self.left + self.heads * self.tokens
     }
 
     /// Asks for all of it now.
@@ -491,7 +513,12 @@ impl Ahead {
     #[inline(always)]
     pub fn step(&mut self) -> bool {
         if self.left == 0 {
-            return false;
+            if self.heads == 0 {
+                return false;
+            }
+            self.heads -= 1;
+            self.left = self.tokens;
+            self.next = self.next.wrapping_offset(self.head);
         }
         self.left -= 1;
         #[cfg(target_arch = "x86_64")]

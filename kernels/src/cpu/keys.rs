@@ -1,0 +1,282 @@
+//! Keys and values as tasks read them: float32, each (batch, head) by itself, in blocks of [`KEYS`].
+//!
+//! Tensors that are like that already are read where they are. Others are copied: by each task for itself where few
+//! blocks of queries see a key, else once per call, on all threads. In `[batch, tokens, heads, channels]` each token of a
+//! head lies in a page of its own, whose translation costs as much as its data; a copy of all heads visits it once.
+
+use std::ops::Range;
+
+use super::gemm::QUERIES;
+use super::pack::{Ahead, Order, Plane, gather, offset, read_line};
+use super::scratch::Scratch;
+use crate::api::{Attention, DType, Input, Mode};
+use crate::parallel::Parallel;
+
+/// Keys in a block. With the queries of a block it sets the working set: scores, Q, O, K and V of a block should stay in
+/// L2 and mostly in L1.
+pub(crate) const KEYS: usize = 120;
+
+/// Floats that are copied in advance at a time; calls that need more are done in several parts.
+const LIMIT: usize = 12 << 20;
+
+/// How many blocks of queries must see a key for a copy in advance to be worth its traffic.
+const READS: usize = 12;
+
+/// Whether keys and values are copied in advance, rather than by tasks.
+fn in_advance(a: &Attention<'_>) -> bool {
+    let queries = match &a.mode {
+        Mode::Window { band, .. } => {
+            (band.half_width.saturating_mul(2) + band.text).min(a.shape.q_tokens)
+        }
+        _ => a.shape.q_tokens,
+    };
+    queries >= READS * QUERIES
+}
+
+/// A part of a call: some rows of the batch, or some heads of one row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub batch: Range<usize>,
+    pub kv_heads: Range<usize>,
+}
+
+impl Part {
+    /// The parts of a call.
+    pub fn all(a: &Attention<'_>) -> Vec<Part> {
+        let s = a.shape;
+        let copied = |t: &Input<'_>, n| {
+            if in_advance(a) && !is_dense(t, n) {
+                n
+            } else {
+                0
+            }
+        };
+        let plane = s.kv_tokens * (copied(&a.k, s.head_dim) + copied(&a.v, s.v_dim));
+        let planes = LIMIT.checked_div(plane).unwrap_or(usize::MAX);
+        let rows = (planes / s.kv_heads).clamp(1, s.batch);
+        let heads = planes.clamp(1, s.kv_heads);
+        let mut parts = Vec::new();
+        for b in (0..s.batch).step_by(rows) {
+            for h in (0..s.kv_heads).step_by(heads) {
+                parts.push(Part {
+                    batch: b..s.batch.min(b + rows),
+                    kv_heads: h..s.kv_heads.min(h + heads),
+                });
+            }
+        }
+        parts
+    }
+
+    fn planes(&self) -> usize {
+        self.batch.len() * self.kv_heads.len()
+    }
+
+    /// The place of a plane among those of the part.
+    fn index(&self, p: Plane) -> usize {
+        (p.batch - self.batch.start) * self.kv_heads.len() + p.head - self.kv_heads.start
+    }
+}
+
+/// Where the blocks of a matrix are.
+#[derive(Clone, Copy)]
+enum Place {
+    /// In the tensor itself.
+    There,
+    /// In memory of the call: for each plane its blocks, `[tokens, channels]` or `[channels, KEYS]`.
+    Call(*mut f32),
+    /// Each task copies them for itself.
+    Task,
+}
+
+/// The keys or the values of a part.
+pub(crate) struct Matrix<'a> {
+    from: Input<'a>,
+    channels: usize,
+    tokens: usize,
+    pub order: Order,
+    part: Part,
+    place: Place,
+}
+
+// SAFETY: while tasks share a matrix they only read what it points to; while it is filled each task writes blocks of
+// its own.
+unsafe impl Sync for Matrix<'_> {}
+
+impl<'a> Matrix<'a> {
+    fn new(from: Input<'a>, part: &Part, tokens: usize, channels: usize, in_advance: bool) -> Self {
+        let (order, place) = match is_dense(&from, channels) {
+            true => (Order::Tokens, Place::There),
+            false if in_advance => (
+                Order::natural(from.strides, KEYS),
+                Place::Call(std::ptr::null_mut()),
+            ),
+            false => (Order::natural(from.strides, KEYS), Place::Task),
+        };
+        Matrix {
+            from,
+            channels,
+            tokens,
+            order,
+            part: part.clone(),
+            place,
+        }
+    }
+
+    /// Floats that the call has for the matrix.
+    fn len(&self) -> usize {
+        match self.place {
+            Place::Call(_) => {
+                self.part.planes() * self.tokens.next_multiple_of(KEYS) * self.channels
+            }
+            _ => 0,
+        }
+    }
+
+    /// Floats that a task needs for a block of a head.
+    pub fn task_len(&self) -> usize {
+        match self.place {
+            Place::Task => KEYS * self.channels,
+            _ => 0,
+        }
+    }
+
+    /// The block `keys` of a plane, whose first is a multiple of [`KEYS`]. `room` has [`Matrix::task_len`] floats.
+    ///
+    /// # Safety
+    /// The keys must lie inside the shape.
+    #[inline(always)]
+    pub unsafe fn block(&self, p: Plane, keys: Range<usize>, room: &mut [f32]) -> *const f32 {
+        match self.place {
+            Place::There => (self.from.data.cast::<f32>()).wrapping_offset(offset(
+                self.from.strides,
+                p,
+                keys.start,
+                0,
+            )),
+            Place::Call(copy) => copy.wrapping_add(self.at(p, keys.start)),
+            Place::Task => {
+                // SAFETY: promised by the caller.
+                unsafe { gather(&self.from, p, keys, self.channels, self.order, room) };
+                room.as_ptr()
+            }
+        }
+    }
+
+    /// Where in the memory of the call a block is.
+    fn at(&self, p: Plane, first: usize) -> usize {
+        (self.part.index(p) * self.tokens.next_multiple_of(KEYS) + first) * self.channels
+    }
+
+    /// Distances in a block between keys and between channels.
+    #[inline(always)]
+    pub fn strides(&self) -> (usize, usize) {
+        match self.order {
+            Order::Tokens => (self.channels, 1),
+            Order::Channels { stride } => (1, stride),
+        }
+    }
+
+    /// Asks for the memory of a block.
+    pub fn ahead(&self, p: Plane, heads: usize, keys: Range<usize>) -> Ahead {
+        match self.place {
+            Place::Call(copy) => {
+                let line = (self.channels * size_of::<f32>()) as isize;
+                let block = copy.wrapping_add(self.at(p, keys.start)).cast_const();
+                Ahead::lines(block.cast(), line, line, keys.len())
+            }
+            _ => Ahead::new(
+                &self.from,
+                p.batch,
+                p.head..p.head + heads,
+                keys,
+                self.channels,
+            ),
+        }
+    }
+
+    /// Copies one block of keys of all heads of one row of the batch.
+    ///
+    /// # Safety
+    /// The matrix must have a copy, of which nobody else may use this block meanwhile.
+    unsafe fn fill(&self, batch: usize, keys: Range<usize>) {
+        let (s, n) = (self.from.strides, self.channels);
+        let Place::Call(copy) = self.place else {
+            return;
+        };
+        let line = |head: usize, at: usize, len: usize| {
+            let p = Plane { batch, head };
+            // SAFETY: inside the block, which is this task's by the promise of the caller.
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(copy.add(self.at(p, keys.start) + at), len)
+            };
+            (p, to)
+        };
+        let heads = self.part.kv_heads.clone();
+        // SAFETY (all of them): keys and heads lie inside the shape.
+        match self.order {
+            Order::Tokens if s.head.abs() < s.token.abs() => {
+                for (i, token) in keys.clone().enumerate() {
+                    for head in heads.clone() {
+                        let (p, to) = line(head, i * n, n);
+                        unsafe { read_line(&self.from, offset(s, p, token, 0), s.channel, to) }
+                    }
+                }
+            }
+            Order::Tokens => {
+                for head in heads {
+                    for (i, token) in keys.clone().enumerate() {
+                        let (p, to) = line(head, i * n, n);
+                        unsafe { read_line(&self.from, offset(s, p, token, 0), s.channel, to) }
+                    }
+                }
+            }
+            Order::Channels { stride } => {
+                for head in heads {
+                    for c in 0..n {
+                        let (p, to) = line(head, c * stride, keys.len());
+                        let at = offset(s, p, keys.start, c);
+                        unsafe { read_line(&self.from, at, s.token, to) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether a tensor can be read where it is.
+fn is_dense(t: &Input<'_>, channels: usize) -> bool {
+    t.dtype == DType::F32 && t.strides.channel == 1 && t.strides.token == channels as isize
+}
+
+/// Keys and values of a part.
+pub(crate) struct Keys<'a> {
+    pub k: Matrix<'a>,
+    pub v: Matrix<'a>,
+}
+
+impl<'a> Keys<'a> {
+    /// Makes the copies of a part.
+    pub fn new(a: &Attention<'a>, part: &Part, scratch: &mut Scratch, pool: &dyn Parallel) -> Self {
+        let s = a.shape;
+        let early = in_advance(a);
+        let mut keys = Keys {
+            k: Matrix::new(a.k, part, s.kv_tokens, s.head_dim, early),
+            v: Matrix::new(a.v, part, s.kv_tokens, s.v_dim, early),
+        };
+        let copies = scratch.cut([keys.k.len(), keys.v.len()]);
+        let blocks = s.kv_tokens.div_ceil(KEYS);
+        for (matrix, copy) in [&mut keys.k, &mut keys.v].into_iter().zip(copies) {
+            if let Place::Call(place) = &mut matrix.place {
+                *place = copy.as_mut_ptr();
+                let matrix = &*matrix;
+                pool.run(part.batch.len() * blocks, &|i| {
+                    let first = i % blocks * KEYS;
+                    let batch = part.batch.start + i / blocks;
+                    // SAFETY: each block is of one task.
+                    unsafe { matrix.fill(batch, first..s.kv_tokens.min(first + KEYS)) };
+                });
+            }
+        }
+        keys
+    }
+}
