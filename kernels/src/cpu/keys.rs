@@ -94,6 +94,8 @@ pub(crate) struct Matrix<'a> {
     channels: usize,
     tokens: usize,
     pub order: Order,
+    /// Distance between the lines of two keys.
+    row: usize,
     part: Part,
     place: Place,
 }
@@ -103,20 +105,21 @@ pub(crate) struct Matrix<'a> {
 unsafe impl Sync for Matrix<'_> {}
 
 impl<'a> Matrix<'a> {
-    fn new(from: Input<'a>, part: &Part, tokens: usize, channels: usize, in_advance: bool) -> Self {
-        let (order, place) = match is_dense(&from, channels) {
-            true => (Order::Tokens, Place::There),
-            false if in_advance => (
-                Order::natural(from.strides, KEYS),
-                Place::Call(std::ptr::null_mut()),
-            ),
-            false => (Order::natural(from.strides, KEYS), Place::Task),
+    fn new(from: Input<'a>, part: &Part, tokens: usize, channels: usize, place: Place) -> Self {
+        let order = match place {
+            Place::There => Order::Tokens,
+            _ => Order::natural(from.strides, KEYS),
+        };
+        let row = match place {
+            Place::There => from.strides.token.unsigned_abs(),
+            _ => channels,
         };
         Matrix {
             from,
             channels,
             tokens,
             order,
+            row,
             part: part.clone(),
             place,
         }
@@ -171,7 +174,7 @@ impl<'a> Matrix<'a> {
     #[inline(always)]
     pub fn strides(&self) -> (usize, usize) {
         match self.order {
-            Order::Tokens => (self.channels, 1),
+            Order::Tokens => (self.row, 1),
             Order::Channels { stride } => (1, stride),
         }
     }
@@ -259,9 +262,24 @@ impl<'a> Keys<'a> {
     pub fn new(a: &Attention<'a>, part: &Part, scratch: &mut Scratch, pool: &dyn Parallel) -> Self {
         let s = a.shape;
         let early = in_advance(a);
+        let place = |t: &Input<'_>, channels, apart| {
+            if is_dense(t, channels) || apart {
+                Place::There
+            } else if early {
+                Place::Call(std::ptr::null_mut())
+            } else {
+                Place::Task
+            }
+        };
+        // Keys are read along their channels, so they need not lie side by side. Values are read across.
+        let k = &a.k;
+        let apart =
+            !early && k.dtype == DType::F32 && k.strides.channel == 1 && k.strides.token > 0;
+        let k_place = place(k, s.head_dim, apart);
+        let v_place = place(&a.v, s.v_dim, false);
         let mut keys = Keys {
-            k: Matrix::new(a.k, part, s.kv_tokens, s.head_dim, early),
-            v: Matrix::new(a.v, part, s.kv_tokens, s.v_dim, early),
+            k: Matrix::new(a.k, part, s.kv_tokens, s.head_dim, k_place),
+            v: Matrix::new(a.v, part, s.kv_tokens, s.v_dim, v_place),
         };
         let copies = scratch.cut([keys.k.len(), keys.v.len()]);
         let blocks = s.kv_tokens.div_ceil(KEYS);

@@ -178,10 +178,16 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
     for index in t.blocks.clone() {
         let first = index * QUERIES;
         let queries = first..s.q_tokens.min(first + QUERIES);
-        // While these queries are packed, the next ones arrive.
+        // While these queries are packed, the next ones arrive, and finally the first keys and values.
         if index + 1 < t.blocks.end {
             let next = queries.end..s.q_tokens.min(queries.end + QUERIES);
             Ahead::new(&a.q, batch, t.heads.clone(), next, d).all();
+        } else {
+            let keys = first_keys(a, t.blocks.start * QUERIES);
+            let (head, n) = (kv_heads.start, kv_heads.len());
+            let plane = Plane { batch, head };
+            t.keys.k.ahead(plane, n, keys.clone()).all();
+            t.keys.v.ahead(plane, n, keys).all();
         }
         for head in t.heads.clone() {
             let plane = Plane { batch, head };
@@ -287,6 +293,25 @@ fn take<'s>(all: &mut &'s mut [f32], n: usize) -> &'s mut [f32] {
     let (head, tail) = std::mem::take(all).split_at_mut(n);
     *all = tail;
     head
+}
+
+/// The first block of keys that a task beginning at `query` sees.
+fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
+    let s = a.shape;
+    let first = match &a.mode {
+        Mode::Full => 0,
+        Mode::FullCapture { band, .. } | Mode::Window { band, .. } => {
+            let text = band.text_range(s.kv_tokens);
+            let row = row(band, query, s.kv_tokens);
+            if text.is_empty() {
+                row.start
+            } else {
+                row.start.min(text.start)
+            }
+        }
+    };
+    let first = first / KEYS * KEYS;
+    first..s.kv_tokens.min(first + KEYS)
 }
 
 /// Q of a block, a query per lane, times `sign`; lanes beyond the sequence are zero.
