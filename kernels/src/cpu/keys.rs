@@ -19,18 +19,18 @@ pub(crate) const KEYS: usize = 120;
 /// Floats that are copied in advance at a time; calls that need more are done in several parts.
 const LIMIT: usize = 12 << 20;
 
-/// How many blocks of queries must see a key for a copy in advance to be worth its traffic.
-const READS: usize = 12;
+/// Where more blocks of queries than this see a key, a copy in advance is worth its traffic.
+const READS: usize = 16;
 
 /// Whether keys and values are copied in advance, rather than by tasks.
 fn in_advance(a: &Attention<'_>) -> bool {
     let queries = match &a.mode {
-        Mode::Window { band, .. } => {
-            (band.half_width.saturating_mul(2) + band.text).min(a.shape.q_tokens)
-        }
+        Mode::Window { band, .. } => (band.half_width.saturating_mul(2))
+            .saturating_add(band.text + 1)
+            .min(a.shape.q_tokens),
         _ => a.shape.q_tokens,
     };
-    queries >= READS * QUERIES
+    queries > READS * QUERIES
 }
 
 /// A part of a call: some rows of the batch, or some heads of one row.

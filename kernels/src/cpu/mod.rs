@@ -17,7 +17,7 @@ pub use level::Level;
 
 use std::ops::Range;
 
-use crate::api::Attention;
+use crate::api::{Attention, Mode};
 use crate::parallel::Parallel;
 use gemm::QUERIES;
 use keys::{Keys, Part};
@@ -76,6 +76,8 @@ struct Cut {
     heads_each: usize,
     /// Query blocks in a task.
     blocks_each: usize,
+    /// Whether tasks go along the heads first, then along the queries.
+    heads_first: bool,
 }
 
 impl Cut {
@@ -98,6 +100,8 @@ impl Cut {
             blocks,
             heads_each,
             blocks_each,
+            // A band's queries, keys and values lie together, also in pages of memory that heads share.
+            heads_first: matches!(a.mode, Mode::Window { .. }),
         }
     }
 
@@ -112,12 +116,20 @@ impl Cut {
         self.batch.len() * along_heads * along_queries
     }
 
-    /// The batch, heads and query blocks of task `i`. Those that read the same keys come one after the other.
+    /// The batch, heads and query blocks of task `i`.
     fn task(&self, i: usize) -> (usize, Range<usize>, Range<usize>) {
         let (along_heads, along_queries) = self.grid();
-        let (block, rest) = (i % along_queries * self.blocks_each, i / along_queries);
-        let (head, batch) = (rest % along_heads * self.heads_each, rest / along_heads);
-        let head = self.heads.start + head;
+        let (batch, i) = (
+            i / (along_heads * along_queries),
+            i % (along_heads * along_queries),
+        );
+        let (head, block) = if self.heads_first {
+            (i % along_heads, i / along_heads)
+        } else {
+            (i / along_queries, i % along_queries)
+        };
+        let head = self.heads.start + head * self.heads_each;
+        let block = block * self.blocks_each;
         (
             self.batch.start + batch,
             head..self.heads.end.min(head + self.heads_each),
