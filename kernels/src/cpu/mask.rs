@@ -7,7 +7,8 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::gemm::QUERIES;
-use super::pack::{Ahead, Plane, read_line, transpose};
+use super::pack::{Ahead, Plane, read_line};
+use super::transpose::transpose;
 use super::vector::{load, mul_add, store};
 use crate::api::{Input, Strides};
 use crate::mask::{Mask, MaskType};
@@ -79,7 +80,12 @@ impl<'s> Tile<'s> {
     /// # Safety
     /// Both must lie inside the shape that `check` has compared the mask with.
     #[inline(always)]
-    pub unsafe fn read(&mut self, plane: Plane, queries: Range<usize>, keys: Range<usize>) {
+    pub unsafe fn read<S: Simd>(
+        &mut self,
+        plane: Plane,
+        queries: Range<usize>,
+        keys: Range<usize>,
+    ) {
         let n = keys.len();
         let repeats = self.mask.strides.query == 0;
         let lines = if repeats { 1 } else { queries.len() };
@@ -122,7 +128,7 @@ impl<'s> Tile<'s> {
         }
         // SAFETY: `lines` rows of n, and n rows of QUERIES, are there by the assertion above.
         unsafe {
-            transpose::<true>(
+            transpose::<S, true>(
                 self.rows.as_ptr(),
                 n as isize,
                 self.turned.as_mut_ptr(),

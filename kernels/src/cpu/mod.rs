@@ -11,6 +11,7 @@ mod pack;
 mod scratch;
 mod sight;
 mod task;
+mod transpose;
 mod vector;
 
 pub use level::Level;

@@ -199,7 +199,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
             let [reference, sum, from, to] =
                 [&mut reference, &mut sum, &mut from, &mut to].map(|all| take(all, QUERIES));
             // SAFETY: queries lie inside the shape.
-            unsafe { pack_q(a, plane, &queries, sign, rows, q) };
+            unsafe { pack_q::<S>(a, plane, &queries, sign, rows, q) };
             o.fill(0.0);
             reference.fill(f32::NEG_INFINITY);
             sum.fill(0.0);
@@ -319,7 +319,7 @@ fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
 /// # Safety
 /// `queries` must lie inside the shape.
 #[inline(always)]
-unsafe fn pack_q(
+unsafe fn pack_q<S: Simd>(
     a: &Attention<'_>,
     plane: Plane,
     queries: &Range<usize>,
@@ -332,7 +332,7 @@ unsafe fn pack_q(
         q.fill(0.0);
     }
     // SAFETY: promised by the caller.
-    unsafe { gather_channels(&a.q, plane, queries.clone(), d, QUERIES, q, rows) };
+    unsafe { gather_channels::<S>(&a.q, plane, queries.clone(), d, QUERIES, q, rows) };
     if sign != 1.0 {
         for x in q.iter_mut() {
             *x *= sign;
@@ -397,7 +397,7 @@ fn pass<S: Simd>(
             for block in blocks {
                 if let Some(tile) = &mut context.tile {
                     // SAFETY: the block's queries and the keys lie inside the shape.
-                    unsafe { tile.read(block.plane, block.queries.clone(), keys.clone()) };
+                    unsafe { tile.read::<S>(block.plane, block.queries.clone(), keys.clone()) };
                     if tile.effect() == Effect::HidesAll {
                         continue;
                     }
@@ -804,7 +804,7 @@ unsafe fn finish<S: Simd>(
     if let Mode::FullCapture { residual, .. } = &a.mode {
         divide(simd, block.o, o, block.sum, Some(block.w));
         // SAFETY: promised by the caller.
-        unsafe { scatter_channels(residual, plane, tokens.clone(), dv, QUERIES, o, rows) };
+        unsafe { scatter_channels::<S>(residual, plane, tokens.clone(), dv, QUERIES, o, rows) };
     }
     divide(simd, block.o, o, block.sum, None);
     if let Mode::Window {
@@ -814,11 +814,13 @@ unsafe fn finish<S: Simd>(
     {
         // The sums are spent; their place takes the residual.
         // SAFETY: promised by the caller.
-        unsafe { gather_channels(residual, plane, tokens.clone(), dv, QUERIES, block.o, rows) };
+        unsafe {
+            gather_channels::<S>(residual, plane, tokens.clone(), dv, QUERIES, block.o, rows)
+        };
         for (x, r) in o.iter_mut().zip(block.o.iter()) {
             *x += r;
         }
     }
     // SAFETY: promised by the caller.
-    unsafe { scatter_channels(&a.out, plane, tokens, dv, QUERIES, o, rows) };
+    unsafe { scatter_channels::<S>(&a.out, plane, tokens, dv, QUERIES, o, rows) };
 }
