@@ -68,6 +68,12 @@ fn main() {
     }
     cases.push(Case::new::<f16>(Kind::Full, 2, 16, 1024, 72, 0, "f16"));
     cases.push(Case::new::<bf16>(Kind::Full, 2, 16, 1024, 72, 0, "bf16"));
+    for masked in [Masked::Padding, Masked::Causal, Masked::Bias] {
+        for kind in [Kind::Full, Kind::Window] {
+            let case = Case::new::<f32>(kind, 2, 16, 1024, 72, 0, "f32");
+            cases.push(case.masked(masked));
+        }
+    }
     cases.retain(|c| filter.is_empty() || filter.iter().any(|f| c.name().contains(f)));
 
     let mut peaks = Vec::new();
@@ -100,7 +106,7 @@ fn main() {
         times.sort_by(|a, b| a.cpu.total_cmp(&b.cpu));
         let (best, median) = (times[0].cpu, times[times.len() / 2].cpu);
         let rate = |time: f64| case.flops() / time / 1e9;
-        if case.kind == Kind::Full {
+        if case.kind == Kind::Full && case.masked.is_none() {
             full = (best, case.pairs());
         }
         println!(
@@ -125,13 +131,24 @@ enum Kind {
     WindowResidual,
 }
 
-type Call = Box<dyn FnMut(Level, &Pool)>;
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Masked {
+    /// Boolean `[tokens]`: the last eighth is hidden.
+    Padding,
+    /// Boolean `[tokens, tokens]`.
+    Causal,
+    /// Float32 `[tokens, tokens]`.
+    Bias,
+}
+
+type Call = Box<dyn FnMut(Level, &Pool, Option<&Mask<'_>>)>;
 
 struct Case {
     kind: Kind,
     shape: Shape,
     band: Band,
     dtype: &'static str,
+    masked: Option<(Masked, Vec<f32>, Vec<u8>)>,
     call: Call,
 }
 
@@ -171,13 +188,14 @@ impl Case {
         let (q, k, v) = (tensor(), tensor(), tensor());
         let (mut out, mut residual) = (tensor(), tensor());
         let strides = Strides::bshd(heads, tokens, dim);
-        let call = move |level: Level, pool: &Pool| {
+        let call = move |level: Level, pool: &Pool, mask: Option<&Mask<'_>>| {
             let a = Attention {
                 shape,
                 scale: (dim as f32).powf(-0.5),
                 q: Input::from_slice(&q, strides),
                 k: Input::from_slice(&k, strides),
                 v: Input::from_slice(&v, strides),
+                mask: mask.copied(),
                 out: Output::from_slice(&mut out, strides),
                 mode: match kind {
                     Kind::Full => Mode::Full,
@@ -202,15 +220,38 @@ impl Case {
             shape,
             band,
             dtype,
+            masked: None,
             call: Box::new(call),
         }
+    }
+
+    fn masked(mut self, masked: Masked) -> Self {
+        let n = self.shape.q_tokens;
+        let (bias, shown) = match masked {
+            Masked::Padding => (vec![], (0..n).map(|j| u8::from(j < n - n / 8)).collect()),
+            Masked::Causal => {
+                let causal = |at: usize| u8::from(at % n <= at / n);
+                (vec![], (0..n * n).map(causal).collect())
+            }
+            Masked::Bias => ((0..n * n).map(|at| (at % 7) as f32).collect(), vec![]),
+        };
+        self.masked = Some((masked, bias, shown));
+        self
     }
 
     fn name(&self) -> String {
         let s = &self.shape;
         format!(
-            "{}x{}x{}x{} {} {:?}",
-            s.batch, s.heads, s.head_dim, s.q_tokens, self.dtype, self.kind
+            "{}x{}x{}x{} {} {:?}{}",
+            s.batch,
+            s.heads,
+            s.head_dim,
+            s.q_tokens,
+            self.dtype,
+            self.kind,
+            self.masked
+                .as_ref()
+                .map_or(String::new(), |m| format!(" {:?}", m.0))
         )
     }
 
@@ -230,8 +271,20 @@ impl Case {
     }
 
     fn run(&mut self, level: Level, pool: &Pool) -> Time {
+        let n = self.shape.q_tokens as isize;
+        let mask = self.masked.as_ref().map(|(masked, bias, shown)| {
+            let strides = MaskStrides {
+                query: if *masked == Masked::Padding { 0 } else { n },
+                key: 1,
+                ..MaskStrides::default()
+            };
+            match masked {
+                Masked::Bias => Mask::additive(bias, strides),
+                _ => Mask::boolean(shown, strides),
+            }
+        });
         let clock = Clock::start();
-        (self.call)(level, pool);
+        (self.call)(level, pool, mask.as_ref());
         clock.stop()
     }
 }

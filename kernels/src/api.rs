@@ -6,6 +6,8 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
+use crate::mask::Mask;
+
 /// Element type of a tensor. Arithmetic is always float32; these are storage types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -72,7 +74,7 @@ impl Element for bf16 {
 ///
 /// The stride of a dimension of size 1 is never used. Inputs may repeat elements (stride 0) or run backwards
 /// (raw tensors only); outputs may not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Strides {
     pub batch: isize,
     pub head: isize,
@@ -263,9 +265,15 @@ impl Band {
         let text = self.text_range(tokens);
         i.abs_diff(j) <= self.half_width || text.contains(&i) || text.contains(&j)
     }
+
+    /// Whether every query sees every key of a sequence of `tokens`: then W is O, and R is zero.
+    pub fn covers(&self, tokens: usize) -> bool {
+        self.half_width >= tokens.saturating_sub(self.text).saturating_sub(1)
+    }
 }
 
-/// What is computed. O is attention over all keys, W attention over the band with the softmax renormalised there.
+/// What is computed. O is attention over all keys, W attention over the band with the softmax renormalised there. A mask
+/// stays in force in both.
 #[derive(Debug)]
 pub enum Mode<'a> {
     /// out = O.
@@ -280,7 +288,7 @@ pub enum Mode<'a> {
     },
 }
 
-/// One attention call: softmax(`scale` · q kᵀ) v for every batch row and head.
+/// One attention call: softmax(`scale` · q kᵀ + `mask`) v for every batch row and head.
 #[derive(Debug)]
 pub struct Attention<'a> {
     pub shape: Shape,
@@ -288,6 +296,8 @@ pub struct Attention<'a> {
     pub q: Input<'a>,
     pub k: Input<'a>,
     pub v: Input<'a>,
+    /// `[batch, heads, q_tokens, kv_tokens]`; `None` is as good as one that shows everything, and faster.
+    pub mask: Option<Mask<'a>>,
     pub out: Output<'a>,
     pub mode: Mode<'a>,
 }

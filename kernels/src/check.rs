@@ -4,7 +4,7 @@
 //! is what lets [`attention`](crate::attention) be a safe function over many threads.
 
 use crate::api::{Attention, Band, Mode, Strides};
-use crate::error::KernelError;
+use crate::error::{KernelError, MASK};
 
 pub(crate) fn check(a: &Attention<'_>) -> Result<(), KernelError> {
     let s = &a.shape;
@@ -23,6 +23,11 @@ pub(crate) fn check(a: &Attention<'_>) -> Result<(), KernelError> {
     bounds("value", v, a.v.strides, a.v.len)?;
     bounds("output", o, a.out.strides, a.out.len)?;
     overlap("output", o, a.out.strides)?;
+    if let Some(mask) = &a.mask {
+        let dims = [s.batch, s.heads, s.q_tokens, s.kv_tokens];
+        let m = mask.strides;
+        reach(MASK, dims, [m.batch, m.head, m.query, m.key], mask.len)?;
+    }
     match &a.mode {
         Mode::Full => {}
         Mode::FullCapture { band, residual } => {
@@ -61,17 +66,25 @@ fn array(s: Strides) -> [isize; 4] {
     [s.batch, s.head, s.token, s.channel]
 }
 
-/// Every offset fits an `isize` of bytes, and lies inside the slice if there is one.
 fn bounds(
     tensor: &'static str,
     dims: [usize; 4],
     strides: Strides,
     len: Option<usize>,
 ) -> Result<(), KernelError> {
+    reach(tensor, dims, array(strides), len)
+}
+
+/// Every offset fits an `isize` of bytes, and lies inside the slice if there is one.
+fn reach(
+    tensor: &'static str,
+    dims: [usize; 4],
+    strides: [isize; 4],
+    len: Option<usize>,
+) -> Result<(), KernelError> {
     if dims.contains(&0) {
         return Ok(());
     }
-    let strides = array(strides);
     let (mut first, mut last) = (0i128, 0i128);
     for (&n, &stride) in dims.iter().zip(&strides) {
         // usize · isize: below 2^127, and four of them are checked one by one.

@@ -1,5 +1,16 @@
 //! Why a call was refused. Every refusal happens before anything is written.
 
+/// What messages call the mask, whose last two dimensions have other names.
+pub(crate) const MASK: &str = "mask";
+
+fn axes(tensor: &str) -> &'static str {
+    if tensor == MASK {
+        "batch, heads, queries, keys"
+    } else {
+        "batch, heads, tokens, channels"
+    }
+}
+
 /// A call that does not make sense. Nothing has been computed or written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KernelError {
@@ -23,8 +34,9 @@ pub enum KernelError {
         strides: [isize; 4],
     },
     #[error(
-        "attention: the {tensor} tensor of {dims:?} (batch, heads, tokens, channels) with strides {strides:?} \
-         reaches elements {first}..={last}, its slice has {len}"
+        "attention: the {tensor} tensor of {dims:?} ({}) with strides {strides:?} \
+         reaches elements {first}..={last}, its slice has {len}",
+        axes(tensor)
     )]
     OutOfBounds {
         tensor: &'static str,

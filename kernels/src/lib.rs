@@ -19,6 +19,7 @@
 //!         q: Input::from_slice(&q, strides),
 //!         k: Input::from_slice(&k, strides),
 //!         v: Input::from_slice(&v, strides),
+//!         mask: None,
 //!         out: Output::from_slice(&mut out, strides),
 //!         mode: Mode::FullCapture { band: Band::new(1), residual: Output::from_slice(&mut residual, strides) },
 //!     },
@@ -57,11 +58,15 @@
 //! is noted, then the keys outside, and finally R = O − W. Only the vectors on the band's edge are visited twice, with
 //! complementary masks.
 //!
+//! **Masks.** Where a call has one, a tile of it is turned into `[keys, 64]` too (`mask`), in powers of two, and added
+//! to the scores before the softmax; what a boolean mask hides is −∞ there. Tiles of zeros are not added, and blocks
+//! in which every key is hidden are left out, so padding costs nothing and a causal mask less than none.
+//!
 //! **The end.** O is divided by the sums, the residual is subtracted or added in float32, and rows are turned back
 //! into the caller's layout and dtype.
 //!
 //! Infinities and NaN go where the definition takes them; values that are not finite reach only queries that see
-//! them. [`oracle`] is that definition in float64, for tests at every level of the project.
+//! them, through band and mask. [`oracle`] is that definition in float64, for tests at every level of the project.
 //!
 //! # Instruction sets
 //!
@@ -72,6 +77,7 @@ mod api;
 mod check;
 mod cpu;
 mod error;
+mod mask;
 pub mod oracle;
 mod parallel;
 
@@ -79,6 +85,7 @@ pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Shape, Strid
 #[doc(hidden)]
 pub use cpu::Level;
 pub use error::KernelError;
+pub use mask::{Mask, MaskStrides, MaskType};
 pub use parallel::{Parallel, Sequential, Threads};
 
 /// Computes one attention call; see [`Mode`] for what is written where.
@@ -87,7 +94,7 @@ pub use parallel::{Parallel, Sequential, Threads};
 /// depend on `pool`, bit for bit. Each thread keeps scratch memory for its next call: at head dim 72 about 0.6 MB.
 ///
 /// # Errors
-/// [`KernelError`] if shapes, strides and band do not fit together; nothing is written then.
+/// [`KernelError`] if shapes, strides, mask and band do not fit together; nothing is written then.
 pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<(), KernelError> {
     attention_at(a, pool, Level::best())
 }

@@ -5,9 +5,10 @@
 
 use half::{bf16, f16};
 
-use crate::api::{Attention, Band, DType, Input, Mode, Shape};
+use crate::api::{Attention, Band, DType, Input, Mode, Shape, Strides};
 use crate::check::check;
 use crate::error::KernelError;
+use crate::mask::{Mask, MaskType};
 
 /// What the definition gives, as contiguous `[batch, heads, q_tokens, v_dim]` in float64.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,18 +22,22 @@ pub struct Answer {
 pub fn attention(a: &Attention<'_>) -> Result<Answer, KernelError> {
     check(a)?;
     let s = a.shape;
-    let q = read(&a.q, [s.batch, s.heads, s.q_tokens, s.head_dim]);
-    let k = read(&a.k, [s.batch, s.kv_heads, s.kv_tokens, s.head_dim]);
-    let v = read(&a.v, [s.batch, s.kv_heads, s.kv_tokens, s.v_dim]);
-    let scale = f64::from(a.scale);
+    let call = Call {
+        shape: s,
+        scale: f64::from(a.scale),
+        q: read(&a.q, [s.batch, s.heads, s.q_tokens, s.head_dim]),
+        k: read(&a.k, [s.batch, s.kv_heads, s.kv_tokens, s.head_dim]),
+        v: read(&a.v, [s.batch, s.kv_heads, s.kv_tokens, s.v_dim]),
+        mask: a.mask.as_ref().map(|mask| read_mask(mask, &s)),
+        guarded: a.mask.is_some_and(|mask| mask.guarded),
+    };
     Ok(match &a.mode {
         Mode::Full => Answer {
-            out: dense(&s, scale, &q, &k, &v, None),
+            out: call.full(),
             residual: None,
         },
         Mode::FullCapture { band, .. } => {
-            let out = dense(&s, scale, &q, &k, &v, None);
-            let window = dense(&s, scale, &q, &k, &v, Some(band));
+            let (out, window) = (call.full(), call.window(band));
             let residual = out.iter().zip(&window).map(|(o, w)| o - w).collect();
             Answer {
                 out,
@@ -40,7 +45,7 @@ pub fn attention(a: &Attention<'_>) -> Result<Answer, KernelError> {
             }
         }
         Mode::Window { band, residual } => {
-            let mut out = dense(&s, scale, &q, &k, &v, Some(band));
+            let mut out = call.window(band);
             if let Some(residual) = residual {
                 let r = read(residual, [s.batch, s.heads, s.q_tokens, s.v_dim]);
                 out.iter_mut().zip(&r).for_each(|(o, r)| *o += r);
@@ -53,51 +58,99 @@ pub fn attention(a: &Attention<'_>) -> Result<Answer, KernelError> {
     })
 }
 
-/// softmax(scale · q kᵀ) v over the keys the band lets each query see (all of them without a band).
-///
-/// Tensors are contiguous, in the order of [`Shape`]'s documentation. A row without keys gives zeros.
-pub fn dense(
-    s: &Shape,
+/// A call with its tensors in float64, contiguous, in the order of [`Shape`]'s documentation.
+struct Call {
+    shape: Shape,
     scale: f64,
-    q: &[f64],
-    k: &[f64],
-    v: &[f64],
-    band: Option<&Band>,
-) -> Vec<f64> {
-    let mut out = Vec::with_capacity(s.batch * s.heads * s.q_tokens * s.v_dim);
-    let group = s.heads.checked_div(s.kv_heads).unwrap_or(1);
-    for b in 0..s.batch {
-        for h in 0..s.heads {
-            let kv = (b * s.kv_heads + h / group) * s.kv_tokens;
-            for i in 0..s.q_tokens {
-                let at = ((b * s.heads + h) * s.q_tokens + i) * s.head_dim;
-                let qi = &q[at..at + s.head_dim];
-                let mut scores = Vec::new();
-                for j in 0..s.kv_tokens {
-                    if band.is_none_or(|band| band.sees(i, j, s.kv_tokens)) {
-                        let kj = &k[(kv + j) * s.head_dim..][..s.head_dim];
-                        let dot: f64 = qi.iter().zip(kj).map(|(x, y)| x * y).sum();
-                        scores.push((j, dot * scale));
-                    }
+    q: Vec<f64>,
+    k: Vec<f64>,
+    v: Vec<f64>,
+    /// What is added to each score; −∞ hides the key.
+    mask: Option<Vec<f64>>,
+    guarded: bool,
+}
+
+impl Call {
+    /// O: softmax(scale · q kᵀ + mask) v over all keys. A row without keys gives zeros.
+    fn full(&self) -> Vec<f64> {
+        self.rows(self.guarded, |_, _| true)
+    }
+
+    /// W: the same over the keys the band lets each query see.
+    fn window(&self, band: &Band) -> Vec<f64> {
+        self.rows(true, |i, j| band.sees(i, j, self.shape.kv_tokens))
+    }
+
+    /// `guarded`: a row to which the mask shows nothing is zero, else NaN.
+    fn rows(&self, guarded: bool, sees: impl Fn(usize, usize) -> bool) -> Vec<f64> {
+        let s = &self.shape;
+        let mut out = Vec::with_capacity(s.batch * s.heads * s.q_tokens * s.v_dim);
+        for row in 0..s.batch * s.heads * s.q_tokens {
+            let (plane, i) = (row / s.q_tokens, row % s.q_tokens);
+            let (b, h) = (plane / s.heads, plane % s.heads);
+            let kv = (b * s.kv_heads + h / (s.heads / s.kv_heads)) * s.kv_tokens;
+            let q = &self.q[row * s.head_dim..][..s.head_dim];
+            let mut scores = Vec::new();
+            for j in (0..s.kv_tokens).filter(|&j| sees(i, j)) {
+                let mask = self.mask.as_ref().map_or(0.0, |m| m[row * s.kv_tokens + j]);
+                if mask != f64::NEG_INFINITY {
+                    let k = &self.k[(kv + j) * s.head_dim..][..s.head_dim];
+                    let dot: f64 = q.iter().zip(k).map(|(x, y)| x * y).sum();
+                    scores.push((j, dot * self.scale + mask));
                 }
-                // `f64::max` drops NaN, but exp(NaN − max) brings it back into the sum.
-                let max = scores.iter().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
-                let mut row = vec![0f64; s.v_dim];
-                let mut sum = 0f64;
-                for &(j, score) in &scores {
-                    let p = (score - max).exp();
-                    sum += p;
-                    let vj = &v[(kv + j) * s.v_dim..][..s.v_dim];
-                    row.iter_mut().zip(vj).for_each(|(o, x)| *o += p * x);
-                }
-                if !scores.is_empty() {
-                    row.iter_mut().for_each(|o| *o /= sum);
-                }
-                out.extend_from_slice(&row);
             }
+            // `f64::max` drops NaN, but exp(NaN − max) brings it back into the sum.
+            let max = scores.iter().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
+            let mut o = vec![0f64; s.v_dim];
+            let mut sum = 0f64;
+            for &(j, score) in &scores {
+                let p = (score - max).exp();
+                sum += p;
+                let v = &self.v[(kv + j) * s.v_dim..][..s.v_dim];
+                o.iter_mut().zip(v).for_each(|(o, x)| *o += p * x);
+            }
+            let empty = scores.is_empty() && (guarded || s.kv_tokens == 0);
+            if !empty {
+                o.iter_mut().for_each(|o| *o /= sum);
+            }
+            out.extend_from_slice(&o);
+        }
+        out
+    }
+}
+
+/// The mask of every (batch, head, query, key) as a number to add: −∞ where it is false.
+fn read_mask(mask: &Mask<'_>, s: &Shape) -> Vec<f64> {
+    match mask.kind {
+        MaskType::Additive(dtype) => {
+            let m = mask.strides;
+            let strides = Strides {
+                batch: m.batch,
+                head: m.head,
+                token: m.query,
+                channel: m.key,
+            };
+            // SAFETY: `check` has compared every index with the slice; raw masks were promised.
+            let numbers = unsafe { Input::from_raw(mask.data, dtype, strides) };
+            read(&numbers, [s.batch, s.heads, s.q_tokens, s.kv_tokens])
+        }
+        MaskType::Boolean => {
+            let mut all = Vec::new();
+            for row in 0..s.batch * s.heads * s.q_tokens {
+                let (plane, i) = (row / s.q_tokens, row % s.q_tokens);
+                for j in 0..s.kv_tokens {
+                    let at = (plane / s.heads) as isize * mask.strides.batch
+                        + (plane % s.heads) as isize * mask.strides.head
+                        + i as isize * mask.strides.query
+                        + j as isize * mask.strides.key;
+                    // SAFETY: as above.
+                    let shown = unsafe { *mask.data.offset(at) } != 0;
+                    all.push(if shown { 0.0 } else { f64::NEG_INFINITY });
+                }
+            }
+            all
         }
     }
-    out
 }
 
 /// All elements of a tensor of `dims` (batch, heads, tokens, channels), contiguous in that order.

@@ -346,6 +346,7 @@ fn a_residual_that_is_read_may_be_the_output() {
         q: p.q.input(),
         k: p.k.input(),
         v: p.v.input(),
+        mask: None,
         // SAFETY: the tensor has the shape's elements; each is read and then written by the same task.
         out: unsafe { Output::from_raw(data, DType::F32, both.strides) },
         mode: Mode::Window {
@@ -356,4 +357,24 @@ fn a_residual_that_is_read_may_be_the_output() {
     };
     attention(&a, &Threads(2)).unwrap();
     assert!(same(&want, &both.values()));
+}
+
+#[test]
+fn a_band_covers_a_sequence_if_every_query_sees_every_key() {
+    for tokens in 0..9 {
+        for half_width in [0, 1, 2, 3, 7, 8, usize::MAX] {
+            for text in 0..=tokens {
+                for text_at_start in [false, true] {
+                    let band = Band {
+                        half_width,
+                        text,
+                        text_at_start,
+                    };
+                    let all =
+                        (0..tokens * tokens).all(|at| band.sees(at / tokens, at % tokens, tokens));
+                    assert_eq!(band.covers(tokens), all, "{band:?} {tokens}");
+                }
+            }
+        }
+    }
 }

@@ -158,6 +158,7 @@ fn dtypes_may_differ_between_tensors() {
         q: p.q.input(),
         k: k.input(),
         v: p.v.input(),
+        mask: None,
         out: out.output(),
         mode: Mode::Full,
     };

@@ -371,19 +371,6 @@ def test_bad_nodes_are_refused_when_the_session_is_made(op, name, value, words):
         assert word in str(error.value)
 
 
-def test_masks_are_refused_by_name():
-    with pytest.raises(Exception, match="mask"):
-        edit(T.Tiny(T.random_plan(1)), "DiTFastAttn", lambda node: node.input.append(node.input[0]))
-
-
-def test_an_empty_mask_is_no_mask():
-    tiny = T.Tiny(T.random_plan(1))
-    session = edit(tiny, "DiTFastAttn", lambda node: node.input.append(""))
-    client = tiny.client(0.1, session=session)
-    for got, expected in generation(client):
-        close(got, expected)
-
-
 def test_a_layer_that_the_plan_does_not_have_is_an_error_and_the_session_survives():
     tiny = T.Tiny(T.random_plan(1))
     session = edit(tiny, "DiTFastAttn", lambda node: node.name == "attention_2" and set_attribute("layer", 9)(node))

@@ -18,9 +18,16 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 class Tiny:
-    """Weights and sizes; `core` lists the layers whose attention core only is replaced."""
+    """Weights and sizes; `core` lists the layers whose attention core only is replaced.
 
-    def __init__(self, plan, tokens=24, heads=2, head_dim=8, dtype="float32", core=(), layouts=None, second_sigma=False):
+    `mask` is a Mask. `text` are text tokens fed to the operator as input 5. `folded`: batch and heads are one axis of q, k, v
+    and o. `attributes` are further ones of DiTFastAttn.
+    """
+
+    def __init__(
+        self, plan, tokens=24, heads=2, head_dim=8, dtype="float32", core=(), second_sigma=False, kv_heads=None, mask=None,
+        text=None, folded=False, attributes=None,
+    ):
         self.plan = plan
         self.layers = len(plan["steps"][0])
         self.tokens, self.heads, self.head_dim = tokens, heads, head_dim
@@ -28,11 +35,16 @@ class Tiny:
         self.dtype = dtype
         self.core = list(core)
         self.second_sigma = second_sigma
+        self.kv_heads = kv_heads or heads
+        self.mask, self.text, self.folded = mask, text, folded
+        self.attributes = attributes or {}
         rng = np.random.default_rng(7)
         self.weights = [
             {n: (rng.standard_normal((self.width, self.width)) * 0.6 / np.sqrt(self.width)).astype(dtype) for n in "qkvo"}
             for _ in range(self.layers)
         ]
+        for w in self.weights:
+            w.update({n: w[n][:, : self.kv_heads * head_dim] for n in "kv"})
 
     # ---- the graph -------------------------------------------------------------------------------------------
 
@@ -72,8 +84,14 @@ class Tiny:
                 name="step", domain=DOMAIN, **attributes,
             )
         )
-        const("split", np.array([0, 0, self.heads, self.head_dim], np.int64))
+        const("split", np.array([0, 0, -1, self.head_dim], np.int64))
         const("join", np.array([0, 0, self.width], np.int64))
+        const("fold", np.array([-1, self.tokens, self.head_dim], np.int64))
+        const("unfold", np.array([-1, self.heads, self.tokens, self.head_dim], np.int64))
+        if self.mask is not None:
+            init.append(self.mask.tensor("mask"))
+        if self.text is not None:
+            const("text", np.asarray(self.text))
         nodes += [
             helper.make_node("ReduceMean", ["timestep"], ["t_mean"], keepdims=0),
             helper.make_node("Constant", [], ["thousandth"], value_float=0.001),
@@ -99,24 +117,43 @@ class Tiny:
             for n in "qkv":
                 body.append(helper.make_node("MatMul", [x, f"W{n}_{i}"], [f"{n}p_{i}"]))
                 body.append(helper.make_node("Reshape", [f"{n}p_{i}", "split"], [f"{n}_{i}"]))
+            more = ["mask" if self.mask is not None else "", "text" if self.text is not None else ""]
+            if self.mask is not None and self.mask.selected and not core:
+                body.append(helper.make_node("DiTFastAttnSelect", ["mask", "ticket"], [f"m_{i}"], name=f"select_mask_{i}", domain=DOMAIN, layer=i))
+                more[0] = f"m_{i}"
+            while more and not more[-1]:
+                more.pop()
             # Three layouts: q as projected, k transposed for Q·Kᵀ, v with heads first.
             body.append(helper.make_node("Transpose", [f"k_{i}"], [f"kt_{i}"], perm=[0, 2, 3, 1]))
             body.append(helper.make_node("Transpose", [f"v_{i}"], [f"vt_{i}"], perm=[0, 2, 1, 3]))
+            qkv, layouts = [f"q_{i}", f"kt_{i}", f"vt_{i}"], ["BSHD", "BHDS", "BHSD", "BSHD"]
+            o_dims = [batch if core else f"rows_{i}", "tokens", self.heads, self.head_dim]
+            if self.folded:
+                for n in "qkv":
+                    body.append(helper.make_node("Transpose", [f"{n}_{i}"], [f"{n}h_{i}"], perm=[0, 2, 1, 3]))
+                    body.append(helper.make_node("Reshape", [f"{n}h_{i}", "fold"], [f"{n}f_{i}"]))
+                qkv, layouts = [f"{n}f_{i}" for n in "qkv"], ["BSD"] * 4
+                o_dims = [f"planes_{i}", "tokens", self.head_dim]
             body.append(
                 helper.make_node(
-                    "DiTFastAttn", [f"q_{i}", f"kt_{i}", f"vt_{i}", "ticket"], [f"o_{i}"], name=f"attention_{i}", domain=DOMAIN,
+                    "DiTFastAttn", [*qkv, "ticket", *more], [f"o_{i}"], name=f"attention_{i}", domain=DOMAIN,
                     layer=i, scale=0.0, form="core" if core else "module",
-                    q_layout="BSHD", k_layout="BHDS", v_layout="BHSD", o_layout="BSHD",
+                    **{f"{n}_layout": layout for n, layout in zip("qkvo", layouts)}, **self.attributes,
                 )
             )
-            body.append(helper.make_node("Reshape", [f"o_{i}", "join"], [f"oj_{i}"]))
+            o = f"o_{i}"
+            if self.folded:
+                body.append(helper.make_node("Reshape", [o, "unfold"], [f"ou_{i}"]))
+                body.append(helper.make_node("Transpose", [f"ou_{i}"], [f"ot_{i}"], perm=[0, 2, 1, 3]))
+                o = f"ot_{i}"
+            body.append(helper.make_node("Reshape", [o, "join"], [f"oj_{i}"]))
             body.append(helper.make_node("MatMul", [f"oj_{i}", f"Wo_{i}"], [f"op_{i}"]))
             out = helper.make_tensor_value_info
             # As the rewriter does: types and shapes of everything the operators make. A dimension that may be halved has
             # a name of its own: hosts take equal names for equal sizes and reuse buffers by them.
             known = [
                 out(f"sel_{i}", el, [f"rows_{i}", "tokens", self.width]),
-                out(f"o_{i}", el, [batch if core else f"rows_{i}", "tokens", self.heads, self.head_dim]),
+                out(f"o_{i}", el, o_dims),
             ]
             if core:
                 nodes += body
@@ -224,16 +261,14 @@ class Reference:
         halved = "asc" in action and rows % 2 == 0
         rows_now = half if halved else slice(0, rows)
         q, k, v = (self.project(x[rows_now], layer, name) for name in "qkv")
-        window = max(1, int(np.floor(tiny.plan.get("window", 0.125) * n)))
+        text, side = self.text()
+        window = max(1, int(np.floor(tiny.plan.get("window", 0.125) * (n - text))))
         i = np.arange(n)
-        band = np.abs(i[:, None] - i[None, :]) <= window
-        text = tiny.plan.get("text")
-        if text:
-            is_text = i < text["tokens"] if text["side"] == "start" else i >= n - text["tokens"]
-            image = n - text["tokens"]
-            window = max(1, int(np.floor(tiny.plan.get("window", 0.125) * image)))
-            band = (np.abs(i[:, None] - i[None, :]) <= window) | is_text[:, None] | is_text[None, :]
+        is_text = i < text if side == "start" else i >= n - text
+        band = (np.abs(i[:, None] - i[None, :]) <= window) | is_text[:, None] | is_text[None, :]
         scores = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(tiny.head_dim)
+        if tiny.mask is not None:
+            scores = scores + tiny.mask.bias(rows, tiny)[rows_now]
         windowed = attend(np.where(band, scores, -np.inf), v)
         if action.startswith("wa-rs"):
             o = windowed + self.residual[layer][rows_now]
@@ -247,14 +282,50 @@ class Reference:
         self.output[layer] = y
         return y
 
+    def text(self):
+        """Text tokens and where they are: what the plan says, else what the graph says."""
+        tiny = self.tiny
+        text = tiny.plan.get("text")
+        if text and tiny.attributes.get("joint", 1):
+            return text["tokens"], text["side"]
+        side = tiny.attributes.get("text_side", "end")
+        if tiny.text is not None:
+            return int(np.asarray(tiny.text).item()), side
+        return tiny.attributes.get("text", 0), side
+
     def project(self, x, layer, name):
         w = self.tiny.weights[layer][name].astype(np.float64)
-        return (x @ w).reshape(*x.shape[:2], self.tiny.heads, self.tiny.head_dim)
+        heads = (x @ w).reshape(*x.shape[:2], -1, self.tiny.head_dim)
+        return heads.repeat(self.tiny.heads // heads.shape[2], axis=2)
 
 
 def attend(scores, v):
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhij,bjhd->bihd", p / p.sum(-1, keepdims=True), v)
+    """A row that sees nothing is 0."""
+    top = scores.max(-1, keepdims=True)
+    p = np.exp(scores - np.where(np.isinf(top), 0, top))
+    return np.einsum("bhij,bjhd->bihd", p / np.maximum(p.sum(-1, keepdims=True), 1e-300), v)
+
+
+class Mask:
+    """An array of numbers to add, or of booleans, and the type that the operator gets it in."""
+
+    def __init__(self, array, kind="float32", selected=False):
+        self.array, self.kind, self.selected = array, kind, selected
+
+    def tensor(self, name):
+        if self.kind == "bfloat16":
+            array = self.array.astype(np.float32)
+            return helper.make_tensor(name, TensorProto.BFLOAT16, array.shape, array.flatten().tolist())
+        return numpy_helper.from_array(self.array.astype(self.kind), name)
+
+    def bias(self, rows, tiny):
+        """What is added to the scores, `[rows, heads, tokens, tokens]`."""
+        array = self.array
+        if array.dtype == bool:
+            array = np.where(array, 0.0, -np.inf)
+        if tiny.folded and array.ndim == 3:
+            array = array.reshape(-1, tiny.heads if len(array) > 1 else 1, *array.shape[1:])
+        return np.broadcast_to(array.astype(np.float64), (rows, tiny.heads, tiny.tokens, tiny.tokens))
 
 
 def stats():

@@ -11,7 +11,8 @@ pub enum PlanErrorKind {
     TooLarge,
     /// The file is not UTF-8.
     NotUtf8,
-    /// The file is a Python pickle, as the authors' plans are.
+    /// The file is a Python pickle, as the authors' plans are; or one was to be imported, but it
+    /// is damaged or holds more than plain data.
     Pickle,
     /// The file is not JSON.
     Syntax,

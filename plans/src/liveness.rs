@@ -4,7 +4,8 @@
 //! are kept from their last writer to their last reader, never longer. This module derives those
 //! intervals and their bytes; it holds no tensors.
 
-use crate::{Action, Cfg, Plan};
+use crate::cost::one_per_layer;
+use crate::{Action, Cfg, LayerCount, Plan};
 
 /// The lifetimes of every cache under one plan; from [`Plan::liveness`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,34 +127,48 @@ impl Liveness {
     /// `cfg: separate` the two runs of a step keep their own halves, and what the first shares
     /// with the second is held from one to the other.
     pub fn peak_bytes(&self, shape: &CacheShape) -> PeakBytes {
+        self.peak(|_| shape.tensor_bytes())
+    }
+
+    /// [`Liveness::peak_bytes`] of a model whose layers differ in size.
+    ///
+    /// # Errors
+    ///
+    /// When `shapes` are not as many as the plan has layers.
+    pub fn peak_bytes_by_layer(&self, shapes: &[CacheShape]) -> Result<PeakBytes, LayerCount> {
+        one_per_layer(self.layers, shapes)?;
+        Ok(self.peak(|layer| shapes[layer].tensor_bytes()))
+    }
+
+    fn peak(&self, tensor_bytes: impl Fn(usize) -> u64) -> PeakBytes {
         let runs: u64 = if self.cfg == Cfg::Separate { 2 } else { 1 };
-        let tensor = shape.tensor_bytes() / runs;
         let mut peak = PeakBytes::default();
-        // Numbers of tensors, each `tensor` bytes.
-        let (mut residuals, mut outputs) = (0u64, 0u64);
+        let bytes_if = |live: bool, tensor: u64| if live { u128::from(tensor) } else { 0 };
+        let (mut residuals, mut outputs) = (0u128, 0u128);
         for step in 0..self.steps {
             for run in 0..runs {
                 for layer in 0..self.layers {
+                    let tensor = tensor_bytes(layer) / runs;
                     let before = self.kept_before(step, layer);
                     let after = self.cell(step, layer);
                     // An output that is cached anyway is not held a second time to be shared.
                     let handed_over = self.output_shared_within(step, layer) && !after.output;
-                    residuals += u64::from(after.residual && !before.residual);
-                    outputs += u64::from(after.output && !before.output);
-                    outputs += u64::from(handed_over && run == 0);
-                    let bytes = (residuals + outputs).saturating_mul(tensor);
+                    residuals += bytes_if(after.residual && !before.residual, tensor);
+                    outputs += bytes_if(after.output && !before.output, tensor);
+                    outputs += bytes_if(handed_over && run == 0, tensor);
+                    let saturated = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
+                    let bytes = saturated(residuals + outputs);
                     if bytes > peak.bytes {
-                        let residual_bytes = residuals.saturating_mul(tensor);
                         peak = PeakBytes {
                             bytes,
                             step,
                             layer,
-                            residual_bytes,
+                            residual_bytes: saturated(residuals),
                         };
                     }
-                    residuals -= u64::from(before.residual && !after.residual);
-                    outputs -= u64::from(before.output && !after.output);
-                    outputs -= u64::from(handed_over && run == 1);
+                    residuals -= bytes_if(before.residual && !after.residual, tensor);
+                    outputs -= bytes_if(before.output && !after.output, tensor);
+                    outputs -= bytes_if(handed_over && run == 1, tensor);
                 }
             }
         }

@@ -129,7 +129,7 @@ impl Plan {
         if json.starts_with(b"PK\x03\x04") || json.starts_with(b"\x80") {
             let message =
                 "this is a Python pickle, as the authors of DiTFastAttn write their plans; \
-                           convert it to JSON and import it (docs/plan-format.md)"
+                           import it (docs/plan-format.md)"
                     .to_owned();
             return Err(PlanError {
                 kind: Kind::Pickle,
@@ -138,21 +138,23 @@ impl Plan {
                 message,
             });
         }
-        match std::str::from_utf8(json) {
-            Ok(text) => Plan::parse(text),
-            Err(error) => {
-                let (line, column) = position(json, error.valid_up_to());
-                let message =
-                    "a plan is UTF-8 text, and this byte is not; save the file as UTF-8".to_owned();
-                Err(PlanError {
-                    kind: Kind::NotUtf8,
-                    line,
-                    column,
-                    message,
-                })
-            }
-        }
+        Plan::parse(utf8(json)?)
     }
+}
+
+/// The bytes as text; refused at the first that is not UTF-8.
+pub(crate) fn utf8(json: &[u8]) -> Result<&str, PlanError> {
+    std::str::from_utf8(json).map_err(|error| {
+        let (line, column) = position(json, error.valid_up_to());
+        let message =
+            "a plan is UTF-8 text, and this byte is not; save the file as UTF-8".to_owned();
+        PlanError {
+            kind: Kind::NotUtf8,
+            line,
+            column,
+            message,
+        }
+    })
 }
 
 pub(crate) fn refuse_large(bytes: usize) -> Result<(), PlanError> {
@@ -191,7 +193,7 @@ fn window(token: &Token<'_>) -> Result<f64, PlanError> {
     Err(token.error(Kind::OutOfRange, what))
 }
 
-fn cfg_name(token: &Token<'_>) -> Result<Cfg, PlanError> {
+pub(crate) fn cfg_name(token: &Token<'_>) -> Result<Cfg, PlanError> {
     let name = token.string("cfg")?;
     let known = Cfg::ALL.into_iter().find(|cfg| cfg.name() == name);
     known.ok_or_else(|| {
@@ -206,7 +208,7 @@ fn cfg_name(token: &Token<'_>) -> Result<Cfg, PlanError> {
     })
 }
 
-fn timestep_values(token: &Token<'_>) -> Result<Vec<f64>, PlanError> {
+pub(crate) fn timestep_values(token: &Token<'_>) -> Result<Vec<f64>, PlanError> {
     let values = token.array("timesteps", "numbers")?;
     let named = values.iter().enumerate();
     named
@@ -214,7 +216,7 @@ fn timestep_values(token: &Token<'_>) -> Result<Vec<f64>, PlanError> {
         .collect()
 }
 
-fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
+pub(crate) fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
     let text = token.object("text")?;
     text.refuse_others(&["tokens", "side"])?;
     let tokens = text.required("tokens")?.count("text.tokens", 0)?;
@@ -233,7 +235,7 @@ fn text_tokens(token: &Token<'_>) -> Result<TextTokens, PlanError> {
     Ok(TextTokens { tokens, side })
 }
 
-fn fingerprint(token: &Token<'_>) -> Result<Fingerprint, PlanError> {
+pub(crate) fn fingerprint(token: &Token<'_>) -> Result<Fingerprint, PlanError> {
     let model = token.object("model")?;
     model.refuse_others(&["layers", "heads", "head_dim", "tokens"])?;
     let count = |key: &str| {

@@ -174,9 +174,7 @@ impl Plan {
     /// `tokens` is the whole sequence, `text` its text tokens. Token i sees j iff |i − j| ≤ the
     /// half-width, or one of them is a text token.
     pub fn half_width(&self, tokens: usize, text: usize) -> usize {
-        let image = tokens.saturating_sub(text);
-        // A float that does not fit saturates, and NaN becomes 0, by the rules of `as`.
-        ((self.window * image as f64).floor() as usize).max(1)
+        half_width(self.window, tokens, text)
     }
 
     /// Applies the rules of the file to a plan that was built in memory.
@@ -187,4 +185,11 @@ impl Plan {
     pub fn validate(&self) -> Result<(), PlanError> {
         Plan::parse(&self.to_json_pretty()).map(drop)
     }
+}
+
+/// [`Plan::half_width`] of a window that is in no plan yet.
+pub(crate) fn half_width(window: f64, tokens: usize, text: usize) -> usize {
+    let image = tokens.saturating_sub(text);
+    // A float that does not fit saturates, and NaN becomes 0, by the rules of `as`.
+    ((window * image as f64).floor() as usize).max(1)
 }

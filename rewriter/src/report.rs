@@ -1,7 +1,8 @@
 //! What `inspect` and a rewrite tell: the same facts as a table for people and as JSON for programs.
 
-use crate::find::{Kind, Layer, Survey};
+use crate::find::{Kind, Layer, Survey, Text};
 use crate::onnx::{ModelFile, elem_type};
+use crate::shapes::Facts;
 use comfy_table::{ContentArrangement, Table, presets};
 use ditfastattn_plans::{Action, CacheShape, Cfg, Plan, Workload};
 use serde::Serialize;
@@ -45,7 +46,7 @@ pub struct Inputs {
 pub struct Site {
     pub node: String,
     pub op: String,
-    /// `self`, `joint`, `cross`, `elsewhere`, `unsupported` or `unknown`.
+    /// `self`, `joint`, `skipped`, `cross`, `elsewhere`, `unsupported` or `unknown`.
     pub kind: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layer: Option<usize>,
@@ -60,14 +61,25 @@ pub struct Site {
     pub tokens: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<&'static str>,
-    /// First and last value of the wrapped module.
+    /// Tokens of the sequence that are text, and on which side of the image they lie.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub region: Option<[String; 2]>,
+    pub text: Option<TextReport>,
+    /// First and last values of the wrapped module, one per stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub region: Option<[Vec<String>; 2]>,
     /// Why it is left alone, or why only its core is replaced.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub reason_nodes: Vec<String>,
+}
+
+/// Text tokens of a joint sequence.
+#[derive(Debug, Serialize)]
+pub struct TextReport {
+    /// A number, or the sizes that make it up at run time.
+    pub tokens: String,
+    pub side: &'static str,
 }
 
 /// What a plan does to the model.
@@ -115,7 +127,11 @@ impl Report {
                 latents: survey.inputs.latents.clone(),
                 conditioning: survey.inputs.conditioning.clone(),
             },
-            sites: survey.sites.iter().map(site).collect(),
+            sites: survey
+                .sites
+                .iter()
+                .map(|s| site(s, &survey.facts))
+                .collect(),
             plan: None,
             output: None,
         }
@@ -208,18 +224,27 @@ impl Report {
         table
             .load_style(presets::NOTHING)
             .set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header([
+        let with_text = self.sites.iter().any(|s| s.text.is_some());
+        let columns = |row: [String; 8]| {
+            let row = row.into_iter().enumerate();
+            row.filter(move |(i, _)| *i != 5 || with_text)
+                .map(|(_, cell)| cell)
+                .collect::<Vec<_>>()
+        };
+        let header = [
             "layer",
             "attention",
             "form",
             "heads×dim",
             "tokens",
+            "text",
             "dtype",
             "node",
-        ]);
+        ];
+        table.set_header(columns(header.map(str::to_owned)));
         let or_dash = |s: Option<String>| s.unwrap_or_else(|| "-".into());
         for s in &self.sites {
-            table.add_row([
+            table.add_row(columns([
                 or_dash(s.layer.map(|l| l.to_string())),
                 s.kind.into(),
                 s.form.unwrap_or("left alone").into(),
@@ -228,9 +253,14 @@ impl Report {
                     _ => "-".into(),
                 },
                 or_dash(s.tokens.clone()),
+                or_dash(
+                    s.text
+                        .as_ref()
+                        .map(|t| format!("{} at {}", t.tokens, t.side)),
+                ),
                 s.dtype.unwrap_or("-").into(),
                 s.node.clone(),
-            ]);
+            ]));
         }
         for line in table.lines() {
             let _ = writeln!(text, "{}", line.trim_end());
@@ -306,7 +336,25 @@ impl Report {
     }
 }
 
-fn site(site: &crate::find::Site) -> Site {
+fn text(layer: &Layer, facts: &Facts) -> Option<TextReport> {
+    let Text::Known { pieces, at_start } = &layer.text else {
+        return None;
+    };
+    let known: Option<Vec<i64>> = pieces.iter().map(|p| p.tokens.known()).collect();
+    let tokens = match known {
+        Some(sizes) => sizes.iter().sum::<i64>().to_string(),
+        None => {
+            let names = pieces.iter().map(|p| facts.symbols.show(&p.tokens));
+            names.collect::<Vec<_>>().join(" + ")
+        }
+    };
+    Some(TextReport {
+        tokens,
+        side: if *at_start { "start" } else { "end" },
+    })
+}
+
+fn site(site: &crate::find::Site, facts: &Facts) -> Site {
     let mut row = Site {
         node: site.node.clone(),
         op: site.op.clone(),
@@ -316,6 +364,7 @@ fn site(site: &crate::find::Site) -> Site {
         heads: None,
         head_dim: None,
         tokens: None,
+        text: None,
         dtype: None,
         region: None,
         reason: None,
@@ -339,13 +388,18 @@ fn site(site: &crate::find::Site) -> Site {
             });
             row.heads = layer.core.heads;
             row.head_dim = layer.core.head_dim;
-            row.tokens = layer.core.tokens.clone();
+            row.tokens = layer.core.tokens.as_ref().map(|d| facts.symbols.show(d));
+            row.text = text(layer, facts);
             row.dtype = Some(elem_type::name(layer.core.elem_type));
             row.region = layer
                 .module
                 .as_ref()
                 .ok()
-                .map(|m| [m.source.clone(), m.sink.clone()]);
+                .map(|m| [m.sources.clone(), m.sinks.clone()]);
+        }
+        Kind::Skipped(reason) => {
+            because(reason);
+            row.kind = "skipped";
         }
         Kind::Cross { queries, keys } => {
             row.kind = "cross";

@@ -1,7 +1,7 @@
 //! What a rewrite does not touch comes back byte for byte.
 
 use ditfastattn_plans::Plan;
-use ditfastattn_rewriter::find::{InputsRequest, survey};
+use ditfastattn_rewriter::find::{Choice, InputsRequest, survey};
 use ditfastattn_rewriter::lower::{DOMAIN, RequestInputs, lower};
 use ditfastattn_rewriter::onnx::{GraphEdit, ModelFile};
 use std::collections::HashSet;
@@ -25,7 +25,7 @@ fn joined(pieces: &[bytes::Bytes]) -> Vec<u8> {
 
 fn rewritten(path: &Path) -> (ModelFile, ModelFile, HashSet<String>) {
     let model = ModelFile::open(path).unwrap();
-    let survey = survey(&model.graph, &InputsRequest::default()).unwrap();
+    let survey = survey(&model.graph, &InputsRequest::default(), &Choice::default()).unwrap();
     let plan = Plan::all_full(survey.layers().count(), 4);
     let lowered = lower(&model, &survey, &plan, RequestInputs::Optional).unwrap();
     let touched = survey
@@ -163,7 +163,7 @@ fn any_truncation_is_an_error_and_no_panic() {
     for length in near_ends.chain((200..bytes.len() - 200).step_by(997)) {
         if let Ok(model) = ModelFile::parse(path, bytes::Bytes::copy_from_slice(&bytes[..length])) {
             // A cut at a field's end is a smaller but well-formed message.
-            let _ = survey(&model.graph, &InputsRequest::default());
+            let _ = survey(&model.graph, &InputsRequest::default(), &Choice::default());
         }
     }
 }

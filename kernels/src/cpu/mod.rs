@@ -5,6 +5,7 @@
 mod exp;
 mod gemm;
 mod level;
+mod mask;
 mod pack;
 mod scratch;
 mod sight;

@@ -107,8 +107,12 @@ pub(crate) unsafe fn scatter(
     }
 }
 
+/// Reads `to.len()` elements from the `at`-th on, `stride` apart.
+///
+/// # Safety
+/// They must lie inside the tensor.
 #[inline(always)]
-unsafe fn read_line(t: &Input<'_>, at: isize, stride: isize, to: &mut [f32]) {
+pub(crate) unsafe fn read_line(t: &Input<'_>, at: isize, stride: isize, to: &mut [f32]) {
     if to.is_empty() {
         return;
     }
@@ -443,6 +447,16 @@ impl Ahead {
             } else {
                 0
             },
+        }
+    }
+
+    /// Of `count` lines of `bytes`, the first at `next`, `distance` bytes apart.
+    pub fn lines(next: *const u8, distance: isize, bytes: isize, count: usize) -> Self {
+        Ahead {
+            next,
+            token: distance,
+            bytes,
+            left: count,
         }
     }
 

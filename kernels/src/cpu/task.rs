@@ -9,6 +9,7 @@ use pulp::{Simd, WithSimd};
 
 use super::exp::exp2;
 use super::gemm::{Gemm, QUERIES};
+use super::mask::{Effect, Tile};
 use super::pack::{Ahead, Order, Plane, gather, gather_channels, scatter_channels};
 use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Segments, Sight, row};
@@ -58,8 +59,10 @@ struct Block<'s> {
     to: &'s mut [f32],
 }
 
-/// Memory to ask for between tiles: keys and values of the next block, then what the end of the task touches.
+/// Memory to ask for between tiles: the mask's next tile, keys and values of the next block, then what the end of the
+/// task touches.
 struct Prefetch {
+    mask: Ahead,
     lists: [Ahead; 4],
     /// Tokens to ask for at a time.
     rate: usize,
@@ -70,7 +73,7 @@ impl Prefetch {
     fn poke(&mut self) {
         let [a, b, c, d] = &mut self.lists;
         for _ in 0..self.rate {
-            let _ = a.step() || b.step() || c.step() || d.step();
+            let _ = self.mask.step() || a.step() || b.step() || c.step() || d.step();
         }
     }
 }
@@ -90,6 +93,8 @@ struct Context<'s> {
     v_order: Order,
     /// Whether the packed values hold an infinity or a NaN, which must not reach queries that do not see them.
     v_wild: bool,
+    /// The mask of the block at work; `None` if the call has none.
+    tile: Option<Tile<'s>>,
 }
 
 #[inline(always)]
@@ -100,8 +105,24 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
     let count = t.blocks.len();
     let captures = matches!(a.mode, Mode::FullCapture { .. });
     let w_len = if captures { dv * QUERIES } else { 0 };
+    let tile_len = if a.mask.is_some() { Tile::len(KEYS) } else { 0 };
 
-    let [q, o, w, reference, sum, from, to, scores, k, v, rows, more] = t.scratch.cut([
+    let [
+        q,
+        o,
+        w,
+        reference,
+        sum,
+        from,
+        to,
+        scores,
+        k,
+        v,
+        rows,
+        more,
+        turned,
+        lines,
+    ] = t.scratch.cut([
         count * d * QUERIES,
         count * dv * QUERIES,
         count * w_len,
@@ -114,6 +135,8 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         KEYS * dv,
         QUERIES * d.max(dv),
         QUERIES * dv,
+        tile_len,
+        tile_len,
     ]);
     let plane = Plane {
         batch: t.batch,
@@ -197,6 +220,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
     };
     let mut context = Context {
         prefetch: Prefetch {
+            mask: Ahead::nothing(),
             lists: [
                 Ahead::nothing(),
                 Ahead::nothing(),
@@ -214,6 +238,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         v,
         v_order: Order::natural(a.v.strides, KEYS),
         v_wild: false,
+        tile: a.mask.map(|mask| Tile::new(mask, plane, turned, lines)),
     };
     match &a.mode {
         Mode::Full => pass(simd, a, kv_plane, Pass::All, &mut context, &mut blocks),
@@ -238,6 +263,9 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
             );
             for block in &mut blocks {
                 divide(simd, block.o, block.w, block.sum, None);
+                if a.mask.is_some() {
+                    clear_empty(block.w, block.sum);
+                }
             }
             pass(
                 simd,
@@ -315,6 +343,8 @@ fn pass<S: Simd>(
         .iter()
         .map(|b| Sight::new(pass, b.queries.clone(), s.kv_tokens, S::F32_LANES))
         .collect();
+    let all =
+        blocks.first().map_or(0, |b| b.queries.start)..blocks.last().map_or(0, |b| b.queries.end);
     let mut segments = Segments::default();
     for first in (0..s.kv_tokens).step_by(KEYS) {
         let keys = first..s.kv_tokens.min(first + KEYS);
@@ -340,7 +370,7 @@ fn pass<S: Simd>(
                 context.v,
             );
         }
-        context.v_wild = pass != Pass::All && wild(keys.len(), context);
+        context.v_wild = (pass != Pass::All || a.mask.is_some()) && wild(keys.len(), context);
         let touched = sights.iter().filter(|sight| sight.touches(&keys)).count();
         let next = keys.end..s.kv_tokens.min(keys.end + KEYS);
         if sights.iter().any(|sight| sight.touches(&next)) {
@@ -348,15 +378,43 @@ fn pass<S: Simd>(
             context.prefetch.lists[1] = Ahead::new(&a.v, plane, next, s.v_dim);
         }
         let tiles = touched * (keys.len() + s.v_dim) / 6 + 1;
-        let tokens = context.prefetch.lists[0].left() + context.prefetch.lists[1].left();
+        let mut tokens = context.prefetch.lists[0].left() + context.prefetch.lists[1].left();
+        if a.mask.is_some() {
+            tokens += touched * QUERIES;
+        }
         context.prefetch.rate = 1 + tokens / tiles;
         for (block, sight) in blocks.iter_mut().zip(&sights) {
             if sight.touches(&keys) {
+                if let Some(tile) = &mut context.tile {
+                    // SAFETY: the block's queries and the keys lie inside the shape.
+                    unsafe { tile.read(block.queries.clone(), keys.clone()) };
+                    if tile.effect() == Effect::HidesAll {
+                        continue;
+                    }
+                    let (queries, keys) = next_tile(block.queries.end, &all, &keys, s.kv_tokens);
+                    context.prefetch.mask = tile.ahead(queries, keys);
+                }
                 sight.segments(keys.clone(), &mut segments);
                 step(simd, context, block, sight, pass, first, &segments.list);
             }
         }
     }
+}
+
+/// The queries and keys that come after the query block that ends at `end`, if the band hides none of them; `all` are
+/// the queries of the task.
+fn next_tile(
+    end: usize,
+    all: &Range<usize>,
+    keys: &Range<usize>,
+    kv_tokens: usize,
+) -> (Range<usize>, Range<usize>) {
+    let (first, keys) = if end < all.end {
+        (end, keys.clone())
+    } else {
+        (all.start, keys.end..kv_tokens.min(keys.end + KEYS))
+    };
+    (first..all.end.min(first + QUERIES), keys)
 }
 
 #[inline(always)]
@@ -431,6 +489,18 @@ fn step<S: Simd>(
             .run(simd, || context.prefetch.poke());
         }
     }
+    let tile = context
+        .tile
+        .as_ref()
+        .filter(|tile| tile.effect() == Effect::Adds);
+    let mut scale = context.scale;
+    if let Some(tile) = tile {
+        for seg in segments {
+            let keys = seg.keys.start - first..seg.keys.end - first;
+            tile.add(simd, scale, context.scores, keys, seg.vectors.clone());
+        }
+        scale = 1.0;
+    }
     for seg in segments {
         if seg.masked != 0 {
             mask(simd, context.scores, block, sight, pass, first, seg);
@@ -438,16 +508,7 @@ fn step<S: Simd>(
     }
     let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
     for v in 0..vectors {
-        softmax(
-            simd,
-            context.scale,
-            context.scores,
-            block,
-            dv,
-            first,
-            segments,
-            v,
-        );
+        softmax(simd, scale, context.scores, block, dv, first, segments, v);
     }
 
     let (v_row, v_step) = match context.v_order {
@@ -456,7 +517,7 @@ fn step<S: Simd>(
     };
     for seg in segments {
         let key = seg.keys.start - first;
-        if context.v_wild && seg.masked != 0 {
+        if context.v_wild && (seg.masked != 0 || tile.is_some()) {
             values_seen(simd, context, block, sight, pass, first, seg);
             continue;
         }
@@ -643,6 +704,11 @@ fn values_seen<S: Simd>(
     seg: &Segment,
 ) {
     let text = sight.text();
+    let tile = context
+        .tile
+        .as_ref()
+        .filter(|tile| tile.effect() == Effect::Adds);
+    let hidden = simd.splat_f32s(f32::NEG_INFINITY);
     for v in seg.vectors.clone() {
         let at = v * S::F32_LANES;
         for key in seg.keys.clone() {
@@ -658,11 +724,15 @@ fn values_seen<S: Simd>(
                     let old = load(simd, o);
                     let new = mul_add(simd, load(simd, p), simd.splat_f32s(value), old);
                     let hides = seg.masked >> v & 1 == 1 && !text.contains(&key);
-                    let new = if hides {
+                    let mut new = if hides {
                         simd.select_f32s(seen(simd, block, pass, key, v), new, old)
                     } else {
                         new
                     };
+                    if let Some(tile) = tile {
+                        let mask = load(simd, tile.lanes(key - first)[at..].as_ptr());
+                        new = simd.select_f32s(simd.equal_f32s(mask, hidden), old, new);
+                    }
                     store(simd, o, new);
                 }
             }
@@ -690,6 +760,16 @@ fn divide<S: Simd>(simd: S, from: &[f32], to: &mut [f32], sum: &[f32], minus: Op
     }
 }
 
+/// Rows of `[channels, QUERIES]` whose sum is zero, since they see nothing, become 0 in place of 0 / 0.
+fn clear_empty(x: &mut [f32], sum: &[f32]) {
+    for (lane, _) in sum.iter().enumerate().filter(|(_, sum)| **sum == 0.0) {
+        x.iter_mut()
+            .skip(lane)
+            .step_by(QUERIES)
+            .for_each(|x| *x = 0.0);
+    }
+}
+
 /// Divides by the sums and writes a block's output, and its residual in captures.
 ///
 /// # Safety
@@ -704,9 +784,15 @@ unsafe fn finish<S: Simd>(
     more: &mut [f32],
 ) {
     let dv = a.shape.v_dim;
-    if a.shape.kv_tokens == 0 {
-        // Nothing was added: the empty sum is 0, not 0 / 0.
-        block.sum.fill(1.0);
+    let zeros = match a.mask {
+        Some(mask) => mask.guarded || matches!(a.mode, Mode::Window { .. }),
+        None => false,
+    };
+    if zeros || a.shape.kv_tokens == 0 {
+        // Where nothing was added the empty sum is 0, not 0 / 0.
+        for sum in block.sum.iter_mut().filter(|sum| **sum == 0.0) {
+            *sum = 1.0;
+        }
     }
     let o = &mut more[..dv * QUERIES];
     let tokens = block.queries.clone();

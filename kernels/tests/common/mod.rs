@@ -121,6 +121,80 @@ pub const KINDS: [Kind; 4] = [
     Kind::WindowResidual,
 ];
 
+/// What a test's mask holds.
+#[derive(Clone, Debug)]
+pub enum MaskData<T> {
+    Boolean(Vec<u8>),
+    Additive(Vec<T>),
+}
+
+/// A mask of `[batch, heads, q_tokens, kv_tokens]`, some of which are repeated.
+#[derive(Clone, Debug)]
+pub struct TestMask<T> {
+    pub data: MaskData<T>,
+    pub strides: MaskStrides,
+    pub guarded: bool,
+}
+
+impl<T: Element> TestMask<T> {
+    /// `dims` are 1 where the mask is repeated; elements are `gap` apart. `value` gives what is added, −∞ to hide;
+    /// in a boolean mask all that is not −∞ shows.
+    pub fn new(
+        dims: [usize; 4],
+        gap: usize,
+        boolean: bool,
+        mut value: impl FnMut() -> f32,
+    ) -> Self {
+        let mut stride = gap;
+        let mut strides = [0; 4];
+        for axis in (0..4).rev() {
+            if dims[axis] > 1 {
+                strides[axis] = stride as isize;
+            }
+            stride *= dims[axis];
+        }
+        let values: Vec<f32> = (0..stride)
+            .map(|i| if i % gap == 0 { value() } else { f32::NAN })
+            .collect();
+        let data = if boolean {
+            let byte = |x: &f32| u8::from(*x != f32::NEG_INFINITY);
+            MaskData::Boolean(values.iter().map(byte).collect())
+        } else {
+            MaskData::Additive(values.iter().map(|x| T::from_f32(*x)).collect())
+        };
+        let [batch, head, query, key] = strides;
+        TestMask {
+            data,
+            strides: MaskStrides {
+                batch,
+                head,
+                query,
+                key,
+            },
+            guarded: false,
+        }
+    }
+
+    pub fn mask(&self) -> Mask<'_> {
+        match &self.data {
+            MaskData::Boolean(data) => Mask::boolean(data, self.strides),
+            MaskData::Additive(data) => Mask::additive(data, self.strides).guarded(self.guarded),
+        }
+    }
+
+    /// What is added to a score; −∞ hides.
+    fn value(&self, [b, h, i, j]: [usize; 4]) -> f32 {
+        let s = self.strides;
+        let at =
+            b as isize * s.batch + h as isize * s.head + i as isize * s.query + j as isize * s.key;
+        match &self.data {
+            MaskData::Additive(data) => data[at as usize].to_f32(),
+            MaskData::Boolean(data) if data[at as usize] == 0 => f32::NEG_INFINITY,
+            MaskData::Boolean(_) => 0.0,
+        }
+    }
+}
+
 /// One call and the tensors it is about.
 #[derive(Clone, Debug)]
 pub struct Problem<T> {
@@ -131,6 +205,7 @@ pub struct Problem<T> {
     pub q: Tensor<T>,
     pub k: Tensor<T>,
     pub v: Tensor<T>,
+    pub mask: Option<TestMask<T>>,
     pub out: Tensor<T>,
     pub residual: Tensor<T>,
 }
@@ -160,6 +235,7 @@ impl<T: Element> Problem<T> {
                 layouts[2],
                 &mut x,
             ),
+            mask: None,
             out: Tensor::new(o, layouts[3], || -77.0),
             residual: Tensor::new(o, layouts[3], &mut x),
         }
@@ -174,6 +250,7 @@ impl<T: Element> Problem<T> {
             q: self.q.input(),
             k: self.k.input(),
             v: self.v.input(),
+            mask: self.mask.as_ref().map(TestMask::mask),
             out: self.out.output(),
             mode: match self.kind {
                 Kind::Full => Mode::Full,
@@ -207,8 +284,9 @@ impl<T: Element> Problem<T> {
 
     /// The definition in float32, rounded to T at the end: what anybody would write first.
     pub fn naive(&self) -> (Vec<f32>, Option<Vec<f32>>) {
-        let o = self.naive_over(|_, _| true);
-        let w = self.naive_over(|i, j| self.band.sees(i, j, self.shape.kv_tokens));
+        let zero = |m: &TestMask<T>| m.guarded || matches!(m.data, MaskData::Boolean(_));
+        let o = self.naive_over(self.mask.as_ref().is_none_or(zero), |_, _| true);
+        let w = self.naive_over(true, |i, j| self.band.sees(i, j, self.shape.kv_tokens));
         let round = |x: Vec<f32>| x.into_iter().map(|x| T::from_f32(x).to_f32()).collect();
         let pairs = |x: &[f32], y: &[f32], f: fn(f32, f32) -> f32| {
             x.iter().zip(y).map(|(x, y)| f(*x, *y)).collect()
@@ -227,20 +305,26 @@ impl<T: Element> Problem<T> {
         }
     }
 
-    fn naive_over(&self, sees: impl Fn(usize, usize) -> bool) -> Vec<f32> {
+    fn naive_over(&self, zero: bool, sees: impl Fn(usize, usize) -> bool) -> Vec<f32> {
         let s = self.shape;
         let (q, k, v) = (self.q.values(), self.k.values(), self.v.values());
         let mut out = Vec::new();
         for row in 0..s.batch * s.heads * s.q_tokens {
             let (plane, i) = (row / s.q_tokens, row % s.q_tokens);
             let kv = plane / s.heads * s.kv_heads + plane % s.heads / (s.heads / s.kv_heads);
-            let keys: Vec<usize> = (0..s.kv_tokens).filter(|&j| sees(i, j)).collect();
+            let mask = |j: usize| match &self.mask {
+                Some(mask) => mask.value([plane / s.heads, plane % s.heads, i, j]),
+                None => 0.0,
+            };
+            let keys: Vec<usize> = (0..s.kv_tokens)
+                .filter(|&j| sees(i, j) && mask(j) != f32::NEG_INFINITY)
+                .collect();
             let scores: Vec<f32> = keys
                 .iter()
                 .map(|j| {
                     let k = &k[(kv * s.kv_tokens + j) * s.head_dim..][..s.head_dim];
                     let q = &q[row * s.head_dim..][..s.head_dim];
-                    q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>() * self.scale
+                    q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>() * self.scale + mask(*j)
                 })
                 .collect();
             let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -252,7 +336,11 @@ impl<T: Element> Problem<T> {
                     .zip(&p)
                     .map(|(j, p)| p * v[(kv * s.kv_tokens + j) * s.v_dim + c])
                     .sum();
-                out.push(if keys.is_empty() { 0.0 } else { dot / sum });
+                out.push(if keys.is_empty() && zero {
+                    0.0
+                } else {
+                    dot / sum
+                });
             }
         }
         out

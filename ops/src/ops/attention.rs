@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use ditfastattn_kernels::{self as kernels, Band, Input, Mode, Output, Shape, Strides};
-use ditfastattn_plans::{Plan, Side, TextTokens};
 
 use crate::abi::context::Context;
 use crate::abi::info::Info;
@@ -14,12 +13,16 @@ use crate::abi::op::Kernel;
 use crate::abi::status::{Code, Error};
 use crate::state::{Directive, Residual, Rows, Run, Work};
 
+use super::band::Text;
 use super::layer::{ByType, all_finite, by_type, in_run, layer_of};
 use super::layout::{Layout, View};
+use super::mask::{MaskInput, Scores};
 use super::share::{keep, serve};
-use super::storage::{CachedTensor, Real, allocate, values};
+use super::storage::{CachedTensor, Real, allocate, nothing, values};
 
-/// q, k, v, ticket → softmax(scale · q kᵀ) v, as the run's directive says.
+/// q, k, v, ticket, mask?, text? → softmax(scale · q kᵀ + mask) v, as the run's directive says.
+///
+/// `docs/architecture.md` says what it accepts.
 ///
 /// In the form `module` the tensors hold the rows that `DiTFastAttnSelect` let through; in the form `core` they hold
 /// the whole batch, and so does the output.
@@ -29,8 +32,9 @@ pub(crate) struct DiTFastAttn {
     scale: f32,
     core: bool,
     layouts: Layouts,
-    /// Overrides the plan's text tokens: a layer may see other tokens than the rest of the model.
-    text: Option<TextTokens>,
+    text: Text,
+    /// Rows that the mask hides everything from give 0.
+    guarded: bool,
 }
 
 #[derive(Debug)]
@@ -43,15 +47,11 @@ struct Layouts {
 
 const DEFAULT_LAYOUT: &str = "BHSD";
 
+const MASK: usize = 4;
+const TEXT: usize = 5;
+
 impl Kernel for DiTFastAttn {
     fn create(info: &Info<'_>) -> Result<Self, Error> {
-        if info.has_input(4)? {
-            return Err(Error::new(
-                Code::NotImplemented,
-                "it has a mask (input 4), which this version does not support; \
-                 leave the layer out when rewriting, or use a newer library",
-            ));
-        }
         let layout = |name: &str| {
             let text = info.string(name);
             Layout::parse(text.as_deref().unwrap_or(DEFAULT_LAYOUT))
@@ -82,7 +82,8 @@ impl Kernel for DiTFastAttn {
             scale: info.float("scale").unwrap_or(0.0),
             core,
             layouts,
-            text: text_of(info)?,
+            text: Text::of(info)?,
+            guarded: info.int("mask_guard").unwrap_or(0) != 0,
         })
     }
 
@@ -90,28 +91,6 @@ impl Kernel for DiTFastAttn {
         let q = context.input(0)?;
         by_type(q.element(), Call { op: self, context })
     }
-}
-
-/// The optional attributes `text` (tokens) and `text_side` (`start` or `end`).
-fn text_of(info: &Info<'_>) -> Result<Option<TextTokens>, Error> {
-    let Some(tokens) = info.int("text") else {
-        return Ok(None);
-    };
-    let side = match info.string("text_side").as_deref() {
-        None | Some("end") => Side::End,
-        Some("start") => Side::Start,
-        Some(other) => {
-            return Err(Error::graph(format!(
-                "the attribute `text_side` is `{other}`, expected `start` or `end`"
-            )));
-        }
-    };
-    let tokens = usize::try_from(tokens).map_err(|_| {
-        Error::graph(format!(
-            "the attribute `text` is {tokens}, expected 0 or more"
-        ))
-    })?;
-    Ok(Some(TextTokens { tokens, side }))
 }
 
 struct Call<'a> {
@@ -125,6 +104,22 @@ impl ByType for Call<'_> {
         let ticket = context.input(3)?;
         in_run(&ticket, op.layer, |run, directive| {
             let operands = Operands::<T>::read(op, context)?;
+            let (q, k) = (&operands.q.1, &operands.k.1);
+            let halved = directive.rows == Rows::Half && !op.core;
+            let scores = Scores::new(
+                q,
+                k,
+                op.layouts.q.is_folded(),
+                halved.then(|| run.program().conditional_first()),
+            );
+            let mask = context
+                .optional_input(MASK)?
+                .map(|mask| MaskInput::read(&mask, &scores, op.guarded))
+                .transpose()?;
+            let text = context.optional_input(TEXT)?;
+            let band = op
+                .text
+                .band(run.program().plan(), text.as_ref(), q.tokens)?;
             let o_dims = operands.output_dims(&op.layouts.o)?;
             let mut out = context.output(0, &o_dims)?;
             let out = out.as_mut_slice::<T>().unwrap_or_default();
@@ -134,6 +129,8 @@ impl ByType for Call<'_> {
                 run,
                 directive,
                 operands,
+                mask,
+                band,
             };
             if op.core {
                 call.whole_batch(out, &o_dims)
@@ -213,6 +210,8 @@ struct Layer<'a, T> {
     run: &'a Arc<Run<CachedTensor>>,
     directive: Directive,
     operands: Operands<'a, T>,
+    mask: Option<MaskInput<'a>>,
+    band: Band,
 }
 
 impl<T: Real> Layer<'_, T> {
@@ -266,8 +265,20 @@ impl<T: Real> Layer<'_, T> {
 
     /// Attention of rows `start..start + rows` of the operands into `out`, which holds just those rows.
     fn compute(&self, start: usize, rows: usize, out: &mut [T]) -> Result<(), Error> {
+        let whole = self.band.covers(self.operands.q.1.tokens);
         match self.directive.work {
+            Work::Full if self.directive.capture && whole => {
+                self.attention(start, rows, out, Mode::Full)?;
+                if let Some(zero) = nothing(self.run, self.directive.rows) {
+                    self.run.capture(self.op.layer, zero, self.directive.rows);
+                }
+                Ok(())
+            }
             Work::Full if self.directive.capture => self.capture(start, rows, out),
+            Work::Window if whole => {
+                self.run.count_window_as_full();
+                self.attention(start, rows, out, Mode::Full)
+            }
             Work::Window => match self.residual(rows) {
                 Some((residual, offset)) => self.window(start, rows, out, &residual, offset),
                 None => {
@@ -287,7 +298,7 @@ impl<T: Real> Layer<'_, T> {
         };
         room.values.resize(len, T::default());
         let mode = Mode::FullCapture {
-            band: self.band(),
+            band: self.band,
             residual: Output::from_slice(&mut room.values, self.residual_strides()),
         };
         self.attention(start, rows, out, mode)?;
@@ -331,7 +342,7 @@ impl<T: Real> Layer<'_, T> {
             .get(offset * strides.batch.unsigned_abs()..)
             .unwrap_or_default();
         let mode = || Mode::Window {
-            band: self.band(),
+            band: self.band,
             residual: Some(Input::from_slice(values, strides)),
         };
         if self.directive.rows == Rows::All && residual.rows == Rows::Half {
@@ -374,6 +385,7 @@ impl<T: Real> Layer<'_, T> {
                 q: from_row(*q, start),
                 k: from_row(*k, start),
                 v: from_row(*v, start),
+                mask: self.mask.map(|mask| mask.starting_at(start)),
                 out: Output::from_slice(out, o.strides),
                 mode,
             },
@@ -398,29 +410,10 @@ impl<T: Real> Layer<'_, T> {
         let (q, v) = (&self.operands.q.1, &self.operands.v.1);
         Strides::bhsd(q.heads, q.tokens, v.channels)
     }
-
-    fn band(&self) -> Band {
-        band(
-            self.run.program().plan(),
-            self.op.text,
-            self.operands.q.1.tokens,
-        )
-    }
 }
 
 /// An operand from row `start` on; the kernel checks that what it needs is there.
 fn from_row<'a, T: Real>((values, view): (&'a [T], View), start: usize) -> Input<'a> {
     let first = (start * view.strides.batch.unsigned_abs()).min(values.len());
     Input::from_slice(&values[first..], view.strides)
-}
-
-/// The band of a sequence of `tokens`, by the plan; `text` overrides the plan's text tokens.
-fn band(plan: &Plan, text: Option<TextTokens>, tokens: usize) -> Band {
-    let text = text.or(plan.text);
-    let count = text.map_or(0, |text| text.tokens).min(tokens);
-    Band {
-        half_width: plan.half_width(tokens, count),
-        text: count,
-        text_at_start: text.is_some_and(|text| text.side == Side::Start),
-    }
 }

@@ -48,6 +48,11 @@ impl Layout {
         self.axes[0] == 0
     }
 
+    /// Whether batch and heads are one axis.
+    pub fn is_folded(&self) -> bool {
+        self.rank == 3
+    }
+
     /// The number of heads, if this layout has an axis for them.
     pub fn heads(&self, dims: &[usize]) -> Option<usize> {
         (self.rank == 4).then(|| dims.get(self.axes[1]).copied())?

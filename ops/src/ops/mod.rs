@@ -4,16 +4,18 @@
 //! |---|---|---|
 //! | `DiTFastAttnStep` | timestep, request id, start, end, latents, conditioning… → ticket, skip per layer | decides |
 //! | `DiTFastAttnSelect` | x, ticket → x' | the rows a layer computes |
-//! | `DiTFastAttn` | q, k, v, ticket → o | attention: full, full with capture, window with residual |
+//! | `DiTFastAttn` | q, k, v, ticket, mask?, text? → o | attention: full, full with capture, window with residual |
 //! | `DiTFastAttnShare` | y', ticket → y | all rows again; keeps the output |
 //! | `DiTFastAttnReuse` | x, ticket → y | the kept output |
 //!
 //! Owns their registration and what they share. Nothing here decides what a layer does: that is `state`.
 
 mod attention;
+mod band;
 mod environment;
 mod layer;
 mod layout;
+mod mask;
 mod reuse;
 mod select;
 mod share;
@@ -67,23 +69,25 @@ macro_rules! typed {
 /// An input of a typed operator.
 enum In {
     Typed,
-    OptionalTyped,
     Ticket,
+    OptionalAny,
+    OptionalI64,
 }
 
 impl In {
     const fn port(self, ty: Type) -> Port {
         match self {
             In::Typed => Port::one(ty),
-            In::OptionalTyped => Port::optional(ty),
             In::Ticket => Port::one(Type::I64),
+            In::OptionalAny => Port::optional(Type::Any),
+            In::OptionalI64 => Port::optional(Type::I64),
         }
     }
 }
 
 typed! {
     SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket);
-    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalTyped);
+    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalAny, In::OptionalI64);
     SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket);
     REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket);
 }

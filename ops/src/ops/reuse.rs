@@ -15,6 +15,9 @@ use super::storage::Real;
 pub(crate) struct Reuse {
     layer: usize,
     sink: Sink,
+    /// Leading rows of y for each leading row of x: more than one where y has heads or tokens folded into the batch. 0: not
+    /// comparable.
+    fold: usize,
 }
 
 impl Kernel for Reuse {
@@ -22,6 +25,7 @@ impl Kernel for Reuse {
         Ok(Reuse {
             layer: layer_of(info)?,
             sink: Sink::of(info)?,
+            fold: usize::try_from(info.int("fold").unwrap_or(1)).unwrap_or(0),
         })
     }
 
@@ -44,7 +48,7 @@ struct Call<'a> {
 
 impl ByType for Call<'_> {
     fn call<T: Real>(self) -> Result<(), Error> {
-        let (context, Reuse { layer, sink }) = (self.context, self.reuse);
+        let (context, Reuse { layer, sink, fold }) = (self.context, self.reuse);
         let (x, ticket) = (context.input(0)?, context.input(1)?);
         in_run(&ticket, *layer, |run, directive| {
             let kept = run
@@ -57,7 +61,8 @@ impl ByType for Call<'_> {
                     ))
                 })?;
             let dims = rows_of_both(kept.dims(), kept.rows());
-            if x.dims().len() == dims.len() && x.dims().first() != dims.first() {
+            let expected = x.dims().first().and_then(|rows| rows.checked_mul(*fold));
+            if *fold != 0 && expected.as_ref() != dims.first() {
                 return Err(Error::new(
                     Code::RuntimeException,
                     format!(

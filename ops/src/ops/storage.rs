@@ -27,6 +27,8 @@ enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
+    /// Zeros, of which nobody wants to read any.
+    Nothing,
 }
 
 /// An element type of cached tensors and of the tensors that layers compute.
@@ -81,6 +83,16 @@ pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<R
     // The tensor is only a cache: where the system has no memory for it, the layer goes without.
     values.try_reserve_exact(len).ok()?;
     Some(Room { values, lease })
+}
+
+/// Stands for a residual that is known to be zero, and takes no memory; `None` if the run may not keep anything.
+pub(super) fn nothing(run: &Run<CachedTensor>, rows: Rows) -> Option<CachedTensor> {
+    Some(Arc::new(Stored {
+        dims: Vec::new(),
+        rows,
+        data: Data::Nothing,
+        _lease: run.reserve(0)?,
+    }))
 }
 
 /// Memory for a cached tensor that is still being written.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::budget::Lease;
 use super::caches::{LayerCaches, Residual};
+use super::counters::Counters;
 use super::directive::{Directive, Rows, Work};
 use super::guard::Evidence;
 use super::process::Process;
@@ -158,6 +159,21 @@ impl<T: Cached> Run<T> {
         }
     }
 
+    /// Window attention of a layer sees everything and so is full attention: that is how it counts.
+    pub fn count_window_as_full(&self) {
+        self.count(|c| &c.layers_full, 1);
+        let less = |counters: &Counters| {
+            let counter = &counters.layers_window;
+            // A reset in between leaves nothing to take from.
+            let _ =
+                counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+        };
+        less(&self.process.counters);
+        if let Some(session) = self.session.upgrade() {
+            less(&session.counters);
+        }
+    }
+
     /// Leaves the residual that full attention of `layer` captured.
     pub fn capture(&self, layer: usize, tensor: T, rows: Rows) {
         self.touch();
@@ -295,7 +311,7 @@ impl<T: Cached> Run<T> {
         self.touched.store(self.process.now(), Ordering::Relaxed);
     }
 
-    fn count(&self, which: impl Fn(&super::Counters) -> &AtomicU64, by: u64) {
+    fn count(&self, which: impl Fn(&Counters) -> &AtomicU64, by: u64) {
         which(&self.process.counters).fetch_add(by, Ordering::Relaxed);
         if let Some(session) = self.session.upgrade() {
             which(&session.counters).fetch_add(by, Ordering::Relaxed);

@@ -1,6 +1,6 @@
 //! Every flag, once: help, usage errors and completions come from here.
 
-use crate::find::InputsRequest;
+use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -61,6 +61,8 @@ pub struct RewriteArgs {
     pub request_inputs: RequestInputsArg,
     #[command(flatten)]
     pub inputs: InputsArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
     /// Print the report as JSON
     #[arg(long)]
     pub json: bool,
@@ -96,6 +98,25 @@ pub struct InputsArgs {
     pub latents_input: Option<String>,
 }
 
+#[derive(Debug, Default, Args)]
+pub struct ChoiceArgs {
+    /// Rewrite only these layers: indices as `inspect` shows them, ranges (4-9), node names (* = anything)
+    #[arg(long, value_name = "LAYER", value_delimiter = ',')]
+    pub only: Vec<Pattern>,
+    /// Leave these layers as they are; the plan has no columns for them
+    #[arg(long, value_name = "LAYER", value_delimiter = ',')]
+    pub skip: Vec<Pattern>,
+}
+
+impl From<&ChoiceArgs> for Choice {
+    fn from(args: &ChoiceArgs) -> Self {
+        Self {
+            only: args.only.clone(),
+            skip: args.skip.clone(),
+        }
+    }
+}
+
 impl From<&InputsArgs> for InputsRequest {
     fn from(args: &InputsArgs) -> Self {
         Self {
@@ -115,6 +136,8 @@ pub struct InspectArgs {
     pub plan: Option<PathBuf>,
     #[command(flatten)]
     pub inputs: InputsArgs,
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -10,7 +10,8 @@ use crate::report::Report;
 pub fn run(args: &InspectArgs) -> Result<(), Failure> {
     let model = ModelFile::open(&args.model)?;
     let plan = args.plan.as_deref().map(read_plan).transpose()?;
-    let survey = survey(&model.graph, &(&args.inputs).into()).map_err(inputs_failure)?;
+    let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
+        .map_err(inputs_failure)?;
     let mut report = Report::new(&model, &survey);
     if let Some(plan) = &plan {
         check_fit(&survey, plan).map_err(|e| Failure::No(e.into()))?;

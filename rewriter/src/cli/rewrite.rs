@@ -19,7 +19,8 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
     let model = ModelFile::open(path)?;
     let output = args.output.clone().unwrap_or_else(|| default_output(path));
     refuse_bad_output(&model, path, &output, args.force)?;
-    let survey = survey(&model.graph, &(&args.inputs).into()).map_err(inputs_failure)?;
+    let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
+        .map_err(inputs_failure)?;
     let lowered = lower(&model, &survey, &plan, args.request_inputs.into())
         .map_err(|e| Failure::No(e.into()))?;
     if !args.dry_run {

@@ -105,7 +105,8 @@ pub fn find(graph: &Graph, request: &InputsRequest) -> Result<Inputs, InputsErro
                 })
                 .filter(|i| rank(i) >= 3)
                 .collect();
-            // Customary names first; then the highest rank (an image or a video against a text sequence), then file order.
+            // What is denoised looks like what comes out; then customary names; then the highest rank (an image or a
+            // video against a text sequence), then file order.
             let usual = |name: &str| {
                 [
                     "hidden_states",
@@ -118,10 +119,17 @@ pub fn find(graph: &Graph, request: &InputsRequest) -> Result<Inputs, InputsErro
                 ]
                 .contains(&name)
             };
-            let best = candidates
+            let alike: Vec<_> = candidates
                 .iter()
-                .find(|i| usual(&i.name))
-                .or_else(|| candidates.iter().rev().max_by_key(|i| rank(i)));
+                .filter(|i| looks_like_output(graph, i))
+                .collect();
+            let best = match alike.as_slice() {
+                [only] => Some(*only),
+                _ => candidates
+                    .iter()
+                    .find(|i| usual(&i.name))
+                    .or_else(|| candidates.iter().rev().max_by_key(|i| rank(i))),
+            };
             best.ok_or_else(|| InputsError::NoLatents { inputs: names() })?
                 .name
                 .clone()
@@ -136,6 +144,27 @@ pub fn find(graph: &Graph, request: &InputsRequest) -> Result<Inputs, InputsErro
         timestep,
         latents,
         conditioning,
+    })
+}
+
+/// Whether `input` has the shape of one of the model's results, the number of channels aside.
+fn looks_like_output(graph: &Graph, input: &crate::onnx::GraphInput) -> bool {
+    let Some(dims) = &input.dims else {
+        return false;
+    };
+    graph.outputs.iter().any(|output| {
+        let shape = graph
+            .value_info
+            .get(output)
+            .and_then(|t| t.tensor_type.as_ref()?.shape.as_ref());
+        shape.is_some_and(|shape| {
+            let same = |(a, b): (&Result<i64, String>, &crate::onnx::DimensionProto)| match a {
+                Ok(size) => b.dim_value == Some(*size),
+                Err(name) => !name.is_empty() && b.dim_param.as_ref() == Some(name),
+            };
+            let differ = dims.iter().zip(&shape.dim).filter(|&p| !same(p)).count();
+            shape.dim.len() == dims.len() && differ <= 1
+        })
     })
 }
 

@@ -2,21 +2,33 @@
 //!
 //! The order of things: `inputs` names the timestep, the latents and the conditioning; `anchor` recognises
 //! softmax(q·kᵀ)·v in any dialect; `source` follows q, k and v back to their projections and so tells self- from
-//! cross-attention; `module` tries to isolate the whole attention module. A new exporter dialect is a new way of
-//! finding, never a change in lowering. Every non-match carries a reason and the nodes it is about.
+//! cross-attention; `streams` tells text tokens from image tokens; `module` tries to isolate the whole attention module,
+//! with `batch` to prove that halves of it are halves of the batch, `sink` for where it ends and `target` for shapes that
+//! have the batch in them. A new exporter dialect is a new way of finding, never a change in lowering. Every non-match
+//! carries a reason and the nodes it is about.
 
 mod anchor;
+mod batch;
+mod choice;
 mod inputs;
+mod linear;
 mod module;
 mod operand;
+mod place;
+mod sink;
 mod source;
+mod streams;
 mod survey;
+mod target;
 
-pub use anchor::Core;
+pub use anchor::{Core, Mask, Term};
+pub use choice::{Choice, Pattern};
 pub use inputs::{Inputs, InputsError, InputsRequest};
 pub use module::{Module, dead_without, sweep_dead};
-pub use operand::Operand;
+pub use operand::{Operand, Prep};
+pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
+pub use target::Target;
 
 /// Why something does not match, with the names of the nodes it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,91 +1,141 @@
-//! Isolating the attention module: one source (the hidden state that feeds the projections), one sink (the output
-//! projection's result), and nothing inside that the batch or the rest of the graph could trip over.
+//! Isolating the attention module: its sources (the hidden state that feeds the projections, one per stream), its sinks
+//! (the output projections' results), and nothing inside that the batch or the rest of the graph could trip over.
 
 use super::Reason;
 use super::anchor::Core;
-use super::source::{is_weight, projected};
-use crate::onnx::{Graph, Node};
+use super::batch::Batch;
+use super::sink;
+use super::source::is_weight;
+use super::target::{self, Target};
+use crate::onnx::{Graph, Node, elem_type};
 use crate::shapes::{BATCH, Facts, Value};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// A module that can run inside an `If` and on any number of batch rows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Module {
-    pub source: String,
-    pub sink: String,
+    /// What feeds the projections, one value per stream.
+    pub sources: Vec<String>,
+    /// The results, one value per stream.
+    pub sinks: Vec<String>,
+    /// Side inputs that carry the batch (rotary tables of each row): their rows are selected as the sources' are.
+    pub selected: Vec<String>,
     /// Nodes to move into the branch, in order. The attention core's own nodes are not among them.
     pub inside: BTreeSet<usize>,
     /// Nodes inside whose results are used outside too: they stay where they are and run again inside.
     pub duplicated: BTreeSet<usize>,
-    /// `Reshape` nodes inside that get a constant target, because theirs has the batch in it.
-    pub reshaped: BTreeMap<usize, Vec<i64>>,
-    /// Whether the module ends in an output projection; without one AST reuses the core's result.
+    /// `Reshape` and `Expand` nodes inside that get another shape, because theirs has the batch in it.
+    pub retargeted: BTreeMap<usize, Target>,
+    /// Whether the module ends in output projections; without one AST reuses the core's result.
     pub projects_out: bool,
 }
 
-/// The module around `core`, whose q, k and v are projections of `source`.
+/// What isolating a module looks at.
+pub struct Scene<'a> {
+    pub graph: &'a Graph,
+    pub facts: &'a Facts,
+    pub batch: &'a Batch,
+}
+
+/// Nodes inside and what has to change in them.
+struct Region {
+    inside: BTreeSet<usize>,
+    selected: BTreeSet<String>,
+}
+
+type Retargeted = BTreeMap<usize, Target>;
+
+/// The module around `core`, whose q, k and v are projections of `sources`.
 ///
 /// # Errors
 /// Why the region cannot be isolated; the core can still be replaced.
-pub fn isolate(graph: &Graph, facts: &Facts, core: &Core, source: &str) -> Result<Module, Reason> {
+pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module, Reason> {
+    let &Scene {
+        graph,
+        facts,
+        batch,
+    } = scene;
     let label = graph.nodes[core.anchor].label();
-    let (sink, projects_out) = sink(graph, core);
-    let batched = facts
-        .shape(source)
-        .and_then(|s| s.first())
-        .map(|d| d.depends_on(BATCH));
-    match batched {
-        Some(true) => {}
-        Some(false) if batch_is_one(graph, facts) => {}
-        Some(false) => {
-            return Err(Reason::new(
-                format!(
-                    "the first axis of the module's input `{source}` {} is not the batch",
-                    facts.show(source)
-                ),
-                [label],
+    let refuse = |text: String| Err(Reason::new(text, [label]));
+    let sinks = sink::find(graph, facts, batch, core);
+    let sources: Vec<String> = sources
+        .iter()
+        .map(|s| batch_major_source(scene, s))
+        .collect();
+    for (what, value) in sources
+        .iter()
+        .map(|s| ("input", s))
+        .chain(sinks.values.iter().map(|s| ("result", s)))
+    {
+        if !batch.is_outermost(facts, value) && !batch_is_one(graph, facts) {
+            return refuse(format!(
+                "the module's {what} `{value}` {} is not known to have the batch outermost",
+                facts.show(value)
             ));
         }
-        None => {
-            return Err(Reason::new(
-                format!("the shape of the module's input `{source}` is unknown"),
-                [label],
+        let ty = facts.of(value).elem_type;
+        if ty != 0 && ty != core.elem_type {
+            return refuse(format!(
+                "the module's {what} `{value}` is {}, the attention {}",
+                elem_type::name(ty),
+                elem_type::name(core.elem_type)
             ));
         }
     }
-    let (source_type, sink_type) = (facts.of(source).elem_type, facts.of(&sink).elem_type);
-    if source_type != 0 && sink_type != 0 && source_type != sink_type {
-        return Err(Reason::new(
-            format!("the module's input `{source}` and result `{sink}` have different types"),
-            [label],
-        ));
-    }
-    let mut reshaped = BTreeMap::new();
-    let mut inside = region(graph, core, source, &sink, &reshaped);
-    if check(graph, facts, &inside, source, core, &reshaped).is_err() {
-        // Second try: every Reshape whose target can be written without the batch gets such a target.
-        reshaped = inside
-            .iter()
-            .filter(|&&i| graph.nodes[i].is("Reshape"))
-            .filter_map(|&i| Some((i, batch_free_target(facts, i, &graph.nodes[i])?)))
-            .collect();
-        inside = region(graph, core, source, &sink, &reshaped);
-        check(graph, facts, &inside, source, core, &reshaped)?;
-        reshaped.retain(|i, _| inside.contains(i));
-    }
-    let duplicated = duplicated(graph, core, &sink, &inside)?;
+    let mut retargeted = Retargeted::new();
+    let mut inside = region(graph, core, &sources, &sinks.values, &retargeted);
+    let region = match check(scene, &inside, &sources, core, &retargeted) {
+        Ok(region) => region,
+        Err(_) => {
+            // Second try: every shape that can be written without the batch is.
+            retargeted = inside
+                .iter()
+                .filter(|&&i| graph.nodes[i].is("Reshape") || graph.nodes[i].is("Expand"))
+                .filter_map(|&i| Some((i, target::batch_free(facts, i, &graph.nodes[i])?)))
+                .collect();
+            inside = self::region(graph, core, &sources, &sinks.values, &retargeted);
+            retargeted.retain(|i, _| inside.contains(i));
+            check(scene, &inside, &sources, core, &retargeted)?
+        }
+    };
+    let duplicated = duplicated(graph, facts, core, &sinks.values, &region.inside)?;
     Ok(Module {
-        source: source.to_owned(),
-        sink,
-        inside,
+        sources,
+        sinks: sinks.values,
+        selected: region.selected.into_iter().collect(),
+        inside: region.inside,
         duplicated,
-        reshaped,
-        projects_out,
+        retargeted,
+        projects_out: sinks.projected,
     })
 }
 
+/// `source`, or what it is a transposition of, so that the batch is outermost: sequence-first attention modules turn their
+/// input round first.
+fn batch_major_source(scene: &Scene, source: &str) -> String {
+    let mut at = source;
+    while !scene.batch.is_outermost(scene.facts, at) {
+        match scene.graph.producer(at) {
+            Some((node, 0))
+                if node.domain().is_empty()
+                    && matches!(
+                        node.op(),
+                        "Transpose" | "Reshape" | "Unsqueeze" | "Squeeze" | "Identity"
+                    ) =>
+            {
+                match node.input(0) {
+                    Some(input) => at = input,
+                    None => return source.to_owned(),
+                }
+            }
+            _ => return source.to_owned(),
+        }
+    }
+    at.to_owned()
+}
+
 /// A model exported for a single row has no halves, so nothing can depend on their number.
-fn batch_is_one(graph: &Graph, facts: &Facts) -> bool {
+pub fn batch_is_one(graph: &Graph, facts: &Facts) -> bool {
     facts.static_batch.is_none()
         && !graph.inputs.iter().any(|i| {
             facts
@@ -94,70 +144,13 @@ fn batch_is_one(graph: &Graph, facts: &Facts) -> bool {
         })
 }
 
-/// Downstream from the core: layout, one product with a weight, its bias.
-fn sink(graph: &Graph, core: &Core) -> (String, bool) {
-    let mut at = core.out.value.clone();
-    while let Some(node) = data_consumer(graph, &at) {
-        let layout = node.domain().is_empty()
-            && matches!(
-                node.op(),
-                "Reshape"
-                    | "Transpose"
-                    | "Cast"
-                    | "Identity"
-                    | "Squeeze"
-                    | "Unsqueeze"
-                    | "Flatten"
-                    | "Dropout"
-            );
-        if layout {
-            if node.input(0) != Some(at.as_str()) {
-                break;
-            }
-            at = node.output(0).to_owned();
-            continue;
-        }
-        if projected(graph, node) != Some(at.as_str()) || node.is("Conv") {
-            break;
-        }
-        let projection = node.output(0);
-        let bias = data_consumer(graph, projection).filter(|add| {
-            add.is("Add")
-                && add
-                    .proto
-                    .input
-                    .iter()
-                    .all(|i| i == projection || is_weight(graph, i))
-        });
-        return (
-            bias.map_or(projection, |add| add.output(0)).to_owned(),
-            true,
-        );
-    }
-    (core.out.value.clone(), false)
-}
-
-/// The one node that uses `value` as data; reading its shape does not count.
-fn data_consumer<'g>(graph: &'g Graph, value: &str) -> Option<&'g Node> {
-    if graph.is_output(value) {
-        return None;
-    }
-    let mut users = graph
-        .consumers(value)
-        .iter()
-        .map(|&i| &graph.nodes[i])
-        .filter(|n| !n.is("Shape"));
-    let first = users.next()?;
-    users.next().is_none().then_some(first)
-}
-
-/// Inputs of node `index` that remain once `reshaped` targets are constants.
+/// Inputs of node `index` that remain once `retargeted` shapes are constants.
 fn live_inputs<'g>(
     node: &'g Node,
     index: usize,
-    reshaped: &BTreeMap<usize, Vec<i64>>,
+    retargeted: &Retargeted,
 ) -> impl Iterator<Item = &'g str> {
-    let limit = if reshaped.contains_key(&index) {
+    let limit = if matches!(retargeted.get(&index), Some(Target::Constant(_))) {
         1
     } else {
         usize::MAX
@@ -171,38 +164,37 @@ fn live_inputs<'g>(
         .filter(|i| !i.is_empty())
 }
 
-/// Nodes between `source` and `sink` once the core is one op: ancestors of the sink that depend on the source.
+/// Nodes between sources and sinks once the core is one op: ancestors of the sinks that depend on the sources.
 fn region(
     graph: &Graph,
     core: &Core,
-    source: &str,
-    sink: &str,
-    reshaped: &BTreeMap<usize, Vec<i64>>,
+    sources: &[String],
+    sinks: &[String],
+    retargeted: &Retargeted,
 ) -> BTreeSet<usize> {
-    let core_inputs = [&core.q.value, &core.k.value, &core.v.value];
     let mut ancestors = BTreeSet::new();
-    let mut seen: HashSet<&str> = HashSet::new();
-    let mut pending = vec![sink];
+    let mut seen: HashSet<&str> = sources.iter().map(String::as_str).collect();
+    let mut pending: Vec<&str> = sinks.iter().map(String::as_str).collect();
     while let Some(value) = pending.pop() {
-        if value == source || !seen.insert(value) {
+        if !seen.insert(value) {
             continue;
         }
         if value == core.out.value {
-            pending.extend(core_inputs.iter().map(|v| v.as_str()));
-            pending.extend(core.mask.as_deref());
+            pending.extend(core.reads());
             continue;
         }
         if let Some((index, _)) = graph.producer_index(value) {
             ancestors.insert(index);
-            pending.extend(live_inputs(&graph.nodes[index], index, reshaped));
+            pending.extend(live_inputs(&graph.nodes[index], index, retargeted));
         }
     }
-    // File order is topological, so one pass marks what depends on the source; the core's result does.
-    let mut dependent: HashSet<&str> = HashSet::from([source, core.out.value.as_str()]);
+    // File order is topological, so one pass marks what depends on the sources; the core's result does.
+    let mut dependent: HashSet<&str> = sources.iter().map(String::as_str).collect();
+    dependent.insert(&core.out.value);
     let mut inside = BTreeSet::new();
     for index in ancestors {
         let node = &graph.nodes[index];
-        if live_inputs(node, index, reshaped).any(|i| dependent.contains(i)) {
+        if live_inputs(node, index, retargeted).any(|i| dependent.contains(i)) {
             inside.insert(index);
             dependent.extend(node.proto.output.iter().map(String::as_str));
         }
@@ -210,20 +202,22 @@ fn region(
     inside
 }
 
-/// Whether the nodes `inside` compute the same rows whatever rows the source has.
+/// Whether the nodes `inside` compute the same rows whatever rows the sources have.
 fn check(
-    graph: &Graph,
-    facts: &Facts,
+    scene: &Scene,
     inside: &BTreeSet<usize>,
-    source: &str,
+    sources: &[String],
     core: &Core,
-    reshaped: &BTreeMap<usize, Vec<i64>>,
-) -> Result<(), Reason> {
+    retargeted: &Retargeted,
+) -> Result<Region, Reason> {
+    let &Scene { graph, facts, .. } = scene;
     let produced: HashSet<&str> = inside
         .iter()
         .flat_map(|&i| graph.nodes[i].proto.output.iter().map(String::as_str))
         .collect();
-    let is_inside = |v: &str| v == source || v == core.out.value || produced.contains(v);
+    let is_inside =
+        |v: &str| v == core.out.value || produced.contains(v) || sources.iter().any(|s| s == v);
+    let mut selected = BTreeSet::new();
     for operand in [&core.q, &core.k, &core.v] {
         if !is_inside(&operand.value) {
             return Err(Reason::new(
@@ -243,34 +237,47 @@ fn check(
                 [node.label()],
             ));
         }
-        for value in live_inputs(node, index, reshaped) {
-            if is_inside(value) || is_weight(graph, value) {
+        let shape_slot = retargeted.contains_key(&index).then_some(1);
+        for (slot, value) in live_inputs(node, index, retargeted).enumerate() {
+            // A patched shape is read with its batch, which is then replaced.
+            if is_inside(value) || is_weight(graph, value) || shape_slot == Some(slot) {
                 continue;
             }
-            match facts.of(value).depends_on_batch() {
-                Some(false) => {}
-                Some(true) => {
-                    return Err(Reason::new(
-                        format!(
-                            "the side input `{value}` {} carries the batch",
-                            facts.show(value)
-                        ),
-                        [node.label()],
-                    ));
-                }
-                None => {
-                    return Err(Reason::new(
-                        format!("it is unknown whether the side input `{value}` carries the batch"),
-                        [node.label()],
-                    ));
-                }
+            if carries_batch(scene, value, node)? {
+                selected.insert(value.to_owned());
             }
         }
-        if facts.static_batch.is_some() && !reshaped.contains_key(&index) {
+        if facts.static_batch.is_some() && !retargeted.contains_key(&index) {
             batch_not_baked_in(facts, index, node)?;
         }
     }
-    Ok(())
+    // The op halves a mask with the batch by itself.
+    Ok(Region {
+        inside: inside.clone(),
+        selected,
+    })
+}
+
+/// Whether the side input `value` of `node` has rows that must be selected.
+fn carries_batch(scene: &Scene, value: &str, node: &Node) -> Result<bool, Reason> {
+    let &Scene { facts, batch, .. } = scene;
+    let refuse = |text: String| Err(Reason::new(text, [node.label()]));
+    match facts.of(value).depends_on_batch() {
+        Some(false) => Ok(false),
+        None => refuse(format!(
+            "it is unknown whether the side input `{value}` carries the batch"
+        )),
+        Some(true)
+            if batch.is_outermost(facts, value)
+                && elem_type::is_supported_float(facts.of(value).elem_type) =>
+        {
+            Ok(true)
+        }
+        Some(true) => refuse(format!(
+            "the side input `{value}` {} carries the batch",
+            facts.show(value)
+        )),
+    }
 }
 
 /// For graphs exported with a fixed batch: `node` must not have it in a constant.
@@ -310,36 +317,12 @@ fn batch_not_baked_in(facts: &Facts, index: usize, node: &Node) -> Result<(), Re
     Ok(())
 }
 
-/// A constant target for the `Reshape` `node` that works for any number of rows.
-fn batch_free_target(facts: &Facts, index: usize, node: &Node) -> Option<Vec<i64>> {
-    if let Some(target) = facts.batch_free_target(index) {
-        return Some(target.to_vec());
-    }
-    let Some(Value::Ints(target)) = facts.of(node.input(1)?).value else {
-        return None;
-    };
-    let input = facts.shape(node.input(0)?)?;
-    let output = facts.shape(node.output(0))?;
-    let allow_zero = node.int("allowzero") == Some(1);
-    let mut free = Vec::with_capacity(target.len());
-    for (i, dim) in target.iter().enumerate() {
-        let known = dim.known().filter(|_| {
-            output.get(i) == Some(dim) || dim.known() == Some(-1) || dim.known() == Some(0)
-        });
-        free.push(match known {
-            Some(size) => size,
-            None if !allow_zero && input.get(i) == Some(dim) => 0,
-            None => -1,
-        });
-    }
-    (free.iter().filter(|&&d| d == -1).count() <= 1).then_some(free)
-}
-
 /// Nodes `inside` that the outside still needs: cheap ones may run twice.
 fn duplicated(
     graph: &Graph,
+    facts: &Facts,
     core: &Core,
-    sink: &str,
+    sinks: &[String],
     inside: &BTreeSet<usize>,
 ) -> Result<BTreeSet<usize>, Reason> {
     let dead = dead_without(graph, core);
@@ -348,14 +331,14 @@ fn duplicated(
     for &index in inside.iter().rev() {
         let node = &graph.nodes[index];
         for output in &node.proto.output {
-            if output.is_empty() || *output == sink {
+            if output.is_empty() || sinks.contains(output) {
                 continue;
             }
             let outside = graph.consumers(output).iter().find(|&&user| {
                 (!inside.contains(&user) && !dead.contains(&user)) || duplicated.contains(&user)
             });
             if graph.is_output(output) || outside.is_some() {
-                if !is_cheap(node) {
+                if !is_cheap(facts, node) {
                     let user = outside.map_or("the model's outputs", |&u| graph.nodes[u].label());
                     return Err(Reason::new(
                         format!("`{output}` inside the module is also used outside, by {user}"),
@@ -370,9 +353,16 @@ fn duplicated(
 }
 
 /// Shape arithmetic costs nothing to run twice.
-fn is_cheap(node: &Node) -> bool {
+fn is_cheap(facts: &Facts, node: &Node) -> bool {
+    let is_size = |value: &String| {
+        let fact = facts.of(value);
+        matches!(
+            fact.elem_type,
+            elem_type::INT32 | elem_type::INT64 | elem_type::BOOL
+        ) && fact.rank().is_some_and(|r| r <= 1)
+    };
     node.domain().is_empty()
-        && matches!(
+        && (matches!(
             node.op(),
             "Shape"
                 | "Gather"
@@ -383,7 +373,7 @@ fn is_cheap(node: &Node) -> bool {
                 | "Cast"
                 | "Size"
                 | "Constant"
-        )
+        ) || node.proto.output.iter().all(is_size))
 }
 
 /// Nodes whose results nobody needs any more once the op produces the core's result. Nodes that were unused before are
@@ -395,24 +385,18 @@ pub fn dead_without(graph: &Graph, core: &Core) -> BTreeSet<usize> {
     };
     dead.insert(first);
     // What the op reads stays.
-    let kept = [
-        Some(&core.q.value),
-        Some(&core.k.value),
-        Some(&core.v.value),
-        core.mask.as_ref(),
-    ];
-    let kept: HashSet<&str> = kept.into_iter().flatten().map(String::as_str).collect();
+    let kept: HashSet<&str> = core.reads().collect();
     sweep_dead(graph, &mut dead, &kept, &BTreeMap::new());
     dead
 }
 
-/// Extends `dead` upstream: a node is dead when all its results that were used are used by dead nodes only. A `Reshape` in
-/// `reshaped` has a constant target and no longer uses the one it was exported with.
+/// Extends `dead` upstream: a node is dead when all its results that were used are used by dead nodes only. A node in
+/// `retargeted` with a constant shape no longer uses the one it was exported with.
 pub fn sweep_dead(
     graph: &Graph,
     dead: &mut BTreeSet<usize>,
     kept: &HashSet<&str>,
-    reshaped: &BTreeMap<usize, Vec<i64>>,
+    retargeted: &Retargeted,
 ) {
     for index in (0..graph.nodes.len()).rev() {
         if dead.contains(&index) {
@@ -429,7 +413,7 @@ pub fn sweep_dead(
         let needed = outputs().any(|o| {
             let uses = |user: usize| {
                 !dead.contains(&user)
-                    && live_inputs(&graph.nodes[user], user, reshaped).any(|input| input == o)
+                    && live_inputs(&graph.nodes[user], user, retargeted).any(|input| input == o)
             };
             graph.is_output(o)
                 || kept.contains(o.as_str())

@@ -10,34 +10,115 @@ use crate::shapes::{Dim, Facts};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Operand {
     pub value: String,
-    /// One letter per axis: B batch, H head, S token, D channel; rank 3 has B for batch × heads.
+    /// What a fused operator did to the tensor inside, and lowering has to write out; the op sees the result.
+    pub prep: Vec<Prep>,
+    /// One letter per axis, after `prep`: B batch, H head, S token, D channel; rank 3 has B for batch × heads.
     pub layout: String,
-    /// The last axis holds this many heads side by side ([B, S, H·D]); lowering splits it.
-    pub packed_heads: Option<i64>,
+}
+
+/// One step from a value of the graph to what the op reads. Of the op's result it is read backwards.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Prep {
+    /// [B, S, C] · weights [C, W] (+ bias [W]): a projection inside a fused operator.
+    Project {
+        weights: String,
+        bias: Option<String>,
+    },
+    /// Adds elements `from..to` of the vector `bias` to the last axis.
+    AddBias { bias: String, from: i64, to: i64 },
+    /// Elements `from..to` of the last axis.
+    Columns { from: i64, to: i64 },
+    /// [B, S, H·D] → [B, S, H, D].
+    SplitHeads(i64),
+    /// Multiplied by a tensor that is one number per head: a learnt temperature.
+    Times(String),
+    /// One element of an axis, which disappears.
+    Pick { axis: i64, index: i64 },
 }
 
 impl Operand {
     pub fn new(value: &str, layout: &str) -> Self {
         Self {
             value: value.into(),
+            prep: Vec::new(),
             layout: layout.into(),
-            packed_heads: None,
         }
     }
 
+    /// [B, S, H·D], the heads side by side.
     pub fn packed(value: &str, heads: i64) -> Self {
         Self {
             value: value.into(),
+            prep: vec![Prep::SplitHeads(heads)],
             layout: "BSHD".into(),
-            packed_heads: Some(heads),
         }
     }
 
+    /// Whether a projection is part of `prep`: then `value` is the projection's input.
+    pub fn projects(&self) -> bool {
+        self.prep.iter().any(|p| matches!(p, Prep::Project { .. }))
+    }
+
+    /// The names `prep` reads beside `value`: weights and biases.
+    pub fn side_values(&self) -> impl Iterator<Item = &str> {
+        self.prep
+            .iter()
+            .flat_map(|p| match p {
+                Prep::Project { weights, bias } => [Some(weights), bias.as_ref()],
+                Prep::AddBias { bias, .. } => [Some(bias), None],
+            Prep::Times(factor) => [Some(factor), None],
+                _ => [None, None],
+            })
+            .flatten()
+            .map(String::as_str)
+    }
+
+    /// The shape after `prep`.
+    pub fn shape(&self, facts: &Facts) -> Option<Vec<Dim>> {
+        let mut dims = facts.shape(&self.value)?.to_vec();
+        for step in &self.prep {
+            match step {
+                Prep::Project { weights, .. } => {
+                    *dims.last_mut()? = facts.shape(weights)?.last()?.clone();
+                }
+                Prep::AddBias { .. } | Prep::Times(_) => {}
+                Prep::Columns { from, to } => *dims.last_mut()? = (to - from).into(),
+                Prep::SplitHeads(heads) => {
+                    let width = dims.pop()?;
+                    dims.extend([(*heads).into(), width.over(&(*heads).into())?]);
+                }
+                Prep::Pick { axis, .. } => {
+                    let axis = usize::try_from(*axis).ok().filter(|&a| a < dims.len())?;
+                    dims.remove(axis);
+                }
+            }
+        }
+        Some(dims)
+    }
+
     /// The size of the axis called `letter`.
-    pub fn size<'f>(&self, facts: &'f Facts, letter: char) -> Option<&'f Dim> {
+    pub fn size(&self, facts: &Facts, letter: char) -> Option<Dim> {
         let axis = self.layout.find(letter)?;
-        let shape = facts.shape(&self.value)?;
-        (shape.len() == self.layout.len()).then(|| &shape[axis])
+        let shape = self.shape(facts)?;
+        (shape.len() == self.layout.len()).then(|| shape[axis].clone())
+    }
+
+    /// The axis of `value` itself (not of what `prep` makes of it) that holds the tokens.
+    pub fn token_axis(&self) -> Option<usize> {
+        match self.prep.first() {
+            None | Some(Prep::Times(_)) => self.layout.find('S'),
+            // Every fused operator takes [B, S, …].
+            Some(_) => Some(1),
+        }
+    }
+}
+
+/// What the op can read: any order of four axes; of three, the folded batch and heads first.
+pub fn is_supported(layout: &str) -> bool {
+    match layout.len() {
+        4 => true,
+        3 => layout.starts_with('B'),
+        _ => false,
     }
 }
 
@@ -57,7 +138,7 @@ fn permuted(layout: &str, perm: &[i64]) -> Option<String> {
 /// Walks `operand` upstream while nothing but layout (and, with `scale`, a constant factor) is in the way. The factor is
 /// multiplied into `scale`.
 pub fn absorb(graph: &Graph, facts: &Facts, operand: &Operand, scale: Option<&mut f64>) -> Operand {
-    if operand.packed_heads.is_some() {
+    if !operand.prep.is_empty() {
         return operand.clone();
     }
     let rank = operand.layout.len();
@@ -68,46 +149,28 @@ pub fn absorb(graph: &Graph, facts: &Facts, operand: &Operand, scale: Option<&mu
         if !node.domain().is_empty() {
             break;
         }
+        let through = |value: Option<&str>| Some(Operand::new(value?, &at.layout));
         let next = match node.op() {
-            "Identity" => node.input(0).map(|v| Operand {
-                value: v.into(),
-                ..at.clone()
-            }),
-            "Cast" => node
-                .input(0)
-                .filter(|v| {
-                    facts.of(v).elem_type == facts.of(&at.value).elem_type
-                        && facts.of(v).elem_type != 0
-                })
-                .map(|v| Operand {
-                    value: v.into(),
-                    ..at.clone()
-                }),
+            "Identity" => through(node.input(0)),
+            "Cast" => through(node.input(0).filter(|v| {
+                facts.of(v).elem_type == facts.of(&at.value).elem_type && facts.of(v).elem_type != 0
+            })),
             "Transpose" => node
                 .ints("perm")
                 .and_then(|perm| permuted(&at.layout, perm))
-                .and_then(|layout| {
-                    Some(Operand {
-                        value: node.input(0)?.into(),
-                        layout,
-                        packed_heads: None,
-                    })
-                }),
+                .and_then(|layout| Some(Operand::new(node.input(0)?, &layout))),
             "Reshape" => node.input(0).and_then(|v| regrouped(facts, &at, v)),
             "Mul" | "Div" if scale.is_some() => {
-                scalar_factor(facts, node.op(), node.input(0), node.input(1)).map(|(v, f)| {
+                scalar_factor(facts, node.op(), node.input(0), node.input(1)).and_then(|(v, f)| {
                     factor *= f;
-                    Operand {
-                        value: v.into(),
-                        ..at.clone()
-                    }
+                    through(Some(v))
                 })
             }
             _ => None,
         };
         let Some(next) = next else { break };
         at = next;
-        if at.layout.len() == rank {
+        if at.layout.len() == rank && is_supported(&at.layout) {
             best = (at.clone(), factor);
         }
     }
@@ -138,10 +201,7 @@ pub fn scalar_factor<'g>(
 fn regrouped(facts: &Facts, at: &Operand, input: &str) -> Option<Operand> {
     let (to, from) = (facts.shape(&at.value)?, facts.shape(input)?);
     if to == from {
-        return Some(Operand {
-            value: input.into(),
-            ..at.clone()
-        });
+        return Some(Operand::new(input, &at.layout));
     }
     let n = to.len();
     if from.len() < 2 || n < 2 || to[n - 2..] != from[from.len() - 2..] {
@@ -153,17 +213,13 @@ fn regrouped(facts: &Facts, at: &Operand, input: &str) -> Option<Operand> {
         (3, 4) if at.layout.starts_with('B') => format!("BH{tail}"),
         _ => return None,
     };
-    Some(Operand {
-        value: input.into(),
-        layout,
-        packed_heads: None,
-    })
+    Some(Operand::new(input, &layout))
 }
 
 /// Follows the attention's result downstream through transposes that nothing else sees.
 pub fn absorb_result(graph: &Graph, facts: &Facts, result: &Operand) -> Operand {
     let mut at = result.clone();
-    if at.packed_heads.is_some() {
+    if !at.prep.is_empty() {
         return at;
     }
     while let Some(index) = graph.only_consumer(&at.value) {
@@ -181,12 +237,11 @@ pub fn absorb_result(graph: &Graph, facts: &Facts, result: &Operand) -> Operand 
             }
             _ => None,
         };
-        let Some(layout) = layout else { break };
-        at = Operand {
-            value: node.output(0).into(),
-            layout,
-            packed_heads: None,
+        // The op writes halves of a batch, so the batch comes first.
+        let Some(layout) = layout.filter(|l| l.starts_with('B')) else {
+            break;
         };
+        at = Operand::new(node.output(0), &layout);
     }
     at
 }

@@ -44,7 +44,7 @@ impl Dependence {
         self.of.get(value).is_some_and(|set| set.contains(index))
     }
 
-    fn on_anything(&self, value: &str) -> bool {
+    pub fn on_anything(&self, value: &str) -> bool {
         self.of.get(value).is_some_and(|set| !set.is_empty())
     }
 }
@@ -62,8 +62,16 @@ pub fn is_weight(graph: &Graph, value: &str) -> bool {
                 if node.domain().is_empty()
                     && matches!(
                         node.op(),
-                        "Transpose" | "Cast" | "Identity" | "DequantizeLinear" | "Reshape"
-                    ) =>
+                        "Transpose"
+                            | "Cast"
+                            | "Identity"
+                            | "DequantizeLinear"
+                            | "Reshape"
+                            | "Mul"
+                            | "Squeeze"
+                            | "Unsqueeze"
+                    )
+                    && node.proto.input.iter().skip(1).all(|i| is_small(graph, i)) =>
             {
                 match node.input(0) {
                     Some(input) => at = input,
@@ -75,18 +83,32 @@ pub fn is_weight(graph: &Graph, value: &str) -> bool {
     }
 }
 
+/// Scales, axes and the like: constants, or nothing.
+fn is_small(graph: &Graph, value: &str) -> bool {
+    value.is_empty()
+        || graph.initializers.contains_key(value)
+        || graph
+            .producer(value)
+            .is_some_and(|(node, _)| node.is("Constant"))
+}
+
 /// The data operand of a projection: a product with a weight. `None` if `node` is no projection.
 pub fn projected<'n>(graph: &Graph, node: &'n Node) -> Option<&'n str> {
     let (a, b) = (node.input(0)?, node.input(1));
     match (node.domain(), node.op()) {
         ("", "MatMul" | "Gemm" | "MatMulInteger")
-        | ("com.microsoft", "FusedMatMul" | "MatMulNBits" | "MatMulIntegerToFloat") => {
-            match (is_weight(graph, a), b.is_some_and(|b| is_weight(graph, b))) {
-                (false, true) => Some(a),
-                (true, false) => b,
-                _ => None,
-            }
-        }
+        | (
+            "com.microsoft",
+            "FusedMatMul"
+            | "FusedGemm"
+            | "MatMulNBits"
+            | "MatMulIntegerToFloat"
+            | "DynamicQuantizeMatMul",
+        ) => match (is_weight(graph, a), b.is_some_and(|b| is_weight(graph, b))) {
+            (false, true) => Some(a),
+            (true, false) => b,
+            _ => None,
+        },
         ("", "Conv") if b.is_some_and(|b| is_weight(graph, b)) => Some(a),
         _ => None,
     }
@@ -152,9 +174,35 @@ pub fn sources(graph: &Graph, dependence: &Dependence, value: &str) -> BTreeSet<
             ),
         }
     }
+    // A low-rank adapter is a projection of a projection of the same source.
+    let adapters: Vec<String> = projections
+        .iter()
+        .filter(|data| {
+            projection_behind(graph, data).is_some_and(|source| projections.contains(source))
+        })
+        .cloned()
+        .collect();
+    for adapter in &adapters {
+        projections.remove(adapter);
+    }
     if projections.is_empty() {
         inputs
     } else {
         projections
+    }
+}
+
+/// What `value` is a projection of, if it is one (scaled, perhaps).
+fn projection_behind<'g>(graph: &'g Graph, value: &'g str) -> Option<&'g str> {
+    let mut at = value;
+    loop {
+        let (node, _) = graph.producer(at)?;
+        if let Some(source) = projected(graph, node) {
+            return Some(source);
+        }
+        if !matches!(node.op(), "Mul" | "Cast" | "Identity" | "Reshape") {
+            return None;
+        }
+        at = node.input(0)?;
     }
 }

@@ -2,24 +2,30 @@
 
 use super::Reason;
 use super::anchor::{self, Core};
+use super::batch::Batch;
+use super::choice::Choice;
 use super::inputs::{self, Inputs, InputsError, InputsRequest};
-use super::module::{self, Module};
+use super::linear;
+use super::module::{self, Module, Scene};
 use super::source::{self, Dependence};
+use super::streams::{Streams, Text};
 use crate::onnx::Graph;
 use crate::shapes::{self, Facts};
 use ditfastattn_plans::Fingerprint;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 /// What an attention site is.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
     /// Self-attention of the diffusion transformer: will be rewritten.
     Layer(Box<Layer>),
+    /// A layer that the user leaves out.
+    Skipped(Reason),
     /// Keys and values come from elsewhere (a prompt): left alone.
     Cross { queries: String, keys: String },
     /// Self-attention, but not of the denoiser (a text encoder, a decoder): left alone.
     Elsewhere(Reason),
-    /// Self-attention that the op cannot compute yet: left alone.
+    /// Self-attention that the op cannot compute: left alone.
     Unsupported(Reason),
     /// Not an attention that is recognised: left alone.
     Unknown(Reason),
@@ -28,13 +34,17 @@ pub enum Kind {
 /// A self-attention layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layer {
-    /// Position among the layers, in topological order.
+    /// Position among the layers that are rewritten, in topological order: the plan's column.
     pub index: usize,
     pub core: Core,
     /// Text and image tokens share the sequence, from two streams.
     pub joint: bool,
+    /// The text tokens of the sequence.
+    pub text: Text,
     /// The module to wrap, or why only the core can be replaced.
     pub module: Result<Module, Reason>,
+    /// Whether halves of its rows are halves of the batch, as ASC needs it; else why that is not known.
+    pub halves: Result<(), Reason>,
 }
 
 /// One softmax or attention operator.
@@ -72,7 +82,7 @@ impl Survey {
 
     /// What a plan made for this model would say of it; numbers that differ between layers are left out.
     pub fn fingerprint(&self) -> Fingerprint {
-        let same = |number: fn(&Layer) -> Option<i64>| {
+        let same = |number: &dyn Fn(&Layer) -> Option<i64>| {
             let mut all = self.layers().map(number);
             let first = all.next()??;
             all.all(|n| n == Some(first))
@@ -81,39 +91,69 @@ impl Survey {
         };
         Fingerprint {
             layers: Some(self.layers().count()),
-            heads: same(|l| l.core.heads),
-            head_dim: same(|l| l.core.head_dim),
-            tokens: same(|l| l.core.tokens.as_ref()?.parse().ok()),
+            heads: same(&|l| l.core.heads),
+            head_dim: same(&|l| l.core.head_dim),
+            tokens: same(&|l| l.core.tokens.as_ref()?.known()),
         }
     }
+}
+
+/// A self-attention of the denoiser, before it is known which of them are rewritten.
+struct Candidate {
+    core: Core,
+    /// Inputs of the projections, and the streams they are spellings of.
+    sources: BTreeSet<String>,
+    streams: BTreeSet<String>,
+}
+
+enum Found {
+    Candidate(Box<Candidate>),
+    Other(Kind),
 }
 
 /// Looks at every site of `graph`.
 ///
 /// # Errors
 /// Only when the model's inputs cannot be told apart; sites that do not match are part of the result.
-pub fn survey(graph: &Graph, request: &InputsRequest) -> Result<Survey, InputsError> {
+pub fn survey(
+    graph: &Graph,
+    request: &InputsRequest,
+    choice: &Choice,
+) -> Result<Survey, InputsError> {
     let inputs = inputs::find(graph, request)?;
     let facts = shapes::infer(graph, Some(&inputs.latents));
     let dependence = Dependence::new(graph);
-    let mut layers = 0;
-    let sites = graph
+    let mut found: Vec<(usize, Found)> = graph
         .nodes
         .iter()
         .enumerate()
         .filter(|(_, node)| anchor::is_anchor(graph, node))
-        .map(|(index, node)| {
-            let kind = match anchor::core(graph, &facts, index) {
-                Ok(core) => classify(graph, &facts, &dependence, &inputs, core, &mut layers),
-                Err(reason) => Kind::Unknown(reason),
+        .map(|(index, _)| {
+            let found = match anchor::core(graph, &facts, &dependence, index) {
+                Ok(core) => classify(graph, &dependence, &inputs, core),
+                Err(reason) => Found::Other(Kind::Unknown(reason)),
             };
-            Site {
-                node: node.label().to_owned(),
-                op: node.op().to_owned(),
-                kind,
-            }
+            (index, found)
         })
         .collect();
+    set_decoders_aside(graph, &dependence, choice, &mut found);
+    let kinds = into_kinds(graph, &facts, &inputs, choice, found);
+    let mut sites: Vec<Site> = kinds
+        .into_iter()
+        .map(|(index, kind)| Site {
+            node: graph.nodes[index].label().to_owned(),
+            op: graph.nodes[index].op().to_owned(),
+            kind,
+        })
+        .collect();
+    sites.extend(linear::sites(graph).into_iter().map(|node| {
+        let text = "linear attention: without a softmax there is nothing to window or to share";
+        Site {
+            node: node.label().to_owned(),
+            op: node.op().to_owned(),
+            kind: Kind::Unsupported(Reason::new(text, [node.label()])),
+        }
+    }));
     Ok(Survey {
         inputs,
         facts,
@@ -121,17 +161,16 @@ pub fn survey(graph: &Graph, request: &InputsRequest) -> Result<Survey, InputsEr
     })
 }
 
-fn classify(
-    graph: &Graph,
-    facts: &Facts,
-    dependence: &Dependence,
-    inputs: &Inputs,
-    core: Core,
-    layers: &mut usize,
-) -> Kind {
+/// Self-attention of the denoiser, or what it is instead.
+fn classify(graph: &Graph, dependence: &Dependence, inputs: &Inputs, core: Core) -> Found {
     let label = graph.nodes[core.anchor].label();
-    let [q, k, v] =
-        [&core.q, &core.k, &core.v].map(|o| source::sources(graph, dependence, &o.value));
+    let [q, k, v] = [&core.q, &core.k, &core.v].map(|o| {
+        if o.projects() {
+            BTreeSet::from([o.value.clone()])
+        } else {
+            source::sources(graph, dependence, &o.value)
+        }
+    });
     let roots = |set: &BTreeSet<String>| {
         set.iter()
             .map(|s| source::root(graph, s).to_owned())
@@ -140,39 +179,147 @@ fn classify(
     let (rq, rk, rv) = (roots(&q), roots(&k), roots(&v));
     let list = |set: &BTreeSet<String>| set.iter().cloned().collect::<Vec<_>>().join(", ");
     if rq != rk || rq != rv {
-        return Kind::Cross {
+        return Found::Other(Kind::Cross {
             queries: list(&rq),
             keys: list(&rk.union(&rv).cloned().collect()),
-        };
+        });
     }
-    let needs = |input: &str| q.iter().any(|s| dependence.on(s, input));
     for input in [&inputs.latents, &inputs.timestep] {
-        if !needs(input) {
+        if !q.iter().any(|s| dependence.on(s, input)) {
             let text =
                 format!("self-attention outside the denoiser: it does not depend on `{input}`");
-            return Kind::Elsewhere(Reason::new(text, [label]));
+            return Found::Other(Kind::Elsewhere(Reason::new(text, [label])));
         }
     }
-    if let Some(mask) = &core.mask {
-        let text = format!("self-attention with a mask (`{mask}`) is not supported yet");
-        return Kind::Unsupported(Reason::new(text, [label]));
-    }
-    let module = match (q.len(), rq.len()) {
-        (1, _) if q == k && q == v => {
-            module::isolate(graph, facts, &core, q.first().expect("one source"))
-        }
-        (_, 1) => module::isolate(graph, facts, &core, rq.first().expect("one source")),
-        (_, streams) => {
-            let text = format!("joint attention over {streams} streams: {}", list(&rq));
-            Err(Reason::new(text, [label]))
-        }
-    };
-    let index = *layers;
-    *layers += 1;
-    Kind::Layer(Box::new(Layer {
-        index,
+    // As they stand in the graph, if all agree; else what they are spellings of.
+    let sources = if q == k && q == v { q } else { rq.clone() };
+    Found::Candidate(Box::new(Candidate {
         core,
-        joint: rq.len() > 1,
-        module,
+        sources: quantized_sources(graph, sources),
+        streams: rq,
     }))
+}
+
+/// A quantised source is quantised inside the module, so that its scale is that of the rows at hand.
+fn quantized_sources(graph: &Graph, sources: BTreeSet<String>) -> BTreeSet<String> {
+    sources
+        .into_iter()
+        .map(|s| match graph.producer(&s) {
+            Some((node, 0)) if node.is("DynamicQuantizeLinear") => {
+                node.input(0).map_or(s.clone(), str::to_owned)
+            }
+            _ => s,
+        })
+        .collect()
+}
+
+/// An image decoder behind the transformer in the same file has attention that depends on latents and timestep too. It
+/// stands alone: fewer sites of another shape, all after the transformer's and fed by them.
+fn set_decoders_aside(
+    graph: &Graph,
+    dependence: &Dependence,
+    choice: &Choice,
+    found: &mut [(usize, Found)],
+) {
+    let _ = dependence;
+    let shape = |c: &Candidate| (c.core.heads, c.core.head_dim);
+    let mut groups: HashMap<_, Vec<usize>> = HashMap::new();
+    for (at, (_, found)) in found.iter().enumerate() {
+        if let Found::Candidate(c) = found {
+            groups.entry(shape(c)).or_default().push(at);
+        }
+    }
+    let Some(main) = groups.values().max_by_key(|g| g.len()).cloned() else {
+        return;
+    };
+    let last = main.last().copied().unwrap_or(0);
+    if main.len() < 2 || !choice.only.is_empty() {
+        return;
+    }
+    for (shape, group) in groups {
+        let single_headed = shape.0 == Some(1) || shape.0.is_none();
+        let apart = group.first().is_some_and(|&first| first > last);
+        if !apart || group.len() >= main.len() || !(single_headed || group.len() == 1) {
+            continue;
+        }
+        for at in group {
+            let label = graph.nodes[found[at].0].label();
+            let text = format!(
+                "self-attention of another shape after the {} layers of the transformer: a decoder's; --only takes it in",
+                main.len()
+            );
+            found[at].1 = Found::Other(Kind::Elsewhere(Reason::new(text, [label])));
+        }
+    }
+}
+
+fn into_kinds(
+    graph: &Graph,
+    facts: &Facts,
+    inputs: &Inputs,
+    choice: &Choice,
+    found: Vec<(usize, Found)>,
+) -> Vec<(usize, Kind)> {
+    let cores: Vec<Core> = found
+        .iter()
+        .filter_map(|(_, f)| match f {
+            Found::Candidate(c) => Some(c.core.clone()),
+            Found::Other(_) => None,
+        })
+        .collect();
+    let streams = Streams::new(graph, facts, &inputs.latents, &cores);
+    let batch = Batch::new(graph, facts);
+    let scene = Scene {
+        graph,
+        facts,
+        batch: &batch,
+    };
+    let (mut seen, mut layers) = (0, 0);
+    found
+        .into_iter()
+        .map(|(node, found)| {
+            let candidate = match found {
+                Found::Candidate(candidate) => candidate,
+                Found::Other(kind) => return (node, kind),
+            };
+            let label = graph.nodes[node].label();
+            let excluded = choice.excludes(seen, label);
+            seen += 1;
+            if let Some(why) = excluded {
+                return (node, Kind::Skipped(Reason::new(why, [label])));
+            }
+            let text = streams.text(facts, &candidate.core);
+            let sources: Vec<String> = candidate.sources.iter().cloned().collect();
+            let module = module::isolate(&scene, &candidate.core, &sources);
+            let halves = halves(&scene, &candidate.core);
+            let layer = Layer {
+                halves,
+                index: layers,
+                joint: candidate.streams.len() > 1,
+                core: candidate.core,
+                text,
+                module,
+            };
+            layers += 1;
+            (node, Kind::Layer(Box::new(layer)))
+        })
+        .collect()
+}
+
+/// Rows of the core may be folded with heads, frames or positions; the batch must be the outermost of them.
+fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
+    let &Scene {
+        graph,
+        facts,
+        batch,
+    } = scene;
+    let out = &core.out.value;
+    if batch.is_outermost(facts, out) || module::batch_is_one(graph, facts) {
+        return Ok(());
+    }
+    let text = format!(
+        "it is not known that the batch is outermost in the attention's result `{out}` {}",
+        facts.show(out)
+    );
+    Err(Reason::new(text, [graph.nodes[core.anchor].label()]))
 }

@@ -1,8 +1,8 @@
 //! Pieces that every patch is made of: fresh names, nodes, type annotations, subgraphs.
 
 use crate::onnx::{
-    AttributeProto, DimensionProto, Graph, NodeProto, TensorShapeProto, TensorTypeProto, TypeProto,
-    ValueInfoProto,
+    AttributeProto, DimensionProto, Graph, NodeProto, TensorProto, TensorShapeProto,
+    TensorTypeProto, TypeProto, ValueInfoProto, elem_type,
 };
 use crate::shapes::Fact;
 use bytes::Bytes;
@@ -85,7 +85,76 @@ pub fn value_info(name: &str, fact: &Fact) -> Bytes {
     .into()
 }
 
-/// The body of an `If` branch: no inputs, one output.
+/// Nodes in the making: every helper appends to them and returns the name of its result.
+pub struct Writer<'n> {
+    pub nodes: Vec<Bytes>,
+    pub names: &'n mut Names,
+}
+
+impl Writer<'_> {
+    /// One ONNX node with one result called `output` (made fresh).
+    pub fn push(
+        &mut self,
+        op: &str,
+        output: &str,
+        inputs: &[&str],
+        attributes: &[AttributeProto],
+    ) -> String {
+        let output = self.names.fresh(output);
+        self.push_as(op, &output, inputs, attributes);
+        output
+    }
+
+    /// One ONNX node whose result is exactly `output`.
+    pub fn push_as(
+        &mut self,
+        op: &str,
+        output: &str,
+        inputs: &[&str],
+        attributes: &[AttributeProto],
+    ) {
+        let name = self
+            .names
+            .fresh(&format!("{output}/{}", op.to_ascii_lowercase()));
+        self.nodes
+            .push(node("", op, name, inputs, &[output], attributes));
+    }
+
+    /// A vector of integers, such as a shape.
+    pub fn ints(&mut self, near: &str, values: &[i64]) -> String {
+        let raw: Vec<u8> = values.iter().flat_map(|i| i.to_le_bytes()).collect();
+        self.constant(near, elem_type::INT64, vec![values.len() as i64], raw)
+    }
+
+    /// One integer without axes.
+    pub fn int(&mut self, near: &str, value: i64) -> String {
+        self.constant(near, elem_type::INT64, vec![], value.to_le_bytes().to_vec())
+    }
+
+    pub fn bools(&mut self, near: &str, values: &[bool]) -> String {
+        let raw = values.iter().map(|&b| u8::from(b)).collect();
+        self.constant(near, elem_type::BOOL, vec![values.len() as i64], raw)
+    }
+
+    /// One float32 without axes.
+    pub fn float(&mut self, near: &str, value: f64) -> String {
+        let raw = (value as f32).to_le_bytes().to_vec();
+        self.constant(near, elem_type::FLOAT, vec![], raw)
+    }
+
+    fn constant(&mut self, near: &str, data_type: i32, dims: Vec<i64>, raw: Vec<u8>) -> String {
+        let tensor = TensorProto {
+            dims,
+            data_type,
+            raw_data: Some(raw.into()),
+            ..TensorProto::default()
+        };
+        let attribute = AttributeProto::tensor("value", &tensor);
+        self.push("Constant", &format!("{near}/constant"), &[], &[attribute])
+    }
+}
+
+/// The body of an `If` branch: no inputs.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Branch {
     #[prost(bytes = "bytes", repeated, tag = "1")]
@@ -98,11 +167,16 @@ struct Branch {
     value_info: Vec<Bytes>,
 }
 
-pub fn branch(name: String, nodes: Vec<Bytes>, output: Bytes, value_info: Vec<Bytes>) -> Bytes {
+pub fn branch(
+    name: String,
+    nodes: Vec<Bytes>,
+    output: Vec<Bytes>,
+    value_info: Vec<Bytes>,
+) -> Bytes {
     Branch {
         node: nodes,
         name,
-        output: vec![output],
+        output,
         value_info,
     }
     .encode_to_vec()

@@ -1,11 +1,13 @@
 //! The patch of one layer: the module form wraps projections and attention in an `If`; the core form replaces
 //! softmax(q·kᵀ)·v only.
 
-use super::build::{self, Names};
+use super::attention::Attention;
+use super::build::{self, Names, Writer};
 use super::step::Step;
+use super::text::TextTokens;
 use super::{DOMAIN, LowerError};
-use crate::find::{Core, Layer, Module, Operand, Survey};
-use crate::onnx::{AttributeProto, Graph, Node, NodeProto, TensorProto, elem_type};
+use crate::find::{Layer, Module, Survey, Target};
+use crate::onnx::{AttributeProto, Graph, Node, NodeProto};
 use crate::shapes::Fact;
 use bytes::Bytes;
 use prost::Message;
@@ -26,322 +28,308 @@ pub fn build(
     survey: &Survey,
     layer: &Layer,
     step: &Step,
+    text: &TextTokens,
     names: &mut Names,
 ) -> Result<Patch, LowerError> {
+    let prefix = format!("dfa/layer_{}", layer.index);
+    let lowering = Lowering {
+        graph,
+        survey,
+        layer,
+        step,
+        text,
+        prefix: &prefix,
+    };
     match &layer.module {
-        Ok(module) => module_form(graph, survey, layer, module, step, names),
-        Err(_) => Ok(core_form(graph, survey, layer, step, names)),
+        Ok(module) => lowering.module_form(module, names),
+        Err(_) => Ok(lowering.core_form(names)),
     }
 }
 
-/// What the names of this layer's new values and nodes begin with.
-fn prefix(layer: &Layer) -> String {
-    format!("dfa/layer_{}", layer.index)
+struct Lowering<'a> {
+    graph: &'a Graph,
+    survey: &'a Survey,
+    layer: &'a Layer,
+    step: &'a Step,
+    text: &'a TextTokens,
+    prefix: &'a str,
 }
 
-fn position(graph: &Graph, value: &str) -> usize {
-    graph.producer_index(value).map_or(0, |(index, _)| index)
-}
-
-fn annotated(graph: &Graph, value: &str) -> bool {
-    graph.value_info.contains_key(value)
-}
-
-fn typed(mut fact: Fact, core: &Core) -> Fact {
-    if fact.elem_type == 0 {
-        fact.elem_type = core.elem_type;
+impl Lowering<'_> {
+    fn position(&self, value: &str) -> usize {
+        self.graph
+            .producer_index(value)
+            .map_or(0, |(index, _)| index)
     }
-    fact
-}
 
-fn core_form(
-    graph: &Graph,
-    survey: &Survey,
-    layer: &Layer,
-    step: &Step,
-    names: &mut Names,
-) -> Patch {
-    let core = &layer.core;
-    let nodes = attention(layer, step, names, &HashMap::new());
-    let mut value_info = Vec::new();
-    if !annotated(graph, &core.out.value) && core.out.packed_heads.is_none() {
-        value_info.push(build::value_info(
-            &core.out.value,
-            &typed(survey.facts.of(&core.out.value), core),
+    fn fact(&self, value: &str) -> Fact {
+        let mut fact = self.survey.facts.of(value);
+        if fact.elem_type == 0 {
+            fact.elem_type = self.layer.core.elem_type;
+        }
+        fact
+    }
+
+    fn attention<'a>(&'a self, renamed: &'a HashMap<String, String>) -> Attention<'a> {
+        Attention {
+            survey: self.survey,
+            layer: self.layer,
+            ticket: &self.step.ticket,
+            text: self.text,
+            prefix: self.prefix,
+            renamed,
+        }
+    }
+
+    /// One of the ops around the attention: `x`, ticket → result.
+    fn around(
+        &self,
+        w: &mut Writer<'_>,
+        op: &str,
+        x: &str,
+        result: &str,
+        mut attributes: Vec<AttributeProto>,
+    ) {
+        attributes.insert(0, AttributeProto::int("layer", self.layer.index as i64));
+        let name = w.names.fresh(&format!("{result}/op"));
+        w.nodes.push(build::node(
+            DOMAIN,
+            op,
+            name,
+            &[x, &self.step.ticket],
+            &[result],
+            &attributes,
         ));
     }
-    Patch {
-        position: position(graph, &core.out.value),
-        nodes,
-        moved: BTreeSet::new(),
-        value_info,
-    }
-}
 
-/// The attention op itself, with the reshapes that packed heads need around it.
-fn attention(
-    layer: &Layer,
-    step: &Step,
-    names: &mut Names,
-    renamed: &HashMap<String, String>,
-) -> Vec<Bytes> {
-    let core = &layer.core;
-    let prefix = prefix(layer);
-    let form = if layer.module.is_ok() {
-        "module"
-    } else {
-        "core"
-    };
-    let name_here = |value: &String| renamed.get(value).unwrap_or(value).clone();
-    let result = name_here(&core.out.value);
-    let mut nodes = Vec::new();
-    let mut operand = |operand: &Operand, role: &str| -> String {
-        let value = name_here(&operand.value);
-        let Some(heads) = operand.packed_heads else {
-            return value;
+    /// Which of the module's results an op stands for.
+    fn place(sink: usize, sinks: usize) -> Vec<AttributeProto> {
+        if sinks == 1 {
+            return Vec::new();
+        }
+        vec![
+            AttributeProto::int("sink", sink as i64),
+            AttributeProto::int("sinks", sinks as i64),
+        ]
+    }
+
+    /// How many leading rows of `sink` there are for each of `source`; 0 if that is no whole number.
+    fn fold(&self, source: &str, sink: &str) -> i64 {
+        let rows = |value: &str| self.survey.facts.shape(value)?.first().cloned();
+        rows(sink)
+            .zip(rows(source))
+            .and_then(|(sink, source)| sink.over(&source)?.known())
+            .unwrap_or(0)
+    }
+
+    fn core_form(&self, names: &mut Names) -> Patch {
+        let core = &self.layer.core;
+        let mut w = Writer {
+            nodes: Vec::new(),
+            names,
         };
-        let split = names.fresh(&format!("{prefix}/{role}_heads"));
-        reshape(&mut nodes, names, &value, &split, &[0, 0, heads, -1]);
-        split
-    };
-    let (q, k, v) = (
-        operand(&core.q, "q"),
-        operand(&core.k, "k"),
-        operand(&core.v, "v"),
-    );
-    let out = match core.out.packed_heads {
-        Some(_) => names.fresh(&format!("{prefix}/out_heads")),
-        None => result.clone(),
-    };
-    let attributes = [
-        AttributeProto::int("layer", layer.index as i64),
-        AttributeProto::float("scale", core.scale.map_or(0.0, |s| s as f32)),
-        AttributeProto::string("form", form),
-        AttributeProto::string("q_layout", &core.q.layout),
-        AttributeProto::string("k_layout", &core.k.layout),
-        AttributeProto::string("v_layout", &core.v.layout),
-        AttributeProto::string("o_layout", &core.out.layout),
-    ];
-    let name = names.fresh(&format!("{prefix}/attention"));
-    nodes.push(build::node(
-        DOMAIN,
-        "DiTFastAttn",
-        name,
-        &[&q, &k, &v, &step.ticket],
-        &[&out],
-        &attributes,
-    ));
-    if core.out.packed_heads.is_some() {
-        reshape(&mut nodes, names, &out, &result, &[0, 0, -1]);
+        self.attention(&HashMap::new()).write(&mut w);
+        let out = &core.out.value;
+        let annotate = core.out.prep.is_empty() && !self.graph.value_info.contains_key(out);
+        Patch {
+            position: self.position(out),
+            nodes: w.nodes,
+            moved: BTreeSet::new(),
+            value_info: annotate
+                .then(|| build::value_info(out, &self.fact(out)))
+                .into_iter()
+                .collect(),
+        }
     }
-    nodes
-}
 
-fn reshape(nodes: &mut Vec<Bytes>, names: &mut Names, input: &str, output: &str, target: &[i64]) {
-    let shape = constant(nodes, names, output, target);
-    let name = names.fresh(&format!("{output}/reshape"));
-    nodes.push(build::node(
-        "",
-        "Reshape",
-        name,
-        &[input, &shape],
-        &[output],
-        &[],
-    ));
-}
+    fn module_form(&self, module: &Module, names: &mut Names) -> Result<Patch, LowerError> {
+        let prefix = self.prefix;
+        let sinks = module.sinks.len();
+        let mut w = Writer {
+            nodes: Vec::new(),
+            names,
+        };
+        let renamed = self.renamed(module, w.names);
+        let mut inner_info = Vec::new();
+        for value in module.sources.iter().chain(&module.selected) {
+            let selected = &renamed[value];
+            self.around(&mut w, "DiTFastAttnSelect", value, selected, Vec::new());
+            inner_info.push(build::value_info(selected, &self.fact(value)));
+        }
+        self.inside(module, &renamed, &mut w)?;
+        let core = &self.layer.core;
+        let result = renamed.get(&core.out.value).unwrap_or(&core.out.value);
+        if core.out.prep.is_empty() && !module.sinks.contains(&core.out.value) {
+            inner_info.push(build::value_info(result, &self.fact(&core.out.value)));
+        }
+        let mut outputs = Vec::new();
+        for (sink, value) in module.sinks.iter().enumerate() {
+            let shared = w.names.fresh(&format!("{prefix}/shared"));
+            let place = Self::place(sink, sinks);
+            self.around(&mut w, "DiTFastAttnShare", &renamed[value], &shared, place);
+            outputs.push(build::value_info(&shared, &self.fact(value)));
+        }
+        let nodes = std::mem::take(&mut w.nodes);
+        let full = build::branch(format!("{prefix}/compute"), nodes, outputs, inner_info);
 
-/// A `Constant` node with a shape vector; returns the value's name.
-fn constant(nodes: &mut Vec<Bytes>, names: &mut Names, near: &str, values: &[i64]) -> String {
-    let value = names.fresh(&format!("{near}/shape"));
-    let raw: Vec<u8> = values.iter().flat_map(|i| i.to_le_bytes()).collect();
-    let tensor = TensorProto {
-        dims: vec![values.len() as i64],
-        data_type: elem_type::INT64,
-        raw_data: Some(raw.into()),
-        ..TensorProto::default()
-    };
-    let name = names.fresh(&format!("{value}/constant"));
-    nodes.push(build::node(
-        "",
-        "Constant",
-        name,
-        &[],
-        &[&value],
-        &[AttributeProto::tensor("value", &tensor)],
-    ));
-    value
-}
+        let mut outputs = Vec::new();
+        for (sink, value) in module.sinks.iter().enumerate() {
+            let reused = w.names.fresh(&format!("{prefix}/reused"));
+            let source = &module.sources[sink.min(module.sources.len() - 1)];
+            let mut attributes = Self::place(sink, sinks);
+            let fold = self.fold(source, value);
+            if fold != 1 {
+                attributes.push(AttributeProto::int("fold", fold));
+            }
+            self.around(&mut w, "DiTFastAttnReuse", source, &reused, attributes);
+            outputs.push(build::value_info(&reused, &self.fact(value)));
+        }
+        let nodes = std::mem::take(&mut w.nodes);
+        let cached = build::branch(format!("{prefix}/cached"), nodes, outputs, Vec::new());
 
-fn module_form(
-    graph: &Graph,
-    survey: &Survey,
-    layer: &Layer,
-    module: &Module,
-    step: &Step,
-    names: &mut Names,
-) -> Result<Patch, LowerError> {
-    let core = &layer.core;
-    let facts = &survey.facts;
-    let prefix = prefix(layer);
-    let own = AttributeProto::int("layer", layer.index as i64);
-    let own = std::slice::from_ref(&own);
+        let branches = [
+            AttributeProto::graph("then_branch", cached),
+            AttributeProto::graph("else_branch", full),
+        ];
+        let name = w.names.fresh(&format!("{prefix}/if"));
+        let results: Vec<&str> = module.sinks.iter().map(String::as_str).collect();
+        let skip = &self.step.skip[self.layer.index];
+        let node = build::node("", "If", name, &[skip], &results, &branches);
+        Ok(Patch {
+            position: module
+                .sinks
+                .iter()
+                .map(|s| self.position(s))
+                .min()
+                .unwrap_or(0),
+            nodes: vec![node],
+            moved: module
+                .inside
+                .difference(&module.duplicated)
+                .copied()
+                .collect(),
+            value_info: module
+                .sinks
+                .iter()
+                .filter(|s| !self.graph.value_info.contains_key(*s))
+                .map(|s| build::value_info(s, &self.fact(s)))
+                .collect(),
+        })
+    }
 
-    // Inside, the source is the selected rows, the sink is not yet doubled, and duplicates need names of their own.
-    let selected = names.fresh(&format!("{prefix}/selected"));
-    let computed = names.fresh(&format!("{prefix}/computed"));
-    let mut renamed = HashMap::from([
-        (module.source.clone(), selected.clone()),
-        (module.sink.clone(), computed.clone()),
-    ]);
-    for &index in &module.duplicated {
-        for output in &graph.nodes[index].proto.output {
-            if !output.is_empty() && *output != module.sink {
-                renamed.insert(output.clone(), names.fresh(&format!("{prefix}/{output}")));
+    /// Inside, sources are the selected rows, sinks are not yet doubled, and duplicates need names of their own.
+    fn renamed(&self, module: &Module, names: &mut Names) -> HashMap<String, String> {
+        let prefix = self.prefix;
+        let mut renamed = HashMap::new();
+        for value in module.sources.iter().chain(&module.selected) {
+            renamed.insert(value.clone(), names.fresh(&format!("{prefix}/selected")));
+        }
+        for value in &module.sinks {
+            renamed.insert(value.clone(), names.fresh(&format!("{prefix}/computed")));
+        }
+        for &index in &module.duplicated {
+            for output in &self.graph.nodes[index].proto.output {
+                if !output.is_empty() && !module.sinks.contains(output) {
+                    renamed.insert(output.clone(), names.fresh(&format!("{prefix}/{output}")));
+                }
+            }
+        }
+        renamed
+    }
+
+    /// The exporter's nodes, with the op where the attention was.
+    fn inside(
+        &self,
+        module: &Module,
+        renamed: &HashMap<String, String>,
+        w: &mut Writer<'_>,
+    ) -> Result<(), LowerError> {
+        let op_at = self.position(&self.layer.core.out.value);
+        let attention = self.attention(renamed);
+        let mut attended = false;
+        for &index in &module.inside {
+            if index > op_at && !attended {
+                attention.write(w);
+                attended = true;
+            }
+            let node = &self.graph.nodes[index];
+            let target = module
+                .retargeted
+                .get(&index)
+                .map(|target| self.target(w, node, target, renamed));
+            let duplicate = module.duplicated.contains(&index);
+            let moved = self.moved_node(node, renamed, target, duplicate, w.names)?;
+            w.nodes.push(moved);
+        }
+        if !attended {
+            attention.write(w);
+        }
+        Ok(())
+    }
+
+    /// The shape that `node` gets instead of its own.
+    fn target(
+        &self,
+        w: &mut Writer<'_>,
+        node: &Node,
+        target: &Target,
+        renamed: &HashMap<String, String>,
+    ) -> String {
+        let near = format!("{}/shape", self.prefix);
+        match target {
+            Target::Constant(sizes) => w.ints(&near, sizes),
+            Target::Patched(sizes) => {
+                let exported = node.input(1).unwrap_or_default();
+                let exported = renamed.get(exported).map_or(exported, String::as_str);
+                let kept: Vec<bool> = sizes.iter().map(Option::is_none).collect();
+                let ours: Vec<i64> = sizes.iter().map(|s| s.unwrap_or(1)).collect();
+                let (kept, ours) = (w.bools(&near, &kept), w.ints(&near, &ours));
+                w.push("Where", &near, &[&kept, exported, &ours], &[])
             }
         }
     }
 
-    let select = names.fresh(&format!("{prefix}/select"));
-    let mut nodes = vec![build::node(
-        DOMAIN,
-        "DiTFastAttnSelect",
-        select,
-        &[&module.source, &step.ticket],
-        &[&selected],
-        own,
-    )];
-    let op_at = position(graph, &core.out.value);
-    let result = renamed
-        .get(&core.out.value)
-        .unwrap_or(&core.out.value)
-        .clone();
-    let mut attended = false;
-    for &index in &module.inside {
-        if index > op_at && !attended {
-            nodes.extend(attention(layer, step, names, &renamed));
-            attended = true;
+    /// `node` as it stands inside the branch: the exporter's own bytes unless something in it changes.
+    fn moved_node(
+        &self,
+        node: &Node,
+        renamed: &HashMap<String, String>,
+        target: Option<String>,
+        duplicate: bool,
+        names: &mut Names,
+    ) -> Result<Bytes, LowerError> {
+        let touched = node
+            .proto
+            .input
+            .iter()
+            .chain(&node.proto.output)
+            .any(|n| renamed.contains_key(n));
+        if !touched && target.is_none() {
+            return Ok(node.raw.clone());
         }
-        let target = module
-            .reshaped
-            .get(&index)
-            .map(|t| constant(&mut nodes, names, &prefix, t));
-        let duplicate = module.duplicated.contains(&index);
-        nodes.push(moved_node(
-            &graph.nodes[index],
-            &renamed,
-            target,
-            duplicate.then_some((names as &mut Names, prefix.as_str())),
-        )?);
-    }
-    if !attended {
-        nodes.extend(attention(layer, step, names, &renamed));
-    }
-    let computed_else = names.fresh(&format!("{prefix}/shared"));
-    let share = names.fresh(&format!("{prefix}/share"));
-    nodes.push(build::node(
-        DOMAIN,
-        "DiTFastAttnShare",
-        share,
-        &[&computed, &step.ticket],
-        &[&computed_else],
-        own,
-    ));
-
-    let sink = typed(facts.of(&module.sink), core);
-    let selected_fact = typed(facts.of(&module.source), core);
-    let out_fact = typed(facts.of(&core.out.value), core);
-    let mut inner_info = vec![build::value_info(&selected, &selected_fact)];
-    if core.out.packed_heads.is_none() && result != computed {
-        inner_info.push(build::value_info(&result, &out_fact));
-    }
-    let full = build::branch(
-        format!("{prefix}/compute"),
-        nodes,
-        build::value_info(&computed_else, &sink),
-        inner_info,
-    );
-
-    let reused = names.fresh(&format!("{prefix}/reused"));
-    let reuse = names.fresh(&format!("{prefix}/reuse"));
-    let reuse = build::node(
-        DOMAIN,
-        "DiTFastAttnReuse",
-        reuse,
-        &[&module.source, &step.ticket],
-        &[&reused],
-        own,
-    );
-    let cached = build::branch(
-        format!("{prefix}/cached"),
-        vec![reuse],
-        build::value_info(&reused, &sink),
-        Vec::new(),
-    );
-
-    let branches = [
-        AttributeProto::graph("then_branch", cached),
-        AttributeProto::graph("else_branch", full),
-    ];
-    let name = names.fresh(&format!("{prefix}/if"));
-    let node = build::node(
-        "",
-        "If",
-        name,
-        &[&step.skip[layer.index]],
-        &[&module.sink],
-        &branches,
-    );
-    let mut value_info = Vec::new();
-    if !annotated(graph, &module.sink) {
-        value_info.push(build::value_info(&module.sink, &sink));
-    }
-    let moved = module
-        .inside
-        .difference(&module.duplicated)
-        .copied()
-        .collect();
-    Ok(Patch {
-        position: position(graph, &module.sink),
-        nodes: vec![node],
-        moved,
-        value_info,
-    })
-}
-
-/// `node` as it stands inside the branch: the exporter's own bytes unless a name in it changes.
-fn moved_node(
-    node: &Node,
-    renamed: &HashMap<String, String>,
-    target: Option<String>,
-    duplicate: Option<(&mut Names, &str)>,
-) -> Result<Bytes, LowerError> {
-    let touched = node
-        .proto
-        .input
-        .iter()
-        .chain(&node.proto.output)
-        .any(|n| renamed.contains_key(n));
-    if !touched && target.is_none() {
-        return Ok(node.raw.clone());
-    }
-    if !NodeProto::is_fully_known(&node.raw) {
-        return Err(LowerError::UnknownFields {
-            node: node.label().into(),
-        });
-    }
-    let mut proto = node.proto.clone();
-    for name in proto.input.iter_mut().chain(&mut proto.output) {
-        if let Some(new) = renamed.get(name) {
-            name.clone_from(new);
+        if !NodeProto::is_fully_known(&node.raw) {
+            return Err(LowerError::UnknownFields {
+                node: node.label().into(),
+            });
         }
+        let mut proto = node.proto.clone();
+        for name in proto.input.iter_mut().chain(&mut proto.output) {
+            if let Some(new) = renamed.get(name) {
+                name.clone_from(new);
+            }
+        }
+        if let Some(target) = target {
+            proto.input[1] = target;
+            // Our shapes use 0 for "copy", never for an empty axis.
+            proto
+                .attribute
+                .retain(|a| AttributeProto::decode(a.clone()).is_ok_and(|a| a.name != "allowzero"));
+        }
+        if let (true, Some(name)) = (duplicate, &mut proto.name)
+            && !name.is_empty()
+        {
+            *name = names.fresh(&format!("{}/{name}", self.prefix));
+        }
+        Ok(proto.encode_to_vec().into())
     }
-    if let Some(target) = target {
-        proto.input[1] = target;
-    }
-    if let (Some((names, prefix)), Some(name)) = (duplicate, &mut proto.name)
-        && !name.is_empty()
-    {
-        *name = names.fresh(&format!("{prefix}/{name}"));
-    }
-    Ok(proto.encode_to_vec().into())
 }

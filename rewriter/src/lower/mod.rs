@@ -3,15 +3,18 @@
 //! Knows the ops' graph contract (names, inputs, attributes) and nothing about exporters' dialects. What a patch does
 //! not mention keeps its bytes.
 
+mod attention;
 mod build;
 mod layer;
+mod order;
 mod step;
+mod text;
 
-use crate::find::{Survey, dead_without};
+use crate::find::{Kind, Survey, Target, dead_without};
 use crate::onnx::{GraphEdit, ModelFile};
 use build::Names;
 use bytes::Bytes;
-use ditfastattn_plans::Plan;
+use ditfastattn_plans::{Cfg, Plan};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -37,9 +40,9 @@ pub enum LowerError {
     )]
     AlreadyRewritten,
     #[error(
-        "nothing to rewrite: no self-attention layer of a diffusion transformer was found in {sites} attention site(s); `dfa-rewrite inspect` lists each with the reason"
+        "nothing to rewrite: no self-attention layer of a diffusion transformer was found in {sites} attention site(s){reasons}; `dfa-rewrite inspect` lists each"
     )]
-    NothingToRewrite { sites: usize },
+    NothingToRewrite { sites: usize, reasons: String },
     #[error(
         "the plan does not fit: {key} is {plan} in the plan and {model} in the model; use a plan made for this model (`dfa-rewrite inspect` shows its layers)"
     )]
@@ -49,9 +52,21 @@ pub enum LowerError {
         model: usize,
     },
     #[error(
-        "layer {layer} ({node}) is joint attention over text and image tokens, and the plan does not say how many are text: add \"text\": {{\"tokens\": …, \"side\": \"start\" or \"end\"}} to the plan"
+        "layer {layer} ({node}): {why}; add \"text\": {{\"tokens\": …, \"side\": \"start\" or \"end\"}} to the plan, or leave the layer out with --skip {layer}"
     )]
-    TextUnknown { layer: usize, node: String },
+    TextUnknown {
+        layer: usize,
+        node: String,
+        why: &'static str,
+    },
+    #[error(
+        "layer {layer} ({node}) cannot be shared across guidance: {why}; use a plan without asc for it, or leave the layer out with --skip"
+    )]
+    NoHalves {
+        layer: usize,
+        node: String,
+        why: String,
+    },
     #[error(
         "the model already has a value called `{name}`, which the rewritten model needs as an input; rename it"
     )]
@@ -105,8 +120,10 @@ pub fn lower(
     let mut dead = BTreeSet::new();
     let mut kept: HashSet<&str> = HashSet::new();
     let mut forms = Vec::new();
+    let texts = text::Texts::new(graph, survey);
     for layer in survey.layers() {
-        let patch = layer::build(graph, survey, layer, &step, &mut names)?;
+        let text = texts.of(layer, plan)?;
+        let patch = layer::build(graph, survey, layer, &step, &text, &mut names)?;
         insert
             .entry(patch.position)
             .or_default()
@@ -114,8 +131,7 @@ pub fn lower(
         edit.added_value_info.extend(patch.value_info);
         moved.extend(patch.moved);
         dead.extend(dead_without(graph, &layer.core));
-        let core = &layer.core;
-        kept.extend([&core.q.value, &core.k.value, &core.v.value].map(String::as_str));
+        kept.extend(layer.core.reads());
         forms.push(if layer.module.is_ok() {
             Form::Module
         } else {
@@ -123,7 +139,7 @@ pub fn lower(
         });
     }
     // A constant shared by several layers dies only once all its users have.
-    crate::find::sweep_dead(graph, &mut dead, &kept, &step.replaced_constants(survey));
+    crate::find::sweep_dead(graph, &mut dead, &kept, &step.retargeted(survey));
     let mut nodes = vec![step.node];
     for (index, node) in graph.nodes.iter().enumerate() {
         if !moved.contains(&index) && !dead.contains(&index) {
@@ -131,7 +147,7 @@ pub fn lower(
         }
         nodes.extend(insert.remove(&index).unwrap_or_default());
     }
-    edit.nodes = Some(nodes);
+    edit.nodes = Some(order::topological(nodes));
     edit.added_inputs = step.inputs;
     edit.added_initializers = step.initializers;
     edit.added_value_info.extend(step.value_info);
@@ -150,7 +166,7 @@ pub fn lower(
 /// Values that keep their name and place although their producer moved: the modules' results.
 fn survives(survey: &Survey, value: &str) -> bool {
     survey.layers().any(|l| match &l.module {
-        Ok(module) => module.sink == value,
+        Ok(module) => module.sinks.iter().any(|s| s == value),
         Err(_) => l.core.out.value == value,
     })
 }
@@ -174,6 +190,7 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
     if layers == 0 {
         return Err(LowerError::NothingToRewrite {
             sites: survey.sites.len(),
+            reasons: reasons(survey),
         });
     }
     if layers != plan.layers() {
@@ -188,16 +205,46 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
     {
         return Err(LowerError::PlanDoesNotFit { key, plan, model });
     }
-    if plan.text.is_none()
-        && let Some(joint) = survey.layers().find(|l| l.joint)
-    {
-        let node = survey.label(joint);
-        return Err(LowerError::TextUnknown {
-            layer: joint.index,
-            node,
-        });
+    for layer in survey.layers() {
+        if let Err(reason) = &layer.halves
+            && (0..plan.step_count()).any(|t| plan.action(t, layer.index).uses_halves())
+            && plan.cfg != Cfg::Separate
+        {
+            return Err(LowerError::NoHalves {
+                layer: layer.index,
+                node: survey.label(layer),
+                why: reason.text.clone(),
+            });
+        }
     }
     Ok(())
+}
+
+/// Why there is no layer, each reason once and the commonest first.
+fn reasons(survey: &Survey) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for site in &survey.sites {
+        let reason = match &site.kind {
+            Kind::Layer(_) => continue,
+            Kind::Cross { .. } => "cross-attention",
+            Kind::Skipped(r) | Kind::Elsewhere(r) | Kind::Unsupported(r) | Kind::Unknown(r) => {
+                r.text.as_str()
+            }
+        };
+        *counts.entry(reason).or_default() += 1;
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|&(_, n)| std::cmp::Reverse(n));
+    let shown: Vec<_> = counts
+        .iter()
+        .take(4)
+        .map(|(reason, n)| format!("{n} × {reason}"))
+        .collect();
+    if shown.is_empty() {
+        String::new()
+    } else {
+        format!(": {}", shown.join("; "))
+    }
 }
 
 /// Initializers that only dead nodes used.
@@ -211,7 +258,9 @@ fn unused_initializers(
     let reshaped: BTreeSet<usize> = survey
         .layers()
         .filter_map(|l| l.module.as_ref().ok())
-        .flat_map(|m| m.reshaped.keys().copied())
+        .flat_map(|m| &m.retargeted)
+        .filter(|(_, target)| matches!(target, Target::Constant(_)))
+        .map(|(&node, _)| node)
         .collect();
     dead.iter()
         .chain(&reshaped)
@@ -219,6 +268,7 @@ fn unused_initializers(
         .filter(|name| {
             graph.initializers.contains_key(*name) && !graph.inputs.iter().any(|i| i.name == **name)
         })
+        .filter(|name| !survey.layers().any(|l| l.core.reads().any(|r| r == *name)))
         .filter(|name| {
             let needed = |&user: &usize| {
                 let only_as_target =

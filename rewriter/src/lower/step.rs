@@ -2,7 +2,7 @@
 
 use super::build::{self, Names};
 use super::{DOMAIN, LowerError, RequestInputs};
-use crate::find::Survey;
+use crate::find::{Survey, Target};
 use crate::onnx::{AttributeProto, TensorProto, elem_type};
 use crate::shapes::Fact;
 use bytes::Bytes;
@@ -25,12 +25,12 @@ pub struct Step {
 }
 
 impl Step {
-    /// `Reshape` targets that became constants, by node: they no longer use what computed them.
-    pub fn replaced_constants(&self, survey: &Survey) -> BTreeMap<usize, Vec<i64>> {
+    /// Nodes that get other shapes than they were exported with.
+    pub fn retargeted(&self, survey: &Survey) -> BTreeMap<usize, Target> {
         survey
             .layers()
             .filter_map(|l| l.module.as_ref().ok())
-            .flat_map(|m| m.reshaped.iter().map(|(&i, t)| (i, t.clone())))
+            .flat_map(|m| m.retargeted.iter().map(|(&i, t)| (i, t.clone())))
             .collect()
     }
 }

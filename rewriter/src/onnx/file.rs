@@ -93,7 +93,7 @@ impl ModelFile {
         if graphs.next().is_some() {
             return Err(malformed("it has more than one graph (field 7)".into()));
         }
-        let graph = Graph::parse(&graph).map_err(malformed)?;
+        let mut graph = Graph::parse(&graph).map_err(malformed)?;
         let payloads = |number: u32| {
             fields
                 .iter()
@@ -104,6 +104,7 @@ impl ModelFile {
             .map(|p| OperatorSetIdProto::decode(p).map(|o| (o.domain, o.version)))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|e| malformed(format!("bad opset_import: {e}")))?;
+        graph.opset = onnx_version(&opset_imports);
         let metadata = payloads(FIELD_METADATA)
             .map(|p| StringStringEntryProto::decode(p).map(|e| (e.key, e.value)))
             .collect::<Result<Vec<_>, _>>()
@@ -135,10 +136,7 @@ impl ModelFile {
 
     /// The opset version of the ONNX domain, 0 if it is not imported.
     pub fn onnx_opset(&self) -> i64 {
-        self.opset_imports
-            .iter()
-            .find(|(d, _)| d.is_empty() || d == "ai.onnx")
-            .map_or(0, |&(_, v)| v)
+        self.graph.opset
     }
 
     /// File names (as written in the model) of the external data its initializers refer to.
@@ -247,6 +245,13 @@ pub fn write_atomically(
         let _ = folder.sync_all();
     }
     Ok(())
+}
+
+fn onnx_version(imports: &[(String, i64)]) -> i64 {
+    imports
+        .iter()
+        .find(|(domain, _)| domain.is_empty() || domain == "ai.onnx")
+        .map_or(0, |&(_, version)| version)
 }
 
 #[cfg(test)]

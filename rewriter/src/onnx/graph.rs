@@ -94,6 +94,11 @@ impl Node {
             .any(|a| a.g.is_some() || !a.graphs.is_empty())
     }
 
+    /// Reads a serialized node; `None` if it is none.
+    pub fn read(raw: Bytes) -> Option<Self> {
+        Self::parse(raw, 0).ok()
+    }
+
     /// Reads a node; `depth` counts the subgraphs around it.
     fn parse(raw: Bytes, depth: usize) -> Result<Self, String> {
         let proto = NodeProto::decode(raw.clone()).map_err(|e| format!("bad node: {e}"))?;
@@ -153,6 +158,59 @@ fn free_names(graph: &Bytes, depth: usize) -> Result<Vec<String>, String> {
     Ok(used)
 }
 
+/// `nodes` so that each comes after what it reads: unchanged if they are, as ONNX wants it. Some converters do not care,
+/// and ONNX Runtime does not either; then what is needed moves up, just before the node that needs it.
+///
+/// # Errors
+/// A value that is produced twice, or that depends on itself.
+pub fn in_order(nodes: Vec<Node>) -> Result<Vec<Node>, String> {
+    let mut producer: HashMap<&str, usize> = HashMap::new();
+    for (index, node) in nodes.iter().enumerate() {
+        for output in node.proto.output.iter().filter(|o| !o.is_empty()) {
+            if producer.insert(output, index).is_some() {
+                return Err(format!("the value `{output}` is produced twice"));
+            }
+        }
+    }
+    let needs = |node: &Node| -> Vec<usize> {
+        let inputs = node.proto.input.iter().chain(&node.captured);
+        inputs
+            .filter_map(|v| producer.get(v.as_str()).copied())
+            .collect()
+    };
+    let mut order = Vec::with_capacity(nodes.len());
+    let mut placed = vec![false; nodes.len()];
+    let mut open = vec![false; nodes.len()];
+    for start in 0..nodes.len() {
+        let mut pending = vec![start];
+        while let Some(&node) = pending.last() {
+            let missing = (!placed[node])
+                .then(|| needs(&nodes[node]).into_iter().find(|&n| !placed[n]))
+                .flatten();
+            match missing {
+                Some(next) => {
+                    if std::mem::replace(&mut open[node], true) && open[next] {
+                        let (a, b) = (nodes[node].label(), nodes[next].label());
+                        return Err(format!("the nodes `{a}` and `{b}` need each other's results"));
+                    }
+                    pending.push(next);
+                }
+                None => {
+                    pending.pop();
+                    if !std::mem::replace(&mut placed[node], true) {
+                        order.push(node);
+                    }
+                }
+            }
+        }
+    }
+    if order.iter().enumerate().all(|(i, &n)| i == n) {
+        return Ok(nodes);
+    }
+    let mut nodes: Vec<Option<Node>> = nodes.into_iter().map(Some).collect();
+    Ok(order.into_iter().filter_map(|i| nodes[i].take()).collect())
+}
+
 /// A graph input that must be fed (or may be, where it has a default initializer).
 #[derive(Clone, Debug)]
 pub struct GraphInput {
@@ -166,6 +224,8 @@ pub struct GraphInput {
 /// The main graph, indexed by value name.
 #[derive(Debug)]
 pub struct Graph {
+    /// Version of the ONNX operators; 0 if the model does not say.
+    pub opset: i64,
     pub nodes: Vec<Node>,
     pub inputs: Vec<GraphInput>,
     pub outputs: Vec<String>,
@@ -233,12 +293,13 @@ impl Graph {
                 }
             })
             .collect();
+        let nodes = in_order(nodes)?;
         let mut producers = HashMap::new();
         let mut consumers: HashMap<String, Vec<usize>> = HashMap::new();
         for (index, node) in nodes.iter().enumerate() {
             for (slot, output) in node.proto.output.iter().enumerate() {
-                if !output.is_empty() && producers.insert(output.clone(), (index, slot)).is_some() {
-                    return Err(format!("the value `{output}` is produced twice"));
+                if !output.is_empty() {
+                    producers.insert(output.clone(), (index, slot));
                 }
             }
             for input in node.proto.input.iter().chain(&node.captured) {
@@ -250,21 +311,9 @@ impl Graph {
                 }
             }
         }
-        for (index, node) in nodes.iter().enumerate() {
-            for input in &node.proto.input {
-                if producers
-                    .get(input)
-                    .is_some_and(|&(producer, _)| producer >= index)
-                {
-                    return Err(format!(
-                        "node `{}` uses `{input}` before it is produced",
-                        node.label()
-                    ));
-                }
-            }
-        }
         let outputs = outputs.into_iter().map(|o| o.name).collect();
         Ok(Self {
+            opset: 0,
             nodes,
             inputs,
             outputs,

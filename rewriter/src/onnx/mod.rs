@@ -12,7 +12,7 @@ mod wire;
 
 pub use constant::{Constant, Data};
 pub use file::{ModelFile, ReadError, WriteError, write_atomically};
-pub use graph::{Graph, GraphEdit, GraphInput, Node};
+pub use graph::{Graph, GraphEdit, GraphInput, Node, in_order};
 pub use proto::{
     AttributeProto, AttributeType, DimensionProto, NodeProto, TensorProto, TensorShapeProto,
     TensorTypeProto, TypeProto, ValueInfoProto, elem_type,

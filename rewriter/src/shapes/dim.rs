@@ -44,6 +44,16 @@ impl Dim {
         (self.factors.is_empty() && self.den == 1).then_some(self.num)
     }
 
+    /// Whether it is a whole number of whole symbols: no fraction, no symbol below the line.
+    pub fn is_whole(&self) -> bool {
+        self.den == 1 && self.factors.iter().all(|&(_, p)| p > 0)
+    }
+
+    /// Whether it is a negative multiple: sizes are positive, so this is an offset from an end.
+    pub fn is_negative(&self) -> bool {
+        self.num < 0
+    }
+
     pub fn depends_on(&self, symbol: Symbol) -> bool {
         self.factors.iter().any(|&(s, _)| s == symbol)
     }
@@ -151,12 +161,31 @@ impl Symbols {
         if let Some(&symbol) = self.sums.get(&key) {
             return Some(symbol.into());
         }
-        let symbol = self.fresh("sum");
+        if let Some(rest) = self.undo(a, b, minus) {
+            return Some(rest);
+        }
+        let sign = if minus { "−" } else { "+" };
+        let name = format!("({} {sign} {})", self.show(a), self.show(b));
+        let symbol = self.fresh(&name);
         self.sums.insert(key, symbol);
         if !minus {
             self.sums.insert((b.clone(), a.clone(), false), symbol);
         }
         Some(symbol.into())
+    }
+
+    /// `(x + y) − y = x` and `(x − y) + y = x`: how exporters slice one stream out of a joint sequence.
+    fn undo(&self, a: &Dim, b: &Dim, minus: bool) -> Option<Dim> {
+        let same = |symbol: &Symbol| *a == Dim::from(*symbol);
+        self.sums
+            .iter()
+            .find(|((_, y, was_minus), symbol)| *was_minus != minus && y == b && same(symbol))
+            .map(|((x, _, _), _)| x.clone())
+    }
+
+    /// Whether `sum` is the sum of `part` and something else.
+    pub fn is_part(&self, part: &Dim, sum: &Dim) -> bool {
+        self.undo(sum, part, true).is_some()
     }
 
     /// For messages: `2·batch`, `64`, `height/2`.
@@ -212,5 +241,7 @@ mod tests {
             image.times(&2.into()).unwrap()
         );
         assert_eq!(symbols.sum(&image, &image, true).unwrap().known(), Some(0));
+        assert_eq!(symbols.sum(&a, &text, true).unwrap(), image);
+        assert_eq!(symbols.sum(&a, &image, true).unwrap(), text);
     }
 }

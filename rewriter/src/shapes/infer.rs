@@ -3,7 +3,7 @@
 use super::dim::{Dim, Symbol, Symbols};
 use super::ops;
 use crate::onnx::{Constant, Data, Graph, TypeProto};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// The batch dimension of the latents; with classifier-free guidance in one run, both halves.
 pub const BATCH: Symbol = Symbol(0);
@@ -139,17 +139,34 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         .and_then(|d| d.as_ref().ok())
         .copied()
         .filter(|&b| b > 1);
+    // A name that is also that of another axis is not a private name for the batch: Flux's `img_ids` are [tokens, 3].
+    let other_axes: HashSet<&str> = graph
+        .inputs
+        .iter()
+        .flat_map(|i| i.dims.iter().flatten().skip(1))
+        .filter_map(|d| d.as_ref().err())
+        .map(String::as_str)
+        .filter(|name| !name.is_empty())
+        .collect();
     let mut facts = HashMap::new();
     for input in &graph.inputs {
+        let is_position_table = input.name.to_ascii_lowercase().ends_with("_ids");
         let shape = input.dims.as_ref().map(|dims| {
             dims.iter()
                 .enumerate()
                 .map(|(axis, dim)| match dim {
                     Ok(size) if axis == 0 && Some(*size) == static_batch => BATCH.into(),
                     Ok(size) => Dim::from(*size),
-                    // Exporters name the batch per input when they are not told that it is shared.
-                    Err(_) if axis == 0 && matches!(latent_dims, Some(Err(_))) => BATCH.into(),
                     Err(name) if Some(dim) == latent_dims.as_ref() && !name.is_empty() => {
+                        BATCH.into()
+                    }
+                    // Exporters name the batch per input when they are not told that it is shared.
+                    Err(name)
+                        if axis == 0
+                            && matches!(latent_dims, Some(Err(_)))
+                            && !is_position_table
+                            && !other_axes.contains(name.as_str()) =>
+                    {
                         BATCH.into()
                     }
                     Err(name) if name.is_empty() => symbols.fresh("?").into(),

@@ -52,6 +52,13 @@ impl Context<'_> {
     fn fresh(&mut self) -> Dim {
         self.symbols.fresh("?").into()
     }
+
+    /// The size in numbers of a multiple of the batch that the exporter baked in.
+    fn literal(&self, size: &Dim) -> Option<i64> {
+        let batch = self.static_batch?;
+        let per_row = size.over(&BATCH.into())?.times(&batch.into())?;
+        per_row.known()
+    }
 }
 
 /// Position of `axis` (may be negative) in a tensor of `rank` dimensions.
@@ -87,13 +94,9 @@ pub(super) fn outputs(c: &mut Context) -> Vec<Fact> {
         }
         _ => {}
     }
-    let fact = match (domain.as_str(), op.as_str()) {
-        ("", op) => onnx(c, op),
-        ("com.microsoft", "FusedMatMul") => fused_matmul(c),
-        ("com.microsoft", "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu") => Some(same(c)),
-        ("com.microsoft", "MultiHeadAttention") if c.shape(0).is_some_and(|s| s.len() == 3) => {
-            Some(same(c))
-        }
+    let fact = match domain.as_str() {
+        "" => onnx(c, &op),
+        "com.microsoft" => microsoft(c, &op),
         _ => None,
     };
     let mut facts = vec![Fact::default(); count];
@@ -147,10 +150,7 @@ fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
         "Conv" => conv(c),
         "Einsum" => einsum(c),
         "Attention" => attention(c),
-        "ConstantOfShape" => {
-            let dims = ints_value(c.value(0)?)?.to_vec();
-            Some(Fact::of(0, Some(dims)))
-        }
+        "ConstantOfShape" => constant_of_shape(c),
         "Range" => {
             let dim = match (c.input(0)?.scalar(), c.value(1), c.input(2)?.scalar()) {
                 (Some(0.0), Some(Value::Ints(limit)), Some(1.0)) if limit.len() == 1 => {
@@ -187,13 +187,38 @@ fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
         "IsNaN" | "IsInf" => Some(Fact::of(elem_type::BOOL, c.shape(0).map(<[Dim]>::to_vec))),
         "Equal" | "Greater" | "Less" | "GreaterOrEqual" | "LessOrEqual" | "And" | "Or" | "Xor" => {
             let dims = broadcast(c.shape(0)?, c.shape(1)?)?;
-            Some(Fact::of(elem_type::BOOL, Some(dims)))
+            let value = (op == "Equal").then(|| equal(c)).flatten();
+            Some(Fact {
+                elem_type: elem_type::BOOL,
+                shape: Some(dims),
+                value,
+            })
         }
         "Where" => {
             let dims = broadcast(&broadcast(c.shape(0)?, c.shape(1)?)?, c.shape(2)?)?;
-            Some(Fact::of(c.ty(1), Some(dims)))
+            Some(Fact {
+                elem_type: c.ty(1),
+                shape: Some(dims),
+                value: chosen(c),
+            })
         }
         "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Mod" | "Min" | "Max" | "PRelu" => binary(c, op),
+        _ => None,
+    }
+}
+
+/// What ONNX Runtime's optimizers leave in the graphs they save.
+fn microsoft(c: &mut Context, op: &str) -> Option<Fact> {
+    match op {
+        "FusedMatMul" => fused_matmul(c),
+        "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "BiasSoftmax" => Some(same(c)),
+        "MultiHeadAttention" => fused_attention(c),
+        "Attention" => projecting_attention(c),
+        "DynamicQuantizeMatMul" | "MatMulIntegerToFloat" => {
+            matmul(c.shape(0)?, c.shape(1)?, elem_type::FLOAT)
+        }
+        "FusedConv" => conv(c),
+        "FusedGemm" => gemm(c),
         _ => None,
     }
 }
@@ -349,7 +374,15 @@ fn slice(c: &mut Context) -> Option<Fact> {
                 }
                 count.into()
             }
-            (Some(0), Some(end), Some(1), None) if end >= i64::from(i32::MAX) => dims[at].clone(),
+            (_, _, Some(1), _) => {
+                let bounds = (symbolic(c, 1, "starts", i), symbolic(c, 2, "ends", i));
+                match bounds {
+                    (Some(from), Some(to)) => {
+                        span(c, &dims[at].clone(), &from, &to).unwrap_or_else(|| c.fresh())
+                    }
+                    _ => c.fresh(),
+                }
+            }
             _ => c.fresh(),
         };
     }
@@ -360,10 +393,37 @@ fn slice(c: &mut Context) -> Option<Fact> {
     })
 }
 
+/// Bound `i` of a slice, which may be computed from sizes.
+fn symbolic(c: &Context, input: usize, attribute: &str, i: usize) -> Option<Dim> {
+    match c.node.ints(attribute) {
+        Some(list) => list.get(i).map(|&n| n.into()),
+        None => ints_value(c.value(input)?)?.get(i).cloned(),
+    }
+}
+
+/// How much of an axis of size `size` lies between two bounds, which exporters keep inside the axis: one stream of a joint
+/// sequence, one half of a batch.
+fn span(c: &mut Context, size: &Dim, from: &Dim, to: &Dim) -> Option<Dim> {
+    let absolute = |c: &mut Context, at: &Dim| match at.known() {
+        Some(end) if end >= i64::from(i32::MAX) => Some(size.clone()),
+        // A literal bound of a batch that was traced: half of it, as in `x[: len(x) // 2]`.
+        Some(n) if n > 0 && size.depends_on(BATCH) && c.static_batch.is_some() => {
+            size.times(&n.into())?.over(&c.literal(size)?.into())
+        }
+        _ if at.is_negative() => c.symbols.sum(size, at, false),
+        // A slice stops at the end of the axis: a literal beyond it would be no size.
+        Some(n) if n > 0 && size.known().is_none() && !c.symbols.is_part(at, size) => None,
+        _ => Some(at.clone()),
+    };
+    let (from, to) = (absolute(c, from)?, absolute(c, to)?);
+    c.symbols
+        .sum(&to, &from, true)
+        .filter(|d| d.known().is_none_or(|n| n >= 0) && !d.is_negative())
+}
+
 /// Positions that a slice of an axis of `size` elements picks: their count, and the list itself where the axis is short enough
 /// to be a shape vector.
 fn positions(start: i64, end: i64, step: i64, size: i64) -> Option<(i64, Vec<usize>)> {
-    const LISTED: i64 = 64;
     let wrap = |at: i64| if at < 0 { at.saturating_add(size) } else { at };
     let (start, span) = match step {
         1.. => {
@@ -477,7 +537,7 @@ fn squeeze(c: &Context) -> Option<Fact> {
 fn reshape(c: &mut Context) -> Option<Fact> {
     let ty = c.ty(0);
     let target = ints_value(c.value(1)?)?.to_vec();
-    let value = (target.len() <= 1).then(|| c.value(0).cloned()).flatten();
+    let value = c.value(0).cloned();
     let input = c.shape(0).map(<[Dim]>::to_vec);
     let allow_zero = c.node.int("allowzero") == Some(1);
     let mut dims = Vec::with_capacity(target.len());
@@ -566,6 +626,71 @@ fn transpose(c: &Context) -> Option<Fact> {
 fn expand(c: &Context) -> Option<Fact> {
     let target = ints_value(c.value(1)?)?;
     Some(Fact::of(c.ty(0), Some(broadcast(c.shape(0)?, target)?)))
+}
+
+/// Shape vectors are short; longer fills are data.
+const LISTED: i64 = 64;
+
+fn constant_of_shape(c: &Context) -> Option<Fact> {
+    let dims = ints_value(c.value(0)?)?.to_vec();
+    let fill = match c.node.attribute("value").and_then(|a| a.t.as_ref()) {
+        Some(tensor) => crate::onnx::Constant::read(tensor)?.1,
+        None => crate::onnx::Constant {
+            elem_type: elem_type::FLOAT,
+            dims: vec![1],
+            data: Some(crate::onnx::Data::Floats(vec![0.0])),
+        },
+    };
+    let count = Dim::product(&dims).and_then(|n| n.known());
+    let value = count.filter(|n| (0..=LISTED).contains(n)).and_then(|n| {
+        let n = n as usize;
+        Some(match fill.data.as_ref()? {
+            crate::onnx::Data::Ints(v) => Value::Ints(vec![(*v.first()?).into(); n]),
+            crate::onnx::Data::Floats(v) => Value::Floats(vec![*v.first()?; n]),
+        })
+    });
+    Some(Fact {
+        elem_type: fill.elem_type,
+        shape: Some(dims),
+        value,
+    })
+}
+
+/// Which elements of two shape vectors are equal, as 0 and 1: exporters compare sizes with −1 to find what to keep.
+fn equal(c: &Context) -> Option<Value> {
+    let (Value::Ints(a), Value::Ints(b)) = (c.value(0)?, c.value(1)?) else {
+        return None;
+    };
+    let one = |(a, b): (Dim, Dim)| -> Option<Dim> {
+        let differ = match (a.known(), b.known()) {
+            (Some(a), Some(b)) => a != b,
+            // Sizes are not negative.
+            (Some(n), None) | (None, Some(n)) if n < 0 => true,
+            _ if a == b => false,
+            _ => return None,
+        };
+        Some(i64::from(!differ).into())
+    };
+    pairs(a, b)?
+        .into_iter()
+        .map(one)
+        .collect::<Option<_>>()
+        .map(Value::Ints)
+}
+
+/// `Where` over shape vectors.
+fn chosen(c: &Context) -> Option<Value> {
+    let condition = c.ints(0)?;
+    let (yes, no) = (ints_value(c.value(1)?)?, ints_value(c.value(2)?)?);
+    let pairs = pairs(yes, no)?;
+    if condition.len() != pairs.len() {
+        return None;
+    }
+    let picked = condition
+        .iter()
+        .zip(pairs)
+        .map(|(&c, (yes, no))| if c != 0 { yes } else { no });
+    Some(Value::Ints(picked.collect()))
 }
 
 /// TorchScript spells `repeat_interleave` with it: a shape vector of ones and one repeat count.
@@ -717,16 +842,44 @@ fn attention(c: &Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims)))
 }
 
+/// com.microsoft MultiHeadAttention: [B, S, H·D] from q of that shape, or from packed [B, S, H, 3, D].
+fn fused_attention(c: &Context) -> Option<Fact> {
+    let q = c.shape(0)?;
+    let dims = match q.len() {
+        3 => {
+            let width = match c.shape(2) {
+                Some([_, _, v]) => v.clone(),
+                Some([_, heads, _, head_dim]) => heads.times(head_dim)?,
+                _ => q[2].clone(),
+            };
+            vec![q[0].clone(), q[1].clone(), width]
+        }
+        5 => vec![q[0].clone(), q[1].clone(), q[2].times(&q[4])?],
+        _ => return None,
+    };
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+/// com.microsoft Attention, whose weights project x to q, k and v: [B, S, width of v].
+fn projecting_attention(c: &Context) -> Option<Fact> {
+    let (x, weights) = (c.shape(0)?, c.shape(1)?);
+    let width = match c.node.ints("qkv_hidden_sizes") {
+        Some(&[_, _, v]) => v.into(),
+        _ => weights.last()?.over(&3.into())?,
+    };
+    let [batch, tokens, _] = x else { return None };
+    let dims = vec![batch.clone(), tokens.clone(), width];
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
 fn split(c: &mut Context) -> Option<Vec<Fact>> {
     let dims = c.shape(0)?.to_vec();
     let count = c.node.proto.output.len();
     let at = axis(c.node.int("axis").unwrap_or(0), dims.len())?;
-    let sizes = c
-        .node
-        .ints("split")
-        .filter(|s| !s.is_empty())
-        .map(<[i64]>::to_vec)
-        .or_else(|| c.ints(1));
+    let sizes: Option<Vec<Dim>> = match c.node.ints("split").filter(|s| !s.is_empty()) {
+        Some(list) => Some(list.iter().map(|&n| n.into()).collect()),
+        None => c.value(1).and_then(ints_value).map(<[Dim]>::to_vec),
+    };
     let ty = c.ty(0);
     let value = c.value(0).filter(|_| dims.len() == 1).cloned();
     let mut offset = 0usize;
@@ -734,7 +887,8 @@ fn split(c: &mut Context) -> Option<Vec<Fact>> {
         .map(|i| {
             let mut out = dims.clone();
             out[at] = match &sizes {
-                Some(sizes) => (*sizes.get(i)?).into(),
+                Some(sizes) => sizes.get(i)?.clone(),
+                None if c.input(1).is_some() => return None,
                 None => dims[at].over(&(count as i64).into())?,
             };
             let piece = match (

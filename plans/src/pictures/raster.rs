@@ -1,5 +1,7 @@
 //! A picture as the bytes of a PNG file, for tickets and chats. Draws, decides nothing.
 
+use std::collections::BTreeMap;
+
 use ab_glyph::{Font, ScaleFont, point};
 
 use super::font;
@@ -59,6 +61,17 @@ pub(super) fn write(picture: &Picture, scale: u32) -> Result<Vec<u8>, TooLarge> 
                     }
                 }
             }
+            Mark::Line {
+                points,
+                width,
+                stroke,
+            } => {
+                let points: Vec<_> = points
+                    .iter()
+                    .map(|(x, y)| (x * scale as f32, y * scale as f32))
+                    .collect();
+                canvas.line(&points, width * scale as f32, *stroke);
+            }
             Mark::Text {
                 x,
                 y,
@@ -99,7 +112,44 @@ pub(super) fn write(picture: &Picture, scale: u32) -> Result<Vec<u8>, TooLarge> 
     Ok(encode(&canvas))
 }
 
+/// Distance of a point from the line between two others.
+fn distance((x, y): (f32, f32), (ax, ay): (f32, f32), (bx, by): (f32, f32)) -> f32 {
+    let (dx, dy) = (bx - ax, by - ay);
+    let length = dx * dx + dy * dy;
+    let along = match length > 0.0 {
+        true => (((x - ax) * dx + (y - ay) * dy) / length).clamp(0.0, 1.0),
+        false => 0.0,
+    };
+    (x - ax - along * dx).hypot(y - ay - along * dy)
+}
+
 impl Canvas {
+    /// Draws straight from point to point. Where parts overlap they are drawn once.
+    fn line(&mut self, points: &[(f32, f32)], width: f32, stroke: Color) {
+        let reach = width / 2.0 + 1.0;
+        let mut covered: BTreeMap<(usize, usize), f32> = BTreeMap::new();
+        for (i, a) in points.iter().enumerate() {
+            let b = points.get(i + 1).unwrap_or(a);
+            let span = |a: f32, b: f32, end: usize| {
+                let low = (a.min(b) - reach).max(0.0) as usize;
+                low..((a.max(b) + reach).max(0.0) as usize + 1).min(end)
+            };
+            for y in span(a.1, b.1, self.height) {
+                for x in span(a.0, b.0, self.width) {
+                    let away = distance((x as f32 + 0.5, y as f32 + 0.5), *a, *b);
+                    let coverage = (width / 2.0 + 0.5 - away).clamp(0.0, 1.0);
+                    if coverage > 0.0 {
+                        let most = covered.entry((y, x)).or_default();
+                        *most = most.max(coverage);
+                    }
+                }
+            }
+        }
+        for ((y, x), coverage) in covered {
+            self.blend(x, y, stroke, coverage);
+        }
+    }
+
     /// Mixes a colour into a pixel; outside of the canvas it does nothing.
     fn blend(&mut self, x: usize, y: usize, Color(r, g, b): Color, coverage: f32) {
         if x >= self.width || y >= self.height {

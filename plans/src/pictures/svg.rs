@@ -34,6 +34,29 @@ pub(super) fn write(picture: &Picture) -> String {
                 "<rect x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\" fill=\"{}\"/>",
                 hex(*fill)
             ),
+            Mark::Line {
+                points,
+                width,
+                stroke,
+            } => {
+                // A dot is a line from a point to itself.
+                let dot = if points.len() == 1 {
+                    points.first()
+                } else {
+                    None
+                };
+                let points: Vec<String> = points
+                    .iter()
+                    .chain(dot)
+                    .map(|(x, y)| format!("{x:.1},{y:.1}"))
+                    .collect();
+                writeln!(
+                    svg,
+                    "<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"{width}\" stroke-linecap=\"round\" stroke-linejoin=\"round\"/>",
+                    points.join(" "),
+                    hex(*stroke)
+                )
+            }
             Mark::Text {
                 x,
                 y,

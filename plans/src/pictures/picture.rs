@@ -1,4 +1,4 @@
-//! A picture as a list of filled rectangles and lines of text, in whole pixels from the top left.
+//! A picture as a list of filled rectangles, lines and texts, in pixels from the top left.
 
 use super::font::Weight;
 
@@ -24,6 +24,12 @@ pub(super) enum Mark {
         width: u32,
         height: u32,
         fill: Color,
+    },
+    /// Straight from point to point, with round ends. One point is a dot.
+    Line {
+        points: Vec<(f32, f32)>,
+        width: f32,
+        stroke: Color,
     },
     /// `y` is the baseline; `size` is in pixels per em.
     Text {
@@ -71,6 +77,14 @@ impl Picture {
             width,
             height,
             fill,
+        });
+    }
+
+    pub(super) fn line(&mut self, points: Vec<(f32, f32)>, width: f32, stroke: Color) {
+        self.marks.push(Mark::Line {
+            points,
+            width,
+            stroke,
         });
     }
 

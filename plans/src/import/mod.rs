@@ -1,14 +1,18 @@
 //! Plans of other implementations, read into ours.
 //!
-//! Two dialects, both JSON: xDiT's `{"block0": {"step0": "FULL_ATTN", …}, …}`, and the authors'
-//! list over blocks, `[{"attn1": ["full_attn", …], …}, …]`. The authors write theirs as a pickle
-//! (whatever the file's name says); Python turns it into this JSON. Neither says how wide the
-//! window was or how guidance was batched, so the caller has to.
+//! Two dialects: xDiT's JSON, `{"block0": {"step0": "FULL_ATTN", …}, …}`, and the authors' list
+//! over blocks, `[{"attn1": ["full_attn", …], …}, …]`, which they write with `torch.save`, as a
+//! Python pickle in a zip archive (whatever the file's name says). A pickle is turned into the
+//! JSON that it amounts to; nothing in it is run. Neither dialect says how wide the window was or
+//! how guidance was batched, so the caller has to.
 //!
 //! Plans found for xDiT, and for PixArt by the authors, were searched with the residual of the
 //! wrong half under `wa-rs+asc`; they stay valid here, only better than their search thought.
 
-use crate::parse::{refuse_large, refuse_misplaced};
+mod archive;
+mod pickle;
+
+use crate::parse::{refuse_large, refuse_misplaced, utf8};
 use crate::source::{Member, Source, Token};
 use crate::{Action, Cfg, Plan, PlanError, PlanErrorKind as Kind};
 
@@ -30,7 +34,9 @@ const NAMES: [(&str, &str, Action); 5] = [
 ];
 
 impl Plan {
-    /// Reads a plan of xDiT or of the authors.
+    /// Reads a plan of xDiT (JSON) or of the authors (a pickle, plain or as `torch.save` wraps it
+    /// in a zip archive or did before its version 1.6; or the same as JSON). The contents decide,
+    /// not a file's name.
     ///
     /// `window` is the band's half-width as a fraction of the image tokens (their half-width in
     /// tokens, which is in the file's name, over the number of tokens); `cfg` is how guidance
@@ -38,10 +44,31 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// The first thing that is not as expected, with its line and column. A `window` out of range
-    /// is reported at line 1, column 1.
-    pub fn import(json: &str, window: f64, cfg: Cfg) -> Result<Plan, PlanError> {
-        refuse_large(json.len())?;
+    /// The first thing that is not as expected, with its line and column. Of a pickle that cannot
+    /// be read the line is 1 and the column 1 + the offset of the byte; of one that can, but is
+    /// no plan, they are those in the JSON that it amounts to. A `window` out of range is
+    /// reported at line 1, column 1.
+    pub fn import(file: impl AsRef<[u8]>, window: f64, cfg: Cfg) -> Result<Plan, PlanError> {
+        let file = file.as_ref();
+        refuse_large(file.len())?;
+        let unzipped;
+        let (file, zipped) = match file.starts_with(b"PK\x03\x04") {
+            true => {
+                unzipped = archive::pickle(file)?;
+                (&unzipped[..], true)
+            }
+            false => (file, false),
+        };
+        // Protocols 2 and later begin with 0x80, earlier ones with an opcode; JSON never so.
+        let pickled = zipped || matches!(file.first(), Some(0x80 | b'(' | b']' | b'}'));
+        let unpickled;
+        let json = match pickled {
+            true => {
+                unpickled = pickle::to_json(file)?;
+                &unpickled
+            }
+            false => utf8(file)?,
+        };
         let document = Source::read(json)?;
         if !(window > 0.0 && window <= 1.0) {
             let what =

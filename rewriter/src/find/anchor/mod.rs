@@ -1,0 +1,167 @@
+//! Recognising softmax(scale · q·kᵀ + mask)·v around an anchor: a Softmax or an attention operator.
+//!
+//! `softmax` reads attention spelled out in primitive operators, with `product` for its two products and `mask` for what
+//! is added in between; `fused` reads attention operators. All end in one [`Core`].
+
+mod fused;
+mod mask;
+mod product;
+mod softmax;
+
+pub use mask::{Mask, Term};
+
+use super::Reason;
+use super::operand::{self, Operand};
+use super::source::Dependence;
+use crate::onnx::{Graph, Node, elem_type};
+use crate::shapes::{Dim, Facts};
+
+/// The attention core: what the op will read and write instead of the exporter's nodes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Core {
+    /// Index of the Softmax or attention node.
+    pub anchor: usize,
+    pub q: Operand,
+    pub k: Operand,
+    pub v: Operand,
+    /// What the op writes; its value keeps its name. Its `prep` is read backwards.
+    pub out: Operand,
+    /// Factor on q·kᵀ; `None` = 1/√head_dim.
+    pub scale: Option<f64>,
+    pub mask: Mask,
+    pub elem_type: i32,
+    pub heads: Option<i64>,
+    /// Fewer than `heads` under grouped-query attention.
+    pub kv_heads: Option<i64>,
+    pub head_dim: Option<i64>,
+    /// Tokens of the sequence, text included.
+    pub tokens: Option<Dim>,
+}
+
+impl Core {
+    /// Every value of the graph that lowering reads for the op.
+    pub fn reads(&self) -> impl Iterator<Item = &str> {
+        let operands = [&self.q, &self.k, &self.v];
+        operands
+            .into_iter()
+            .flat_map(|o| std::iter::once(o.value.as_str()).chain(o.side_values()))
+            .chain(self.mask.values())
+    }
+}
+
+/// Whether `node` can be the middle of an attention.
+pub fn is_anchor(graph: &Graph, node: &Node) -> bool {
+    match node.domain() {
+        "" => {
+            matches!(node.op(), "Softmax" | "Attention")
+                || softmax::spelled_out(graph, node).is_some()
+        }
+        "com.microsoft" => matches!(
+            node.op(),
+            "MultiHeadAttention"
+                | "Attention"
+                | "QAttention"
+                | "GroupQueryAttention"
+                | "PackedMultiHeadAttention"
+                | "PackedAttention"
+                | "BiasSoftmax"
+        ),
+        _ => false,
+    }
+}
+
+/// The attention around the anchor `index`.
+///
+/// # Errors
+/// The reason why it is none, or none that the op can compute.
+pub fn core(
+    graph: &Graph,
+    facts: &Facts,
+    dependence: &Dependence,
+    index: usize,
+) -> Result<Core, Reason> {
+    let node = &graph.nodes[index];
+    let found = match (node.domain(), node.op()) {
+        ("", "Softmax" | "Div") => softmax::around(graph, facts, dependence, index)?,
+        ("", "Attention") => fused::attention(graph, facts, index)?,
+        ("com.microsoft", "MultiHeadAttention") => fused::multi_head(graph, facts, index)?,
+        ("com.microsoft", "Attention") => fused::with_weights(graph, facts, index)?,
+        (domain, op) => {
+            return Err(Reason::new(
+                format!("the fused operator {domain}::{op} is not supported"),
+                [node.label()],
+            ));
+        }
+    };
+    finish(graph, facts, found)
+}
+
+/// Layout, scale and sizes once q, k, v and the result are known.
+fn finish(graph: &Graph, facts: &Facts, found: Core) -> Result<Core, Reason> {
+    let label = graph.nodes[found.anchor].label();
+    let elem = facts.of(&found.q.value).elem_type;
+    if elem != 0 && !elem_type::is_supported_float(elem) {
+        return Err(Reason::new(
+            format!(
+                "q is {}, expected float32, float16 or bfloat16",
+                elem_type::name(elem)
+            ),
+            [label],
+        ));
+    }
+    let mut scale = found.scale.unwrap_or(1.0);
+    let default_scale = found.scale.is_none();
+    let q = operand::absorb(graph, facts, &found.q, Some(&mut scale));
+    let k = operand::absorb(graph, facts, &found.k, Some(&mut scale));
+    let v = operand::absorb(graph, facts, &found.v, None);
+    let out = operand::absorb_result(graph, facts, &found.out);
+    let head_dim = q.size(facts, 'D').and_then(|d| d.known());
+    let (scale, q, k) = match (default_scale, head_dim) {
+        (false, _) => (Some(scale), q, k),
+        (true, Some(d)) => (Some(scale / (d as f64).sqrt()), q, k),
+        // Without head_dim a factor on q or k cannot be joined with 1/√head_dim: leave it where it is.
+        (true, None) => (
+            None,
+            operand::absorb(graph, facts, &found.q, None),
+            operand::absorb(graph, facts, &found.k, None),
+        ),
+    };
+    let elem_type = if elem != 0 {
+        elem
+    } else {
+        facts.of(&out.value).elem_type
+    };
+    Ok(Core {
+        heads: q.size(facts, 'H').and_then(|d| d.known()),
+        kv_heads: k.size(facts, 'H').and_then(|d| d.known()),
+        head_dim,
+        tokens: q.size(facts, 'S'),
+        q,
+        k,
+        v,
+        out,
+        scale,
+        elem_type,
+        ..found
+    })
+}
+
+impl Core {
+    /// A core as it is first seen, before [`finish`].
+    fn seen(anchor: usize, [q, k, v, out]: [Operand; 4], scale: Option<f64>, mask: Mask) -> Self {
+        Self {
+            anchor,
+            q,
+            k,
+            v,
+            out,
+            scale,
+            mask,
+            elem_type: 0,
+            heads: None,
+            kv_heads: None,
+            head_dim: None,
+            tokens: None,
+        }
+    }
+}

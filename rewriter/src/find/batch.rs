@@ -1,0 +1,77 @@
+//! Where the batch lies in every value. Halving a batch, and putting two halves one after the other, is only right where
+//! the batch is outermost.
+
+use super::place::{self, Place};
+use crate::onnx::Graph;
+use crate::shapes::{BATCH, Dim, Facts};
+use std::collections::HashMap;
+
+#[derive(Debug)]
+pub struct Batch {
+    places: HashMap<String, Place>,
+}
+
+impl Batch {
+    pub fn new(graph: &Graph, facts: &Facts) -> Self {
+        let carries = |value: &str| {
+            facts
+                .shape(value)
+                .is_some_and(|s| s.iter().any(|d| d.depends_on(BATCH)))
+        };
+        let mut places: HashMap<String, Place> = graph
+            .inputs
+            .iter()
+            .filter(|i| {
+                facts
+                    .shape(&i.name)
+                    .and_then(<[Dim]>::first)
+                    .is_some_and(|d| d.depends_on(BATCH))
+            })
+            .map(|i| (i.name.clone(), Dim::from(1)))
+            .collect();
+        for node in &graph.nodes {
+            for (out, name) in node.proto.output.iter().enumerate() {
+                if name.is_empty() || !carries(name) {
+                    continue;
+                }
+                let mut found: Option<Place> = None;
+                let mut agree = true;
+                for (slot, input) in node.proto.input.iter().enumerate() {
+                    let Some(at) = places.get(input) else {
+                        continue;
+                    };
+                    if let Some(to) = place::follow(facts, node, slot, at, out) {
+                        agree &= found.as_ref().is_none_or(|f| *f == to);
+                        found = Some(to);
+                    }
+                }
+                // A leading axis that is the batch and nothing else needs no proof: two halves put together again.
+                if !agree || found.is_none() {
+                    found = is_batch(facts, name).then(|| Dim::from(1));
+                }
+                if let Some(to) = found {
+                    places.insert(name.clone(), to);
+                }
+            }
+        }
+        Self { places }
+    }
+
+    /// Whether the rows of the batch lie one after the other in `value`, all of them. A leading axis that is the batch and
+    /// nothing else shows it; one that is folded from several must have been followed all the way from the inputs.
+    pub fn is_outermost(&self, facts: &Facts, value: &str) -> bool {
+        let whole = facts
+            .shape(value)
+            .and_then(|s| s.first()?.over(&BATCH.into()))
+            .is_some_and(|rest| rest.is_whole());
+        is_batch(facts, value)
+            || (whole && self.places.get(value).and_then(Dim::known) == Some(1))
+    }
+}
+
+fn is_batch(facts: &Facts, value: &str) -> bool {
+    facts
+        .shape(value)
+        .and_then(<[Dim]>::first)
+        .is_some_and(|d| *d == Dim::from(BATCH))
+}
