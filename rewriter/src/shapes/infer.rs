@@ -2,7 +2,7 @@
 
 use super::dim::{Dim, Symbol, Symbols};
 use super::ops;
-use crate::onnx::{Constant, Data, Graph, TypeProto};
+use crate::onnx::{Constant, Data, Graph, Node, TypeProto};
 use std::collections::{HashMap, HashSet};
 
 /// The batch dimension of the latents; with classifier-free guidance in one run, both halves.
@@ -101,6 +101,20 @@ impl Facts {
 
     pub fn shape(&self, value: &str) -> Option<&[Dim]> {
         self.facts.get(value)?.shape.as_deref()
+    }
+
+    /// The node at which the shape of `value` was lost: its operands have one, its result has none.
+    pub fn lost_at<'g>(&self, graph: &'g Graph, value: &str) -> Option<&'g Node> {
+        let mut at = value;
+        for _ in 0..graph.nodes.len() {
+            let (node, _) = graph.producer(at)?;
+            let inputs = node.proto.input.iter().filter(|i| !i.is_empty());
+            match inputs.into_iter().find(|i| self.shape(i).is_none()) {
+                Some(unknown) => at = unknown,
+                None => return Some(node),
+            }
+        }
+        None
     }
 
     /// `[batch, 64, 72]`, or `unknown`.

@@ -88,8 +88,15 @@ pub fn around(
         .rank()
         .or_else(|| product::rank(graph, facts, upstream.product))
     else {
+        let lost = facts.lost_at(graph, softmax.scores);
+        let at = lost.map_or(String::new(), |n| {
+            format!(": it is lost at {} `{}`", n.op(), n.label())
+        });
         return Err(Reason::new(
-            "the rank of q, k and the scores is unknown; run shape inference on the model first",
+            format!(
+                "the shape of the scores `{}` is unknown{at}; run shape inference on the model first",
+                softmax.scores
+            ),
             [node.label()],
         ));
     };
