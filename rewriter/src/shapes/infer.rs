@@ -162,6 +162,14 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         .map(String::as_str)
         .filter(|name| !name.is_empty())
         .collect();
+    // Where the latents' name for the batch is used elsewhere too, the exporter was told that the batch is shared.
+    let is_shared = latents.is_some_and(|latents| {
+        graph.inputs.iter().any(|i| {
+            i.name != latents
+                && i.dims.as_ref().and_then(|d| d.first()) == latent_dims.as_ref()
+                && matches!(latent_dims, Some(Err(_)))
+        })
+    });
     let mut facts = HashMap::new();
     for input in &graph.inputs {
         let is_position_table = input.name.to_ascii_lowercase().ends_with("_ids");
@@ -178,6 +186,7 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
                     Err(name)
                         if axis == 0
                             && matches!(latent_dims, Some(Err(_)))
+                            && !is_shared
                             && !is_position_table
                             && !other_axes.contains(name.as_str()) =>
                     {
