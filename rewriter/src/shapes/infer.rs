@@ -208,46 +208,110 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         Some(Err(name)) if !name.is_empty() => Some(name),
         _ => None,
     };
-    let mut batch_literals = HashMap::new();
-    for (index, node) in graph.nodes.iter().enumerate() {
-        let inputs: Vec<Fact> = node
-            .proto
-            .input
-            .iter()
-            .map(|name| facts.get(name).cloned().unwrap_or_default())
-            .collect();
-        let mut context = ops::Context {
-            graph,
-            node,
-            inputs: &inputs,
-            symbols: &mut symbols,
-            static_batch,
-            repaired: None,
-        };
-        let inferred = ops::outputs(&mut context);
-        if let Some(target) = context.repaired {
-            batch_literals.insert(index, target);
-        }
-        for (slot, name) in node.proto.output.iter().enumerate() {
-            let mut fact = inferred.get(slot).cloned().unwrap_or_default();
-            if let Some(annotated) = graph.value_info.get(name) {
-                let annotated =
-                    from_annotation(annotated, &mut symbols, batch_name.as_deref(), static_batch);
-                if fact.elem_type == 0 {
-                    fact.elem_type = annotated.elem_type;
-                }
-                if fact.shape.is_none() {
-                    fact.shape = annotated.shape;
-                }
-            }
-            facts.insert(name.clone(), fact);
-        }
-    }
-    Facts {
+    let mut walk = Walk {
         symbols,
         static_batch,
+        batch_name,
         facts,
-        batch_literals,
+        batch_literals: HashMap::new(),
+    };
+    walk.nodes(graph, 0);
+    Facts {
+        symbols: walk.symbols,
+        static_batch,
+        facts: walk.facts,
+        batch_literals: walk.batch_literals,
+    }
+}
+
+/// What is known so far.
+struct Walk {
+    symbols: Symbols,
+    static_batch: Option<i64>,
+    batch_name: Option<String>,
+    facts: HashMap<String, Fact>,
+    batch_literals: HashMap<usize, Vec<i64>>,
+}
+
+/// Exporters nest conditions one or two deep.
+const MAX_DEPTH: usize = 4;
+
+impl Walk {
+    /// Goes through `graph`, which lies inside `depth` conditions.
+    fn nodes(&mut self, graph: &Graph, depth: usize) {
+        for (index, node) in graph.nodes.iter().enumerate() {
+            let inferred = if node.is("If") {
+                self.condition(node, depth)
+            } else {
+                let inputs: Vec<Fact> = node
+                    .proto
+                    .input
+                    .iter()
+                    .map(|name| self.facts.get(name).cloned().unwrap_or_default())
+                    .collect();
+                let mut context = ops::Context {
+                    graph,
+                    node,
+                    inputs: &inputs,
+                    symbols: &mut self.symbols,
+                    static_batch: self.static_batch,
+                    repaired: None,
+                };
+                let inferred = ops::outputs(&mut context);
+                if let Some(target) = context.repaired
+                    && depth == 0
+                {
+                    self.batch_literals.insert(index, target);
+                }
+                inferred
+            };
+            for (slot, name) in node.proto.output.iter().enumerate() {
+                let mut fact = inferred.get(slot).cloned().unwrap_or_default();
+                if let Some(annotated) = graph.value_info.get(name) {
+                    let annotated = from_annotation(
+                        annotated,
+                        &mut self.symbols,
+                        self.batch_name.as_deref(),
+                        self.static_batch,
+                    );
+                    if fact.elem_type == 0 {
+                        fact.elem_type = annotated.elem_type;
+                    }
+                    if fact.shape.is_none() {
+                        fact.shape = annotated.shape;
+                    }
+                }
+                self.facts.insert(name.clone(), fact);
+            }
+        }
+    }
+
+    /// TorchScript exports `squeeze` as a condition on a size: the branch that is taken, or what both agree on.
+    fn condition(&mut self, node: &Node, depth: usize) -> Vec<Fact> {
+        let taken = node
+            .input(0)
+            .and_then(|c| self.facts.get(c)?.known_ints()?.first().copied());
+        let branches: &[&str] = match taken {
+            Some(0) => &["else_branch"],
+            Some(_) => &["then_branch"],
+            None => &["then_branch", "else_branch"],
+        };
+        let mut results = branches.iter().map(|branch| {
+            let body = node.attribute(branch)?.g.as_ref()?;
+            let body = (depth < MAX_DEPTH).then(|| Graph::read(body))??;
+            self.nodes(&body, depth + 1);
+            let facts = body.outputs.iter();
+            Some(
+                facts
+                    .map(|o| self.facts.get(o).cloned().unwrap_or_default())
+                    .collect::<Vec<_>>(),
+            )
+        });
+        let first = results.next().flatten().unwrap_or_default();
+        match results.next() {
+            Some(second) if second.as_ref() != Some(&first) => Vec::new(),
+            _ => first,
+        }
     }
 }
 
