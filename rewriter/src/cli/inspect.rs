@@ -12,11 +12,6 @@ pub fn run(args: &InspectArgs) -> Result<(), Failure> {
     let plan = args.plan.as_deref().map(read_plan).transpose()?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
         .map_err(inputs_failure)?;
-    if std::env::var_os("DFA_DEBUG").is_some() {
-        for (i, n) in model.graph.nodes.iter().enumerate() {
-            eprintln!("{i} {} {} {:?} -> {}", n.op(), n.label(), n.proto.input, n.proto.output.iter().map(|o| format!("{o} {}", survey.facts.show(o))).collect::<Vec<_>>().join("; "));
-        }
-    }
     let mut report = Report::new(&model, &survey);
     if let Some(plan) = &plan {
         check_fit(&survey, plan).map_err(|e| Failure::No(e.into()))?;

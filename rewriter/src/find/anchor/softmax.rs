@@ -86,7 +86,7 @@ pub fn around(
     let Some(rank) = facts
         .of(softmax.scores)
         .rank()
-        .or_else(|| product::rank(graph, facts, upstream.product))
+        .or_else(|| product::rank(facts, upstream.product))
     else {
         let lost = facts.lost_at(graph, softmax.scores);
         let at = lost.map_or(String::new(), |n| {
