@@ -90,7 +90,12 @@ impl Choice {
         let all = [("--only", &self.only), ("--skip", &self.skip)];
         all.into_iter()
             .flat_map(|(option, patterns)| patterns.iter().map(move |p| (option, p)))
-            .find(|(_, p)| !layers.iter().enumerate().any(|(i, name)| p.matches(i, name)))
+            .find(|(_, p)| {
+                !layers
+                    .iter()
+                    .enumerate()
+                    .any(|(i, name)| p.matches(i, name))
+            })
     }
 
     /// Whether the layer is to be rewritten; else the option that excludes it.

@@ -87,10 +87,16 @@ pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module,
     let region = match check(scene, &inside, &sources, core, &retargeted) {
         Ok(region) => region,
         Err(_) => {
-            // Second try: every shape that can be written without the batch is.
+            // Second try: every shape from outside that can be written without the batch is.
+            let from_outside = |i: &&usize| {
+                let shape = graph.nodes[**i].input(1);
+                let producer = shape.and_then(|s| graph.producer_index(s));
+                producer.is_none_or(|(p, _)| !inside.contains(&p))
+            };
             retargeted = inside
                 .iter()
                 .filter(|&&i| graph.nodes[i].is("Reshape") || graph.nodes[i].is("Expand"))
+                .filter(from_outside)
                 .filter_map(|&i| Some((i, target::batch_free(facts, i, &graph.nodes[i])?)))
                 .collect();
             inside = self::region(graph, core, &sources, &sinks.values, &retargeted);
@@ -324,7 +330,11 @@ fn batch_not_baked_in(facts: &Facts, index: usize, node: &Node) -> Result<(), Re
         }
         _ => false,
     };
-    if baked { Err(self::baked(node)) } else { Ok(()) }
+    if baked {
+        Err(self::baked(node))
+    } else {
+        Ok(())
+    }
 }
 
 fn baked(node: &Node) -> Reason {

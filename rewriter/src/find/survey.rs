@@ -227,11 +227,7 @@ fn quantized_sources(graph: &Graph, sources: BTreeSet<String>) -> BTreeSet<Strin
 
 /// An image decoder behind the transformer in the same file has attention that depends on latents and timestep too. It
 /// stands alone: fewer sites of another shape, all after the transformer's and fed by them.
-fn set_decoders_aside(
-    graph: &Graph,
-    choice: &Choice,
-    found: &mut [(usize, Found)],
-) {
+fn set_decoders_aside(graph: &Graph, choice: &Choice, found: &mut [(usize, Found)]) {
     let shape = |c: &Candidate| (c.core.heads, c.core.head_dim);
     let mut groups: HashMap<_, Vec<usize>> = HashMap::new();
     for (at, (_, found)) in found.iter().enumerate() {

@@ -834,7 +834,8 @@ fn conv_transpose(c: &mut Context) -> Option<Fact> {
         list("pads", 0, 2 * spatial),
         list("output_padding", 0, spatial),
     );
-    let plain = c.node.attribute("auto_pad").is_none() && c.node.attribute("output_shape").is_none();
+    let plain =
+        c.node.attribute("auto_pad").is_none() && c.node.attribute("output_shape").is_none();
     for i in 0..spatial {
         let size = (|| {
             let (input, kernel) = (x[i + 2].known()?, w[i + 2].known()?);
