@@ -24,7 +24,9 @@ NAMES = {
     "gqa-expand": "… k and v expanded", "gqa-repeat": "… k and v repeated", "mask-key-float": "mask [B,1,1,N], float",
     "mask-key-bool": "mask [B,1,1,N], bool", "mask-pair-float": "mask [B,1,N,N], float", "mask-pair-bool": "mask [B,1,N,N], bool",
     "mask-where": "mask by `masked_fill`", "mask-bias": "bias [N,N], constant", "mask-const-bool": "mask [1,1,N,N], constant",
-    "plain": "fused operators", "loud": "int8",
+    "plain": "fused operators", "loud": "int8", "interval": "flow map, two times", "uvit": "U-ViT", "unet": "U-Net", "lora": "low-rank adapters",
+    "temperature": "cosine attention, a factor per head", "one-key": "multi-query attention", "channels": "1×1 convolutions, folded einsum",
+    "talking-heads": "talking heads", "heads-outside": "heads folded in front of the batch", "sequence-first": "[N, B, C] throughout",
 }  # fmt: skip
 
 

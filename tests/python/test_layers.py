@@ -50,3 +50,12 @@ def test_inspect_reports_the_text_of_every_layer(load):
     layers = [s for s in about["sites"] if "layer" in s]
     assert {s["kind"] for s in layers} == {"joint", "self"}
     assert {(s["text"]["tokens"], s["text"]["side"]) for s in layers} == {("6", "start")}
+
+
+def test_halves_are_not_taken_where_the_batch_may_not_be_outermost(load):
+    """Heads folded in front of the batch: half of the rows is half of the heads, so sharing them across guidance is refused."""
+    model = load("heads-outside__ts17")
+    shared = model.plan | {"cfg": "cond-first", "steps": [["full", "full"], ["asc", "full"]], "timesteps": [999, 899]}
+    said = model.rewrite(shared, check=False)
+    assert said.returncode == 1 and "batch is outermost" in said.stderr
+    assert not model.output().exists()
