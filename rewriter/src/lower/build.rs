@@ -4,7 +4,7 @@ use crate::onnx::{
     AttributeProto, DimensionProto, Graph, NodeProto, TensorProto, TensorShapeProto,
     TensorTypeProto, TypeProto, ValueInfoProto, elem_type,
 };
-use crate::shapes::Fact;
+use crate::shapes::{Dim, Fact};
 use bytes::Bytes;
 use prost::Message;
 use std::collections::HashSet;
@@ -62,19 +62,36 @@ pub fn node(
 
 /// A type annotation with known sizes only; symbolic sizes stay open, and so does the batch that ASC halves.
 pub fn value_info(name: &str, fact: &Fact) -> Bytes {
-    let shape = fact.shape.as_ref().map(|dims| TensorShapeProto {
-        dim: dims
-            .iter()
-            .map(|d| DimensionProto {
-                dim_value: d.known(),
-                dim_param: None,
-            })
-            .collect(),
+    let sizes = |dims: &Vec<Dim>| dims.iter().map(Dim::known).collect();
+    annotation(name, fact.elem_type, fact.shape.as_ref().map(sizes))
+}
+
+/// As [`value_info`], with any number of rows: those of a state, of which there are none at the start.
+pub fn any_rows(name: &str, fact: &Fact) -> Bytes {
+    let sizes = fact.shape.as_ref().map(|dims| {
+        let mut sizes: Vec<_> = dims.iter().map(Dim::known).collect();
+        if let Some(rows) = sizes.first_mut() {
+            *rows = None;
+        }
+        sizes
     });
-    let tensor_type = TensorTypeProto {
-        elem_type: fact.elem_type,
-        shape,
+    annotation(name, fact.elem_type, sizes)
+}
+
+/// A type annotation with these sizes, `None` for an open one.
+pub fn sized(name: &str, elem_type: i32, sizes: &[Option<i64>]) -> Bytes {
+    annotation(name, elem_type, Some(sizes.to_vec()))
+}
+
+fn annotation(name: &str, elem_type: i32, sizes: Option<Vec<Option<i64>>>) -> Bytes {
+    let dimension = |dim_value| DimensionProto {
+        dim_value,
+        dim_param: None,
     };
+    let shape = sizes.map(|sizes| TensorShapeProto {
+        dim: sizes.into_iter().map(dimension).collect(),
+    });
+    let tensor_type = TensorTypeProto { elem_type, shape };
     ValueInfoProto {
         name: name.into(),
         r#type: Some(TypeProto {
@@ -122,8 +139,13 @@ impl Writer<'_> {
 
     /// A vector of integers, such as a shape.
     pub fn ints(&mut self, near: &str, values: &[i64]) -> String {
-        let raw: Vec<u8> = values.iter().flat_map(|i| i.to_le_bytes()).collect();
-        self.constant(near, elem_type::INT64, vec![values.len() as i64], raw)
+        self.int_tensor(near, vec![values.len() as i64], values)
+    }
+
+    /// Integers of any shape.
+    pub fn int_tensor(&mut self, near: &str, dims: Vec<i64>, values: &[i64]) -> String {
+        let raw = values.iter().flat_map(|i| i.to_le_bytes()).collect();
+        self.constant(near, elem_type::INT64, dims, raw)
     }
 
     /// One integer without axes.

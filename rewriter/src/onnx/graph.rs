@@ -453,6 +453,7 @@ impl Graph {
         for (number, messages) in [
             (FIELD_INITIALIZER, &edit.added_initializers),
             (FIELD_INPUT, &edit.added_inputs),
+            (FIELD_OUTPUT, &edit.added_outputs),
             (FIELD_VALUE_INFO, &edit.added_value_info),
         ] {
             for message in messages {
@@ -472,5 +473,6 @@ pub struct GraphEdit {
     pub removed_value_info: HashSet<String>,
     pub added_initializers: Vec<Bytes>,
     pub added_inputs: Vec<Bytes>,
+    pub added_outputs: Vec<Bytes>,
     pub added_value_info: Vec<Bytes>,
 }
