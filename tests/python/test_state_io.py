@@ -32,7 +32,7 @@ def follow(model, plan, extra=()):
 
 @pytest.mark.parametrize(
     "name",
-    ["dit__ts17", "dit__dyn18", "pixart__ts17", "fbdit__dyn18", "sd3__ts17", "flux__dyn18", "dit__ts17-fp16", "mask-bias__ts17", "latte__ts17"],
+    ["dit__ts17", "dit__dyn18", "pixart__ts17", "fbdit__dyn18", "sd3__ts17", "flux__ts17-static-slim", "dit__ts17-fp16", "mask-bias__ts17", "latte__ts17"],
 )
 def test_the_numbers_are_those_of_the_hidden_state(load, name):
     model = load(name)

@@ -1,9 +1,6 @@
 //! Pieces that every patch is made of: fresh names, nodes, type annotations, subgraphs.
 
-use crate::onnx::{
-    AttributeProto, DimensionProto, Graph, NodeProto, TensorProto, TensorShapeProto,
-    TensorTypeProto, TypeProto, ValueInfoProto, elem_type,
-};
+use crate::onnx::{AttributeProto, Graph, NodeProto, TensorProto, ValueInfoProto, elem_type};
 use crate::shapes::{Dim, Fact};
 use bytes::Bytes;
 use prost::Message;
@@ -84,22 +81,9 @@ pub fn sized(name: &str, elem_type: i32, sizes: &[Option<i64>]) -> Bytes {
 }
 
 fn annotation(name: &str, elem_type: i32, sizes: Option<Vec<Option<i64>>>) -> Bytes {
-    let dimension = |dim_value| DimensionProto {
-        dim_value,
-        dim_param: None,
-    };
-    let shape = sizes.map(|sizes| TensorShapeProto {
-        dim: sizes.into_iter().map(dimension).collect(),
-    });
-    let tensor_type = TensorTypeProto { elem_type, shape };
-    ValueInfoProto {
-        name: name.into(),
-        r#type: Some(TypeProto {
-            tensor_type: Some(tensor_type),
-        }),
-    }
-    .encode_to_vec()
-    .into()
+    ValueInfoProto::tensor(name, elem_type, sizes)
+        .encode_to_vec()
+        .into()
 }
 
 /// Nodes in the making: every helper appends to them and returns the name of its result.

@@ -59,7 +59,7 @@ pub struct LayerState {
     pub past_outputs: Vec<String>,
     present_outputs: Vec<String>,
     /// The values that the present outputs are copies of.
-    sinks: Vec<String>,
+    pub sinks: Vec<String>,
     /// How many rows of R, and of the outputs, to hand on: all or none.
     pub residual_rows: String,
     output_rows: String,
@@ -196,6 +196,11 @@ pub fn build(
 }
 
 impl LayerState {
+    /// Whether `value` is one of the inputs that carry this layer's state.
+    pub fn reads(&self, value: &str) -> bool {
+        self.past_residual == value || self.past_outputs.iter().any(|p| p == value)
+    }
+
     /// The nodes behind the layer: its outputs as far as they are still read.
     pub fn hand_on_outputs(&self, w: &mut Writer<'_>) {
         for (sink, present) in self.sinks.iter().zip(&self.present_outputs) {

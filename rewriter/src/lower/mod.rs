@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 pub const DOMAIN: &str = "ai.ditfastattn";
 pub const DOMAIN_VERSION: i64 = 1;
 
-pub use io::{OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
+pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
 
 /// How the optional request inputs are declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -119,6 +119,10 @@ pub enum Form {
 pub struct Lowered {
     pub pieces: Vec<Bytes>,
     pub forms: Vec<Form>,
+    /// Per layer the value that says whether it is served from the cache.
+    pub skip: Vec<String>,
+    /// Per layer the names of its state, where the graph carries it.
+    pub state: Vec<LayerState>,
 }
 
 /// Rewrites `model` for `plan`.
@@ -201,7 +205,12 @@ pub fn lower(
     edit.removed_initializers = unused_initializers(model, &moved, &dead, survey);
     let metadata = metadata(plan, state);
     let pieces = model.serialize(&edit, Some((DOMAIN, DOMAIN_VERSION)), &metadata);
-    Ok(Lowered { pieces, forms })
+    Ok(Lowered {
+        pieces,
+        forms,
+        skip: step.skip,
+        state: step.io.map_or_else(Vec::new, |io| io.layers),
+    })
 }
 
 /// Values that keep their name and place although their producer moved: the modules' results.

@@ -10,11 +10,11 @@ use bytes::Bytes;
 use prost::Message;
 use std::collections::{HashMap, HashSet};
 
-const FIELD_NODE: u32 = 1;
-const FIELD_INITIALIZER: u32 = 5;
-const FIELD_INPUT: u32 = 11;
-const FIELD_OUTPUT: u32 = 12;
-const FIELD_VALUE_INFO: u32 = 13;
+pub(super) const FIELD_NODE: u32 = 1;
+pub(super) const FIELD_INITIALIZER: u32 = 5;
+pub(super) const FIELD_INPUT: u32 = 11;
+pub(super) const FIELD_OUTPUT: u32 = 12;
+pub(super) const FIELD_VALUE_INFO: u32 = 13;
 
 /// A node: decoded, and the bytes it came from.
 #[derive(Clone, Debug)]
@@ -92,6 +92,19 @@ impl Node {
         self.attributes
             .iter()
             .any(|a| a.g.is_some() || !a.graphs.is_empty())
+    }
+
+    /// The nodes of its subgraphs, of which those that cannot be read are left out.
+    pub fn inner(&self) -> Vec<Node> {
+        let graphs = self
+            .attributes
+            .iter()
+            .flat_map(|a| a.g.iter().chain(&a.graphs));
+        let fields = graphs.filter_map(|g| wire::split(g).ok()).flatten();
+        fields
+            .filter(|f| f.number == FIELD_NODE)
+            .filter_map(|f| Self::read(f.payload?))
+            .collect()
     }
 
     /// Reads a serialized node; `None` if it is none.
@@ -410,6 +423,10 @@ impl Graph {
             names.extend(node.captured.iter().cloned());
         }
         names
+    }
+
+    pub(super) fn fields(&self) -> &[Field] {
+        &self.fields
     }
 
     pub(super) fn initializer_payloads(&self) -> impl Iterator<Item = Bytes> + '_ {
