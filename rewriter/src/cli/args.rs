@@ -59,6 +59,9 @@ pub struct RewriteArgs {
     /// How the inputs dfa_request_id, dfa_start and dfa_end are declared
     #[arg(long, value_enum, value_name = "HOW", default_value = "optional")]
     pub request_inputs: RequestInputsArg,
+    /// Where layers remember what later steps read
+    #[arg(long, value_enum, value_name = "WHERE", default_value = "hidden")]
+    pub state: StateArg,
     #[command(flatten)]
     pub inputs: InputsArgs,
     #[command(flatten)]
@@ -77,6 +80,14 @@ pub enum RequestInputsArg {
     Optional,
     /// Ordinary inputs, fed at every run (Triton's sequence batcher)
     Required,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StateArg {
+    /// In the library, per request: the model's inputs and outputs stay what they are
+    Hidden,
+    /// In inputs past.* and outputs present.* of the model, with the step's number as the input dfa_step: no hidden memory
+    Io,
 }
 
 impl From<RequestInputsArg> for RequestInputs {
