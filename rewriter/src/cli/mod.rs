@@ -7,6 +7,7 @@ mod args;
 mod inspect;
 mod plot;
 mod rewrite;
+mod search;
 
 use crate::find::InputsError;
 use crate::onnx::write_atomically;
@@ -67,6 +68,7 @@ pub fn run(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> u8 {
     let result = match cli.command {
         None => rewrite::run(&cli.rewrite),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Search(args)) => search::run(&args),
         Some(Command::Plot(args)) => plot::run(&args),
         Some(Command::Schema) => {
             let schema =
