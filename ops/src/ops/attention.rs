@@ -410,7 +410,6 @@ impl<T: Real> Layer<'_, T> {
         let Some(mut room) = allocate::<T>(run, len) else {
             return self.attention(start, rows, out, Mode::Full);
         };
-        room.values.resize(len, T::default());
         self.attend_and_capture(start, rows, out, &mut room.values)?;
         if all_finite(self.context, &room.values) {
             let tensor = room.store(&dims, self.directive.rows);

@@ -1,6 +1,6 @@
 //! Cached tensors in CPU memory.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ditfastattn_kernels::Element;
 use half::{bf16, f16};
@@ -8,6 +8,8 @@ use half::{bf16, f16};
 use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
 use crate::state::{Lease, Rows, Run};
+
+use super::PROCESS;
 
 /// A cached tensor: a cheap handle on immutable numbers.
 pub type CachedTensor = Arc<Stored>;
@@ -19,11 +21,11 @@ pub struct Stored {
     /// `Half`: the rows of one half of guidance, which stand for those of the other half too.
     rows: Rows,
     data: Data,
-    _lease: Lease,
+    lease: Lease,
 }
 
 #[derive(Debug)]
-enum Data {
+pub(super) enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
@@ -34,7 +36,8 @@ enum Data {
 /// An element type of cached tensors and of the tensors that layers compute.
 pub(super) trait Real: Scalar + Element + Default {
     fn wrap(values: Vec<Self>) -> Storage;
-    fn unwrap(stored: &Stored) -> Option<&[Self]>;
+    fn unwrap(data: &Data) -> Option<&[Self]>;
+    fn into_inner(data: Data) -> Option<Vec<Self>>;
     fn is_finite(self) -> bool;
 }
 
@@ -47,8 +50,14 @@ macro_rules! real {
             fn wrap(values: Vec<Self>) -> Storage {
                 Storage(Data::$variant(values))
             }
-            fn unwrap(stored: &Stored) -> Option<&[Self]> {
-                match &stored.data {
+            fn unwrap(data: &Data) -> Option<&[Self]> {
+                match data {
+                    Data::$variant(values) => Some(values),
+                    _ => None,
+                }
+            }
+            fn into_inner(data: Data) -> Option<Vec<Self>> {
+                match data {
                     Data::$variant(values) => Some(values),
                     _ => None,
                 }
@@ -72,17 +81,57 @@ impl Stored {
 
     /// The numbers, if they are of type `T`.
     pub(super) fn values<T: Real>(&self) -> Option<&[T]> {
-        T::unwrap(self)
+        T::unwrap(&self.data)
     }
 }
 
 /// Room for a tensor that a run wants to keep; `None` if the budget or the machine has none.
 pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<Room<T>> {
     let lease = run.reserve(len.checked_mul(size_of::<T>())?)?;
+    if let Some(values) = spare(len) {
+        return Some(Room { values, lease });
+    }
     let mut values = Vec::new();
     // The tensor is only a cache: where the system has no memory for it, the layer goes without.
     values.try_reserve_exact(len).ok()?;
+    values.resize(len, T::default());
     Some(Room { values, lease })
+}
+
+/// Memory of tensors that are no longer cached, for the next that are: a layer's new residual takes the place of the
+/// last layer's old one. New memory costs a fault for each of its pages, and has to be filled before it can be lent.
+static SPARE: Mutex<Vec<Data>> = Mutex::new(Vec::new());
+
+/// How many tensors are spared at most. They count as free in the budget.
+const SPARED: usize = 2;
+
+/// Spared memory of just this size, with old numbers in it.
+fn spare<T: Real>(len: usize) -> Option<Vec<T>> {
+    let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+    let fits = |data: &Data| T::unwrap(data).is_some_and(|values| values.len() == len);
+    let at = spare.iter().position(fits)?;
+    T::into_inner(spare.swap_remove(at))
+}
+
+impl Drop for Stored {
+    fn drop(&mut self) {
+        let data = std::mem::replace(&mut self.data, Data::Nothing);
+        // This tensor's lease still counts. Nothing is spared once nothing else is cached.
+        let last = PROCESS.bytes() <= self.lease.bytes();
+        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        let unwanted = if last {
+            std::mem::take(&mut *spare)
+        } else if spare.len() < SPARED {
+            Vec::new()
+        } else {
+            vec![spare.remove(0)]
+        };
+        if !last && !matches!(data, Data::Nothing) {
+            spare.push(data);
+        }
+        drop(spare);
+        drop(unwanted);
+    }
 }
 
 /// Stands for a residual that is known to be zero, and takes no memory; `None` if the run may not keep anything.
@@ -91,26 +140,26 @@ pub(super) fn nothing(run: &Run<CachedTensor>, rows: Rows) -> Option<CachedTenso
         dims: Vec::new(),
         rows,
         data: Data::Nothing,
-        _lease: run.reserve(0)?,
+        lease: run.reserve(0)?,
     }))
 }
 
 /// Memory for a cached tensor that is still being written.
 pub(super) struct Room<T> {
-    /// Empty, with capacity for the whole tensor.
+    /// As long as the tensor; what is in it is left from earlier.
     pub values: Vec<T>,
     lease: Lease,
 }
 
 impl<T: Real> Room<T> {
-    /// The finished tensor. The caller has filled `values` with as many numbers as `dims` say.
+    /// The finished tensor. The caller has written all of `values`, as many numbers as `dims` say.
     pub fn store(self, dims: &[usize], rows: Rows) -> CachedTensor {
         debug_assert_eq!(self.values.len(), dims.iter().product::<usize>());
         Arc::new(Stored {
             dims: dims.to_vec(),
             rows,
             data: T::wrap(self.values).0,
-            _lease: self.lease,
+            lease: self.lease,
         })
     }
 }
