@@ -95,7 +95,7 @@ pub use parallel::{Parallel, Sequential, Threads};
 ///
 /// # Errors
 /// [`KernelError`] if shapes, strides, mask and band do not fit together; nothing is written then.
-pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<(), KernelError> {
+pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<Computed, KernelError> {
     attention_at(a, pool, Level::best())
 }
 
@@ -105,8 +105,15 @@ pub fn attention_at(
     a: &Attention<'_>,
     pool: &dyn Parallel,
     level: Level,
-) -> Result<(), KernelError> {
+) -> Result<Computed, KernelError> {
     check::check(a)?;
-    cpu::attention(a, pool, level);
-    Ok(())
+    Ok(cpu::attention(a, pool, level))
+}
+
+/// What a call has learnt about what it wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    /// Whether a captured residual holds neither infinities nor NaN. In doubt, at the very end of its type's range, it
+    /// is taken to hold some. True where none was captured.
+    pub residual_is_finite: bool,
 }

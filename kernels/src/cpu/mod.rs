@@ -17,7 +17,9 @@ mod vector;
 pub use level::Level;
 
 use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 
+use crate::Computed;
 use crate::api::{Attention, Mode};
 use crate::parallel::Parallel;
 use gemm::QUERIES;
@@ -37,13 +39,22 @@ impl<'a, 'b> Shared<'a, 'b> {
 }
 
 /// Runs a call that `check` has accepted.
-pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) {
-    let s = a.shape;
-    let planes = s.batch * s.heads;
-    let blocks = s.q_tokens.div_ceil(QUERIES);
-    if planes == 0 || blocks == 0 || s.v_dim == 0 {
-        return;
+pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) -> Computed {
+    let finite = AtomicBool::new(true);
+    if !is_empty(a) {
+        run(a, pool, level, &finite);
     }
+    Computed {
+        residual_is_finite: finite.into_inner(),
+    }
+}
+
+fn is_empty(a: &Attention<'_>) -> bool {
+    let s = a.shape;
+    s.batch * s.heads * s.q_tokens * s.v_dim == 0
+}
+
+fn run(a: &Attention<'_>, pool: &dyn Parallel, level: Level, finite: &AtomicBool) {
     let shared = Shared(a);
     scratch::with_keys(|memory| {
         for part in Part::all(a) {
@@ -55,6 +66,7 @@ pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) {
                     level.run(task::Task {
                         a: shared.get(),
                         keys: &keys,
+                        finite,
                         batch,
                         heads,
                         blocks,

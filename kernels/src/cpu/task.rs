@@ -4,6 +4,7 @@
 //! Which keys are seen is `sight`'s business, products are `gemm`'s, memory outside the scratch is `pack`'s.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
@@ -15,7 +16,7 @@ use super::pack::{Ahead, Order, Plane, gather_channels, scatter_channels};
 use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Segments, Sight, row};
 use super::vector::{load, mul_add, store};
-use crate::api::{Attention, Mode};
+use crate::api::{Attention, DType, Mode};
 
 /// How much a row's scores (in powers of two) may exceed its reference before sums are rescaled.
 const SLACK: f32 = 8.0;
@@ -23,6 +24,8 @@ const SLACK: f32 = 8.0;
 pub(crate) struct Task<'a, 'b> {
     pub a: &'a Attention<'b>,
     pub keys: &'a Keys<'b>,
+    /// Becomes false if a residual is not finite.
+    pub finite: &'a AtomicBool,
     pub batch: usize,
     pub heads: Range<usize>,
     /// Query blocks, of [`QUERIES`] queries each.
@@ -284,7 +287,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
     blocks.sort_by_key(|block| block.queries.start);
     for block in &mut blocks {
         // SAFETY: the block's queries lie inside the shape, and belong to this task alone.
-        unsafe { finish(simd, a, block, rows, more) };
+        unsafe { finish(simd, a, block, t.finite, rows, more) };
     }
 }
 
@@ -766,6 +769,20 @@ fn divide<S: Simd>(simd: S, from: &[f32], to: &mut [f32], sum: &[f32], minus: Op
     }
 }
 
+/// Whether the first `queries` of `[channels, QUERIES]` are finite, and remain so when rounded to a type.
+#[inline(always)]
+fn stays_finite(x: &[f32], queries: usize, dtype: DType) -> bool {
+    // What is beyond the type's range overflows here already; and an infinity times 0 is NaN.
+    let factor = f32::MAX / dtype.largest();
+    let mut sums = [0f32; QUERIES];
+    for line in x.as_chunks::<QUERIES>().0 {
+        for (sum, x) in sums.iter_mut().zip(line) {
+            *sum += x * factor * 0.0;
+        }
+    }
+    sums[..queries].iter().all(|&sum| sum == 0.0)
+}
+
 /// Rows of `[channels, QUERIES]` whose sum is zero, since they see nothing, become 0 in place of 0 / 0.
 fn clear_empty(x: &mut [f32], sum: &[f32]) {
     for (lane, _) in sum.iter().enumerate().filter(|(_, sum)| **sum == 0.0) {
@@ -785,6 +802,7 @@ unsafe fn finish<S: Simd>(
     simd: S,
     a: &Attention<'_>,
     block: &mut Block<'_>,
+    finite: &AtomicBool,
     rows: &mut [f32],
     more: &mut [f32],
 ) {
@@ -803,6 +821,9 @@ unsafe fn finish<S: Simd>(
     let tokens = block.queries.clone();
     if let Mode::FullCapture { residual, .. } = &a.mode {
         divide(simd, block.o, o, block.sum, Some(block.w));
+        if !stays_finite(o, tokens.len(), residual.dtype) {
+            finite.store(false, Ordering::Relaxed);
+        }
         // SAFETY: promised by the caller.
         unsafe { scatter_channels::<S>(residual, plane, tokens.clone(), dv, QUERIES, o, rows) };
     }
