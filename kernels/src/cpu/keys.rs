@@ -44,23 +44,28 @@ impl Part {
     /// The parts of a call.
     pub fn all(a: &Attention<'_>) -> Vec<Part> {
         let s = a.shape;
-        let copied = |t: &Input<'_>, n| {
-            if in_advance(a) && !is_dense(t, n) {
-                n
+        let copied = |t: &Input<'_>, channels| {
+            if in_advance(a) && !is_dense(t, channels) {
+                channels
             } else {
                 0
             }
         };
         let plane = s.kv_tokens * (copied(&a.k, s.head_dim) + copied(&a.v, s.v_dim));
         let planes = LIMIT.checked_div(plane).unwrap_or(usize::MAX);
-        let rows = (planes / s.kv_heads).clamp(1, s.batch);
-        let heads = planes.clamp(1, s.kv_heads);
+        Part::of(s.batch, s.kv_heads, planes)
+    }
+
+    /// Parts of at most `planes` planes, or one.
+    fn of(batch: usize, kv_heads: usize, planes: usize) -> Vec<Part> {
+        let rows = (planes / kv_heads).clamp(1, batch);
+        let heads = planes.clamp(1, kv_heads);
         let mut parts = Vec::new();
-        for b in (0..s.batch).step_by(rows) {
-            for h in (0..s.kv_heads).step_by(heads) {
+        for b in (0..batch).step_by(rows) {
+            for h in (0..kv_heads).step_by(heads) {
                 parts.push(Part {
-                    batch: b..s.batch.min(b + rows),
-                    kv_heads: h..s.kv_heads.min(h + heads),
+                    batch: b..batch.min(b + rows),
+                    kv_heads: h..kv_heads.min(h + heads),
                 });
             }
         }
@@ -296,5 +301,32 @@ impl<'a> Keys<'a> {
             }
         }
         keys
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_every_plane_once() {
+        for (batch, heads) in [(1, 1), (1, 5), (3, 4), (4, 1)] {
+            for planes in [0, 1, 2, 3, 4, 7, 8, 100] {
+                let parts = Part::of(batch, heads, planes);
+                let mut seen = vec![0; batch * heads];
+                for part in &parts {
+                    assert!(part.planes() <= planes.max(1));
+                    let mut index = 0;
+                    for b in part.batch.clone() {
+                        for head in part.kv_heads.clone() {
+                            seen[b * heads + head] += 1;
+                            assert_eq!(part.index(Plane { batch: b, head }), index);
+                            index += 1;
+                        }
+                    }
+                }
+                assert!(seen.iter().all(|&n| n == 1), "{parts:?}");
+            }
+        }
     }
 }
