@@ -451,14 +451,22 @@ impl Ahead {
             self.next = self.next.wrapping_offset(self.head);
         }
         self.left -= 1;
-        #[cfg(target_arch = "x86_64")]
         for at in (0..self.bytes).step_by(64) {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            // SAFETY: a prefetch is allowed on any address; SSE is part of x86-64.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_offset(at).cast()) }
+            prefetch(self.next.wrapping_offset(at));
         }
         self.next = self.next.wrapping_offset(self.token);
         true
+    }
+}
+
+/// Asks for a cache line; on other machines than x86 that is left to the hardware.
+#[inline(always)]
+fn prefetch(_p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch is allowed on any address; SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(_p.cast()) }
     }
 }
 

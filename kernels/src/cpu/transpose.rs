@@ -25,27 +25,8 @@ pub(crate) unsafe fn transpose<S: Simd, const READS: bool>(
     } else {
         (columns, rows)
     };
-    let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if TypeId::of::<S>() == TypeId::of::<pulp::x86::V4>() {
-        for a in (0..outer / 16 * 16).step_by(16) {
-            for b in (0..inner / 4 * 4).step_by(4) {
-                // SAFETY: 16 by 4 elements from here on lie inside; the level says that AVX-512 is there.
-                unsafe {
-                    if READS {
-                        let from = from.offset(a as isize * from_stride + b as isize);
-                        let to = to.offset(b as isize * to_stride + a as isize);
-                        transpose_16x4(from, from_stride, to, to_stride);
-                    } else {
-                        let from = from.offset(b as isize * from_stride + a as isize);
-                        let to = to.offset(a as isize * to_stride + b as isize);
-                        transpose_4x16(from, from_stride, to, to_stride);
-                    }
-                }
-            }
-        }
-        done = outer / 16 * 16;
-    }
+    // SAFETY: promised by the caller.
+    let done = unsafe { wide::<S, READS>(from, from_stride, to, to_stride, outer, inner) };
     let inner4 = inner / 4 * 4;
     let outer4 = done + (outer - done) / 4 * 4;
     for a in (done..outer4).step_by(4) {
@@ -67,6 +48,55 @@ pub(crate) unsafe fn transpose<S: Simd, const READS: bool>(
             unsafe { *to = *from }
         }
     }
+}
+
+/// What can be turned 16 × 4 at a time; says how much of `outer` that was, all but the last `inner` % 4 of it.
+///
+/// # Safety
+/// As for [`transpose`], rows and columns being `outer` and `inner` if `READS`, else the other way round.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn wide<S: Simd, const READS: bool>(
+    from: *const f32,
+    from_stride: isize,
+    to: *mut f32,
+    to_stride: isize,
+    outer: usize,
+    inner: usize,
+) -> usize {
+    if TypeId::of::<S>() != TypeId::of::<pulp::x86::V4>() {
+        return 0;
+    }
+    let done = outer / 16 * 16;
+    for a in (0..done).step_by(16) {
+        for b in (0..inner / 4 * 4).step_by(4) {
+            // SAFETY: 16 by 4 elements from here on lie inside; the level says that AVX-512 is there.
+            unsafe {
+                if READS {
+                    let from = from.offset(a as isize * from_stride + b as isize);
+                    let to = to.offset(b as isize * to_stride + a as isize);
+                    transpose_16x4(from, from_stride, to, to_stride);
+                } else {
+                    let from = from.offset(b as isize * from_stride + a as isize);
+                    let to = to.offset(a as isize * to_stride + b as isize);
+                    transpose_4x16(from, from_stride, to, to_stride);
+                }
+            }
+        }
+    }
+    done
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn wide<S: Simd, const READS: bool>(
+    _: *const f32,
+    _: isize,
+    _: *mut f32,
+    _: isize,
+    _: usize,
+    _: usize,
+) -> usize {
+    0
 }
 
 /// Left to itself the compiler moves the 16 elements one by one.
