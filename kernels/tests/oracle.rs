@@ -112,10 +112,10 @@ fn every_layout<T: Element>() {
 /// So long that keys and values are copied in advance.
 #[test]
 fn long_sequences_in_every_layout() {
-    let mut shape = shape(2, 2, 1100, 9);
+    let mut shape = shape(2, 2, 1400, 9);
     shape.kv_heads = 1;
     shape.v_dim = 5;
-    let wide = Band::new(600);
+    let wide = Band::new(650);
     for (n, layout) in LAYOUTS.into_iter().enumerate() {
         for kind in [Kind::Capture, Kind::WindowResidual] {
             let layouts = [layout, layout, LAYOUTS[(n + 1) % 4], layout];

@@ -1,7 +1,8 @@
 //! Keys and values as tasks read them: float32, each (batch, head) by itself, in blocks of [`KEYS`].
 //!
-//! Tensors that are like that already are read where they are. Others are copied: by each task for itself where few
-//! blocks of queries see a key, else once per call, on all threads. In `[batch, tokens, heads, channels]` each token of a
+//! Tensors that are like that already are read where they are, and so are those with other heads between the lines of
+//! one, where few blocks of queries see a key. Others are copied: by each task for itself, or, where many see a key, once
+//! per call, on all threads. In `[batch, tokens, heads, channels]` each token of a
 //! head lies in a page of its own, whose translation costs as much as its data; a copy of all heads visits it once.
 
 use std::ops::Range;
@@ -20,7 +21,7 @@ pub(crate) const KEYS: usize = 120;
 const LIMIT: usize = 12 << 20;
 
 /// Where more blocks of queries than this see a key, a copy in advance is worth its traffic.
-const READS: usize = 16;
+const READS: usize = 20;
 
 /// Whether keys and values are copied in advance, rather than by tasks.
 fn in_advance(a: &Attention<'_>) -> bool {
@@ -98,7 +99,7 @@ pub(crate) struct Matrix<'a> {
     from: Input<'a>,
     channels: usize,
     tokens: usize,
-    pub order: Order,
+    order: Order,
     /// Distance between the lines of two keys.
     row: usize,
     part: Part,
@@ -173,6 +174,22 @@ impl<'a> Matrix<'a> {
     /// Where in the memory of the call a block is.
     fn at(&self, p: Plane, first: usize) -> usize {
         (self.part.index(p) * self.tokens.next_multiple_of(KEYS) + first) * self.channels
+    }
+
+    /// Calls `f` with each line of the first keys of a block.
+    ///
+    /// # Safety
+    /// The block must have so many keys.
+    #[inline(always)]
+    pub unsafe fn lines(&self, block: *const f32, keys: usize, mut f: impl FnMut(&[f32])) {
+        let (lines, distance, len) = match self.order {
+            Order::Tokens => (keys, self.row, self.channels),
+            Order::Channels { stride } => (self.channels, stride, keys),
+        };
+        for i in 0..lines {
+            // SAFETY: promised by the caller.
+            f(unsafe { std::slice::from_raw_parts(block.add(i * distance), len) });
+        }
     }
 
     /// Distances in a block between keys and between channels.
@@ -267,8 +284,11 @@ impl<'a> Keys<'a> {
     pub fn new(a: &Attention<'a>, part: &Part, scratch: &mut Scratch, pool: &dyn Parallel) -> Self {
         let s = a.shape;
         let early = in_advance(a);
-        let place = |t: &Input<'_>, channels, apart| {
-            if is_dense(t, channels) || apart {
+        // Lines of keys and values need not lie side by side.
+        let has_lines =
+            |t: &Input<'_>| t.dtype == DType::F32 && t.strides.channel == 1 && t.strides.token > 0;
+        let place = |t: &Input<'_>, channels| {
+            if is_dense(t, channels) || (!early && has_lines(t)) {
                 Place::There
             } else if early {
                 Place::Call(std::ptr::null_mut())
@@ -276,12 +296,8 @@ impl<'a> Keys<'a> {
                 Place::Task
             }
         };
-        // Keys are read along their channels, so they need not lie side by side. Values are read across.
-        let k = &a.k;
-        let apart =
-            !early && k.dtype == DType::F32 && k.strides.channel == 1 && k.strides.token > 0;
-        let k_place = place(k, s.head_dim, apart);
-        let v_place = place(&a.v, s.v_dim, false);
+        let k_place = place(&a.k, s.head_dim);
+        let v_place = place(&a.v, s.v_dim);
         let mut keys = Keys {
             k: Matrix::new(a.k, part, s.kv_tokens, s.head_dim, k_place),
             v: Matrix::new(a.v, part, s.kv_tokens, s.v_dim, v_place),

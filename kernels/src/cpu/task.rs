@@ -10,9 +10,9 @@ use pulp::{Simd, WithSimd};
 
 use super::exp::exp2;
 use super::gemm::{Gemm, QUERIES};
-use super::keys::{KEYS, Keys};
+use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
-use super::pack::{Ahead, Order, Plane, gather_channels, scatter_channels};
+use super::pack::{Ahead, Plane, gather_channels, scatter_channels};
 use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Segments, Sight, row};
 use super::vector::{load, mul_add, store};
@@ -377,7 +377,7 @@ fn pass<S: Simd>(
             unsafe {
                 packed.k = all.k.block(plane, keys.clone(), packed.k_room);
                 packed.v = all.v.block(plane, keys.clone(), packed.v_room);
-                packed.wild = hides && wild(packed.v, keys.len(), s.v_dim, all.v.order);
+                packed.wild = hides && wild(&all.v, packed.v, keys.len());
             }
         }
         let next = keys.end..s.kv_tokens.min(keys.end + KEYS);
@@ -429,35 +429,29 @@ fn next_tile(
     (first..all.end.min(first + QUERIES), keys)
 }
 
-#[inline(always)]
-fn any_wild(line: &[f32]) -> bool {
-    // x · 0 is NaN for an x that is not finite, and stays NaN in a sum.
-    let mut sum = [0f32; 16];
-    let (lines, rest) = line.as_chunks::<16>();
-    for x in lines {
-        for i in 0..16 {
-            sum[i] += x[i] * 0.0;
-        }
-    }
-    let mut all = 0.0;
-    for x in sum.iter().chain(rest) {
-        all += x * 0.0;
-    }
-    all != 0.0
-}
-
 /// Whether the values of the first keys of a block hold an infinity or a NaN.
 ///
 /// # Safety
 /// The block must have so many keys.
 #[inline(always)]
-unsafe fn wild(v: *const f32, keys: usize, v_dim: usize, order: Order) -> bool {
+unsafe fn wild(values: &Matrix<'_>, block: *const f32, keys: usize) -> bool {
+    // x · 0 is NaN for an x that is not finite, and stays NaN in a sum.
+    let (mut sum, mut rest) = ([0f32; 16], 0.0);
     // SAFETY: promised by the caller.
-    let line = |at, len| unsafe { any_wild(std::slice::from_raw_parts(v.add(at), len)) };
-    match order {
-        Order::Tokens => line(0, keys * v_dim),
-        Order::Channels { stride } => (0..v_dim).any(|c| line(c * stride, keys)),
+    unsafe {
+        values.lines(block, keys, |line| {
+            let (lines, last) = line.as_chunks::<16>();
+            for x in lines {
+                for i in 0..16 {
+                    sum[i] += x[i] * 0.0;
+                }
+            }
+            for x in last {
+                rest += x * 0.0;
+            }
+        });
     }
+    sum.iter().any(|&x| x != 0.0) || rest != 0.0
 }
 
 /// One query block against one key block: scores, softmax, values.
