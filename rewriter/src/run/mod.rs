@@ -15,5 +15,7 @@
 pub mod array;
 mod cut;
 pub mod engine;
+pub mod feed;
 pub mod host;
 pub mod scheduler;
+pub mod trials;
