@@ -48,7 +48,9 @@ fn write(path: &Path, pieces: &[Bytes]) -> Result<(), Failure> {
 /// Inputs that cannot be told apart are an answer; a name that does not exist is a mistake.
 fn inputs_failure(error: InputsError) -> Failure {
     match error {
-        InputsError::NoSuchInput { .. } => Failure::Bad(error.into()),
+        InputsError::NoSuchInput { .. } | InputsError::NoSuchLayer { .. } => {
+            Failure::Bad(error.into())
+        }
         _ => Failure::No(error.into()),
     }
 }

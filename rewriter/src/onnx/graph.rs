@@ -252,6 +252,11 @@ pub struct Graph {
 }
 
 impl Graph {
+    /// Reads the graph of a branch; `None` if it is none.
+    pub fn read(graph: &Bytes) -> Option<Self> {
+        Self::parse(graph).ok()
+    }
+
     pub(super) fn parse(graph: &Bytes) -> Result<Self, String> {
         let fields = wire::split(graph).map_err(|e| format!("bad graph: {e}"))?;
         let mut nodes = Vec::new();
