@@ -1,7 +1,9 @@
 //! Every flag, once: help, usage errors and completions come from here.
 
+use super::run_args::SearchArgs;
 use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
+use crate::sizes::Given;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -28,6 +30,8 @@ pub struct Cli {
 pub enum Command {
     /// List every attention of a model: what it is, which form it would get, or why it does not match
     Inspect(InspectArgs),
+    /// Find a plan: run a model on calibration inputs and choose, by the paper's greedy method, what each layer does at each step
+    Search(Box<SearchArgs>),
     /// Draw plans as layers × steps heat maps
     Plot(PlotArgs),
     /// Print the JSON Schema of plan files
@@ -66,12 +70,42 @@ pub struct RewriteArgs {
     pub inputs: InputsArgs,
     #[command(flatten)]
     pub choice: ChoiceArgs,
+    #[command(flatten)]
+    pub sizes: SizesArgs,
     /// Print the report as JSON
     #[arg(long)]
     pub json: bool,
     /// Print nothing but errors
     #[arg(short, long, conflicts_with = "json")]
     pub quiet: bool,
+}
+
+/// Sizes that the graph leaves open, for the accounting.
+#[derive(Debug, Default, Args)]
+pub struct SizesArgs {
+    /// Tokens of a sequence, text included, for the accounting of layers where the graph does not fix them
+    #[arg(long, value_name = "N")]
+    pub tokens: Option<usize>,
+    /// How many of them are text, for the accounting of layers where neither graph nor plan say so
+    #[arg(long, value_name = "N")]
+    pub text_tokens: Option<usize>,
+    /// Batch rows of a step, for the accounting [default: the exported batch, else those of one image]
+    #[arg(long, value_name = "N")]
+    pub rows: Option<usize>,
+    /// Part of a dense step's time that the attention modules take (measured), to predict the time of a step
+    #[arg(long, value_name = "0…1")]
+    pub attention_share: Option<f64>,
+}
+
+impl From<&SizesArgs> for Given {
+    fn from(args: &SizesArgs) -> Self {
+        Self {
+            tokens: args.tokens,
+            text: args.text_tokens,
+            rows: args.rows,
+            ..Self::default()
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -149,6 +183,8 @@ pub struct InspectArgs {
     pub inputs: InputsArgs,
     #[command(flatten)]
     pub choice: ChoiceArgs,
+    #[command(flatten)]
+    pub sizes: SizesArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

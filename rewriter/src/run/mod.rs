@@ -9,6 +9,7 @@
 //! | `scheduler` | diffusion schedulers |
 //! | `feed` | what the model is fed at each step: a recording, or a scheduler's own loop |
 //! | `trials` | the search's view of all that (`Denoiser`) |
+//! | `prepare` | from files to a model that is ready to run |
 //!
 //! Nothing here finds attention or changes a model.
 
@@ -17,5 +18,6 @@ mod cut;
 pub mod engine;
 pub mod feed;
 pub mod host;
+pub mod prepare;
 pub mod scheduler;
 pub mod trials;
