@@ -103,9 +103,9 @@ fn text(layer: &Layer, any_text: bool, plan: &Plan, given: &Given) -> Option<usi
         // Another layer's sequence has text, this one's has not.
         (Text::None, _) if any_text && !layer.joint => Some(0),
         (_, Some(text)) => Some(text.tokens),
-        (Text::Known { pieces, .. }, None) => {
-            let sizes: Option<Vec<usize>> = pieces.iter().map(|p| known(&p.tokens)).collect();
-            sizes.map(|s| s.iter().sum()).or(given.text)
+        (text @ Text::Known { .. }, None) => {
+            let known = text.known().and_then(|n| usize::try_from(n).ok());
+            known.or(given.text)
         }
         (Text::None, None) if !layer.joint => Some(0),
         (_, None) => given.text,

@@ -93,8 +93,14 @@ pub struct SizesArgs {
     #[arg(long, value_name = "N")]
     pub rows: Option<usize>,
     /// Part of a dense step's time that the attention modules take (measured), to predict the time of a step
-    #[arg(long, value_name = "0…1")]
+    #[arg(long, value_name = "0…1", value_parser = share)]
     pub attention_share: Option<f64>,
+}
+
+/// A part of a whole.
+fn share(value: &str) -> Result<f64, String> {
+    let number = value.parse().ok().filter(|x| (0.0..=1.0).contains(x));
+    number.ok_or_else(|| format!("expected a number from 0 to 1, found `{value}`"))
 }
 
 impl From<&SizesArgs> for Given {

@@ -13,7 +13,7 @@ pub struct SearchArgs {
     /// Where to write the plan
     #[arg(short, long, value_name = "PLAN")]
     pub output: PathBuf,
-    /// Overwrite PLAN, and begin the journal anew, if they exist
+    /// Overwrite PLAN if it exists, and begin the journal anew unless --resume
     #[arg(long)]
     pub force: bool,
     /// The threshold δ: the last layer of a step may change the output by less than δ, earlier layers by their share of it
@@ -39,7 +39,7 @@ pub struct SearchArgs {
     #[arg(long, value_name = "FILE")]
     pub journal: Option<PathBuf>,
     /// Go on with the journal of a search that was stopped or killed
-    #[arg(long, conflicts_with = "force")]
+    #[arg(long)]
     pub resume: bool,
     /// A finished or stopped search with another δ: what its losses decide is not run again
     #[arg(long, value_name = "JOURNAL", conflicts_with = "resume")]

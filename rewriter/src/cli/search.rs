@@ -44,9 +44,7 @@ struct Outcome {
 pub fn run(args: &SearchArgs) -> Result<(), Failure> {
     let delta = args.delta.or(args.preset.map(|p| p.delta()));
     let delta = delta.context("expected --delta or --preset; see --help")?;
-    if !args.resume || args.output.exists() {
-        refuse_existing(&args.output, args.force)?;
-    }
+    refuse_existing(&args.output, args.force)?;
     let journal_path = journal_path(args);
     let journal = open_journal(&journal_path, args)?;
     let mut loaded = load::load(&args.run)?;
@@ -147,7 +145,7 @@ fn open_journal(path: &Path, args: &SearchArgs) -> Result<File, Failure> {
         .read(true)
         .write(true)
         .create(true)
-        .truncate(args.force)
+        .truncate(args.force && !args.resume)
         .open(path)
         .with_context(|| format!("cannot open the journal {}", path.display()))?;
     Ok(file)

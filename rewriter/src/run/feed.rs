@@ -284,7 +284,7 @@ impl Loop {
         if let Some(rows) = fixed_rows {
             size = rows / halves;
         }
-        if size == 0 || count % size != 0 {
+        if size == 0 || !count.is_multiple_of(size) {
             return Err(wrong(
                 noise,
                 &roles.latents,
