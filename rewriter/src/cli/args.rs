@@ -1,6 +1,6 @@
 //! Every flag, once: help, usage errors and completions come from here.
 
-use super::run_args::SearchArgs;
+use super::run_args::{CfgArg, SearchArgs, StudyArgs};
 use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
 use crate::sizes::Given;
@@ -32,8 +32,12 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Find a plan: run a model on calibration inputs and choose, by the paper's greedy method, what each layer does at each step
     Search(Box<SearchArgs>),
+    /// Measure how similar attention is between steps and between the halves of guidance, on calibration inputs
+    Study(Box<StudyArgs>),
     /// Draw plans as layers × steps heat maps
     Plot(PlotArgs),
+    /// Turn a plan of xDiT or of the authors into one of ours
+    Import(ImportArgs),
     /// Print the JSON Schema of plan files
     Schema,
     /// Print shell completions
@@ -205,6 +209,28 @@ pub struct PlotArgs {
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
     /// Overwrite OUT if it exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// xDiT's JSON, or the authors' pickle (which is read, not run)
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Half-width of its window as a fraction of the image tokens: its width in tokens over their number
+    #[arg(long, value_name = "W")]
+    pub window: f64,
+    /// How guidance reached its model
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub cfg: CfgArg,
+    /// Where to write the plan
+    #[arg(short, long, value_name = "PLAN")]
+    pub output: PathBuf,
+    /// The plan's name
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Overwrite PLAN if it exists
     #[arg(long)]
     pub force: bool,
 }

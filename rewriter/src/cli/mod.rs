@@ -4,12 +4,14 @@
 //! plan does not fit). Exit 2: bad input, usage or I/O. Nothing is written unless the exit code is 0.
 
 mod args;
+mod import;
 mod inspect;
 mod load;
 mod plot;
 mod rewrite;
 mod run_args;
 mod search;
+mod study;
 
 use crate::find::InputsError;
 use crate::onnx::write_atomically;
@@ -75,7 +77,9 @@ pub fn run(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> u8 {
     let result = match cli.command {
         None => rewrite::run(&cli.rewrite),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Study(args)) => study::run(&args),
         Some(Command::Plot(args)) => plot::run(&args),
+        Some(Command::Import(args)) => import::run(&args),
         Some(Command::Search(args)) => search::run(&args),
         Some(Command::Schema) => {
             let schema =

@@ -55,6 +55,21 @@ pub struct SearchArgs {
     pub quiet: bool,
 }
 
+#[derive(Debug, Args)]
+pub struct StudyArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Folder for study.json and the pictures; made if it is not there
+    #[arg(short, long, value_name = "FOLDER")]
+    pub output: PathBuf,
+    /// Overwrite what is there
+    #[arg(long)]
+    pub force: bool,
+    /// Draw PNG instead of SVG
+    #[arg(long)]
+    pub png: bool,
+}
+
 /// The paper's thresholds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
