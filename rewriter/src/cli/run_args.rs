@@ -107,7 +107,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub scheduler: SchedulerArgs,
     /// Half-width of the window as a fraction of the image tokens
-    #[arg(long, value_name = "W", default_value_t = ditfastattn_plans::DEFAULT_WINDOW)]
+    #[arg(long, value_name = "W", default_value_t = ditfastattn_plans::DEFAULT_WINDOW, value_parser = window)]
     pub window: f64,
     /// How the two predictions of guidance reach the model
     #[arg(long, value_enum, value_name = "HOW", default_value = "none")]
@@ -233,6 +233,11 @@ impl SchedulerArgs {
     pub fn describe(&self) -> String {
         format!("{self:?}")
     }
+}
+
+fn window(value: &str) -> Result<f64, String> {
+    let number = value.parse().ok().filter(|w| *w > 0.0 && *w <= 1.0);
+    number.ok_or_else(|| format!("expected a number above 0, at most 1, found `{value}`"))
 }
 
 fn text(value: &str) -> Result<TextTokens, String> {

@@ -46,7 +46,7 @@ pub fn run(args: &SearchArgs) -> Result<(), Failure> {
     let delta = delta.context("expected --delta or --preset; see --help")?;
     refuse_existing(&args.output, args.force)?;
     let journal_path = journal_path(args);
-    let journal = open_journal(&journal_path, args)?;
+    refuse_journal(&journal_path, args)?;
     let mut loaded = load::load(&args.run)?;
     let plan = loaded.plan.clone();
     let works = measure(&mut loaded.prepared, &loaded.survey, &plan)?.map_err(|unknown| {
@@ -56,6 +56,7 @@ pub fn run(args: &SearchArgs) -> Result<(), Failure> {
         ))
     })?;
     let settings = settings(args, &loaded, &works, delta)?;
+    let journal = open_journal(&journal_path, args)?;
     let (mut journal, mut table) =
         Journal::open(journal, &settings).with_context(|| format!("{}", journal_path.display()))?;
     if let Some(path) = &args.reuse {
@@ -133,7 +134,8 @@ fn journal_path(args: &SearchArgs) -> PathBuf {
     args.journal.clone().unwrap_or_else(beside)
 }
 
-fn open_journal(path: &Path, args: &SearchArgs) -> Result<File, Failure> {
+/// A journal is somebody's work: without being told to, it is neither continued nor overwritten.
+fn refuse_journal(path: &Path, args: &SearchArgs) -> Result<(), Failure> {
     let exists = path.metadata().is_ok_and(|m| m.len() > 0);
     if exists && !args.resume && !args.force {
         return Err(Failure::Bad(anyhow!(
@@ -141,6 +143,10 @@ fn open_journal(path: &Path, args: &SearchArgs) -> Result<File, Failure> {
             path.display()
         )));
     }
+    Ok(())
+}
+
+fn open_journal(path: &Path, args: &SearchArgs) -> Result<File, Failure> {
     let file = File::options()
         .read(true)
         .write(true)
