@@ -8,10 +8,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod account;
 pub mod cli;
+mod digest;
 pub mod find;
 pub mod lower;
 pub mod onnx;
 pub mod report;
 pub mod run;
 pub mod shapes;
+pub mod sizes;
