@@ -2,10 +2,11 @@
 
     .venv/tests/bin/python benches/attention.py [--dims 64 72 96 128] [--tokens 256 1024 4096 16384] [--threads 1 2]
 
-Needs `cargo build --release` and the packages onnxruntime, onnx and numpy. Every form reads q, k, v `[batch, tokens, width]` as a
-projection leaves them and writes such an output: what an exporter's transposes cost belongs to the form that needs them. Every
-round runs every form once, in an order that changes; printed are medians over rounds of the ratios inside a round, which drift and
-neighbours disturb less than times. `--clock cpu` compares CPU time in place of wall time, for a machine that others use too; threads that wait do not spin then.
+Needs `cargo build --release` and the packages onnxruntime, onnx and numpy; takes a quarter of an hour on two cores. Every form reads q, k, v
+`[batch, tokens, width]` as a projection leaves them and writes such an output: what an exporter's transposes cost belongs to the form that needs
+them. Every round runs every form once, in an order that changes; printed are medians over rounds of the ratios inside a round, which drift and
+neighbours disturb less than times. `--clock cpu` compares CPU time in place of wall time, for a machine that others use too; threads that wait
+do not spin then.
 """
 
 import argparse
@@ -36,15 +37,10 @@ FORMS = {
 }
 # The half-width of the band in sequence lengths, as in the paper: 15/64 of all pairs.
 WINDOW = 1 / 8
-# Our actions: the rows of a plan, and which step of it is measured.
-ACTIONS = {
-    "full": (("full", "full"), 1),
-    "full+capture": (("full", "wa-rs"), 0),
-    "wa-rs": (("full", "wa-rs"), 1),
-    "asc": (("full", "asc"), 1),
-    "full+keep": (("full", "ast"), 0),
-    "ast": (("full", "ast"), 1),
-}
+# Our actions: the steps of a plan, and what is measured at each. The fourth step keeps its output for the fifth.
+STEPS = [("full", "full"), ("full", "capture"), ("wa-rs", "wa-rs"), ("wa-rs", ""), ("ast", "reuse"), ("asc", "asc")]
+# Rounds that count; one goes before, but at 16384 tokens, where a run takes 3 to 20 seconds.
+ROUNDS = {256: 25, 1024: 9, 4096: 3, 16384: 1}
 
 
 def info(name, dims, kind=TensorProto.FLOAT):
@@ -97,7 +93,7 @@ def host_form(form, batch, tokens, dim, threads):
 
 
 def our_form(rows, batch, tokens, dim, threads):
-    """Our operator under a plan of one layer."""
+    """Our operator under a plan of one layer, a row for each step."""
     plan = {"format": "ditfastattn-plan", "version": 1, "cfg": "cond-first", "window": WINDOW,
             "steps": [[row] for row in rows], "timesteps": [1000 - t for t in range(len(rows))]}  # fmt: skip
     shape = [batch, tokens, HEADS, dim]
@@ -116,28 +112,30 @@ def our_form(rows, batch, tokens, dim, threads):
 
 
 class Case:
-    """One thing that is timed."""
+    """A session and its tensors. `steps`: what is measured at each step of our plan; `None` for the host's forms."""
 
-    def __init__(self, session, tensors, shape, clock, steps=None):
+    def __init__(self, session, tensors, clock, steps=None):
         self.session, self.clock, self.steps = session, clock, steps
         self.binding = session.io_binding()
         for name, value in tensors.items():
             if steps is None:
                 value = value.reshape(*value.shape[:2], -1)
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
-        self.out = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape if steps else (*shape[:2], shape[2] * shape[3]), np.float32))
+        # The output has the shape of each input.
+        self.out = ort.OrtValue.ortvalue_from_numpy(np.zeros_like(value))
         self.binding.bind_ortvalue_output("o", self.out)
-        self.times = {}
 
-    def run(self):
-        """Times of one round, by name."""
+    def run(self, name):
+        """The times of one round, by what was measured."""
         if self.steps is None:
-            return {"": self.timed()}
+            return {name: self.timed()}
         times = {}
-        for step, name in enumerate(self.steps):
+        for step, what in enumerate(self.steps):
             for key, value in (("t", np.array(1000 - step)), ("id", np.array(1)), ("start", np.array(step == 0))):
                 self.binding.bind_cpu_input(key, value)
-            times[name] = self.timed()
+            times[what] = self.timed()
+            if what == "full":
+                self.full = self.out.numpy().copy()
         return times
 
     def timed(self):
@@ -154,9 +152,13 @@ def peak():
     return float(found.group(1)) if found else float("nan")
 
 
+# The side of the matrices that the MatMul beside us multiplies.
+MATMUL = 2048
+
+
 def matmul(threads, clock):
-    """A 2048³ MatMul: a function that says how long one took."""
-    n = 2048
+    """A function that multiplies and says how many FLOP/s that were."""
+    n = MATMUL
     rng = np.random.default_rng(0)
     nodes = [helper.make_node("MatMul", ["a", "b"], ["o"])]
     run = session(nodes, [info("a", [n, n]), info("b", [n, n])], [info("o", [n, n])], [], [("", 17)], threads)
@@ -168,57 +170,83 @@ def matmul(threads, clock):
     def timed():
         start = clock()
         run.run_with_iobinding(binding)
-        return 2 * n**3 / (clock() - start) / 1e9
+        return 2 * n**3 / (clock() - start)
 
     return timed
 
 
 def compare(dim, tokens, threads, rounds, clock):
+    """The rounds of one shape: times by name."""
     batch = 2 if tokens < 16384 else 1
-    shape = (batch, tokens, HEADS, dim)
     rng = np.random.default_rng(1)
-    tensors = {n: rng.standard_normal(shape, dtype=np.float32) for n in "qkv"}
+    tensors = {n: rng.standard_normal((batch, tokens, HEADS, dim), dtype=np.float32) for n in "qkv"}
     cases = {}
     for form in FORMS:
         # The forms that write out the scores would need 17 GB for them.
         if tokens < 16384 or form == "MultiHeadAttention":
-            cases[form] = Case(host_form(form, batch, tokens, dim, threads), tensors, shape, clock)
-    for rows in dict.fromkeys(rows for rows, _ in ACTIONS.values()):
-        if batch == 1 and "asc" in rows:
-            continue
-        names = [next((a for a, what in ACTIONS.items() if what == (rows, t)), "") for t in range(2)]
-        cases[rows] = Case(our_form(rows, batch, tokens, dim, threads), tensors, shape, clock, names)
+            cases[form] = Case(host_form(form, batch, tokens, dim, threads), tensors, clock)
+    steps = [(row, what) for row, what in STEPS if batch > 1 or row != "asc"]
+    rows, names = zip(*steps)
+    ours = cases["ours"] = Case(our_form(rows, batch, tokens, dim, threads), tensors, clock, names)
     rate = matmul(threads, clock)
-    for case in cases.values():
-        case.run()
-    for form in FORMS:
-        if form in cases:
-            error = np.abs(cases[form].out.numpy().ravel() - cases["full", "full"].out.numpy().ravel()).max()
-            assert error < 1e-4, (form, error)
-    rounds_of = []
-    for _ in range(rounds):
+    rate()
+    result = []
+    for warm in [True] * (tokens < 16384) + [False] * rounds:
         times = {"MatMul": rate()}
         for name in random.sample(list(cases), len(cases)):
-            for action, t in cases[name].run().items():
-                if name in FORMS:
-                    times[name] = t
-                elif action:
-                    times[action] = t
-        rounds_of.append(times)
+            times |= cases[name].run(name)
+        if not warm:
+            result.append(times)
+    for form in FORMS:
+        if form in cases:
+            error = np.abs(cases[form].out.numpy().ravel() - ours.full.ravel()).max()
+            assert error < 1e-4, (form, error)
+    # A plan that is not served would be measured as dense.
     assert stats()["misses"] == 0, stats()
-    work = 4 * batch * HEADS * tokens**2 * dim / 1e9
+    return result
+
+
+# What is printed of a shape, and the goal for it at some number of tokens: at most so much, at least if negative.
+COLUMNS = {
+    "decomposed": None,
+    "Attention": None,
+    "MultiHeadAttention": None,
+    "full / fastest": lambda tokens: -1.0,
+    "full / MatMul": lambda tokens: -0.9,
+    "full / peak": None,
+    "capture": lambda tokens: {256: None, 1024: 1.12}.get(tokens, 1.06),
+    "wa-rs": lambda tokens: 0.27 if tokens >= 1024 else None,
+    "asc": lambda tokens: 0.52,
+    "reuse / module": lambda tokens: 0.01,
+}
+
+
+def line(dim, tokens, threads, rounds, peak):
+    """A line of the table."""
+    batch = 2 if tokens < 16384 else 1
+    work = 4 * batch * HEADS * tokens**2 * dim
 
     def median(f):
-        return statistics.median(f(times) for times in rounds_of)
+        return statistics.median(f(times) for times in rounds)
 
-    forms = {f: median(lambda t, f=f: work / t[f]) for f in FORMS if f in cases}
-    fastest = max(forms, key=forms.get)
-    row = [f"{dim:4} {tokens:6} {threads}", *(f"{forms[f]:6.0f}" if f in forms else "     –" for f in FORMS)]
-    row.append(f"{median(lambda t: work / t['full']):6.0f}")
-    row.append(f"{median(lambda t: t[fastest] / t['full']):6.3f}")
-    row.append(f"{median(lambda t: work / t['full'] / t['MatMul']):6.3f}")
-    row += [f"{median(lambda t, a=a: t[a] / t['full']):6.3f}" if a in rounds_of[0] else "     –" for a in list(ACTIONS)[1:]]
-    print(" | ".join(row), flush=True)
+    over_full = {name: median(lambda t, n=name: t[n] / t["full"]) for name in rounds[0] if name}
+    speed = {form: 1 / over_full[form] for form in FORMS if form in over_full}
+    # The module has four projections, whose multiplications are counted at the speed of the attention.
+    module = 1 + 2 * HEADS * dim / tokens
+    values = speed | {
+        "full / fastest": min(over_full[form] for form in speed),
+        "full / MatMul": median(lambda t: work / t["full"] / t["MatMul"]),
+        "full / peak": median(lambda t: work / t["full"]) / (threads * peak * 1e9),
+        "reuse / module": over_full["reuse"] / module,
+    }
+    values |= {name: over_full[name] for name in ("capture", "wa-rs", "asc") if name in over_full}
+    missed = []
+    for name, goal in COLUMNS.items():
+        limit = goal and goal(tokens)
+        if limit and name in values and round(values[name], 4) * np.sign(limit) > limit:
+            missed.append(f"{name} {'≥' if limit < 0 else '≤'} {abs(limit):g}")
+    shown = [f"{values[name]:.{4 if 'reuse' in name else 3}f}" if name in values else "–" for name in COLUMNS]
+    return f"| {dim} | {tokens} | {threads} | {' | '.join(shown)} | {', '.join(missed) or '–'} |"
 
 
 def main():
@@ -235,20 +263,15 @@ def main():
     cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     print(f"{cpu}, onnxruntime {ort.__version__}, commit {commit}, {time.strftime('%Y-%m-%d')}, {args.clock} time")
-    print(f"multiply-add peak {peak():.0f} GFLOP/s a thread; 2048³ MatMul", end="")
-    for threads in args.threads:
-        rate = matmul(threads, time.perf_counter)
-        rate()
-        print(f" {statistics.median(rate() for _ in range(9)):.0f} ({threads} threads)", end="")
-    print(f"\n{HEADS} heads, batch 2 (1 at 16384), float32; GFLOP/s, then ratios: speed of full over the fastest form and over the\n"
-          "MatMul beside it; time of the other actions over that of full")  # fmt: skip
-    names = ["decomp", "Attent", "MHA   ", "full  ", "/best ", "/MatMul", *list(ACTIONS)[1:]]
-    print(" | ".join([" dim tokens threads", *names]))
-    for threads in args.threads:
-        for dim in args.dims:
-            for tokens in args.tokens:
-                rounds = args.rounds or max(3, min(25, 40 * 1024 // tokens))
-                compare(dim, tokens, threads, rounds, clock)
+    one = peak()
+    print(f"multiply-add peak {one:.0f} GFLOP/s a thread; {HEADS} heads, batch 2 (1 at 16384), float32\n")
+    head = ["head dim", "tokens", "threads", *COLUMNS, "goals missed"]
+    print(f"| {' | '.join(head)} |\n|{'---:|' * (len(head) - 1)}---|")
+    for tokens in args.tokens:
+        for threads in args.threads:
+            for dim in args.dims:
+                rounds = compare(dim, tokens, threads, args.rounds or ROUNDS.get(tokens, 3), clock)
+                print(line(dim, tokens, threads, rounds, one), flush=True)
                 gc.collect()
 
 

@@ -95,7 +95,8 @@ pub use parallel::{Parallel, Sequential, Threads};
 ///
 /// Empty tensors are fine: without keys the output is zero, without queries nothing happens. The result does not
 /// depend on `pool`, bit for bit. Each thread keeps scratch memory for its next call: at head dim 72 about 0.6 MB, and a
-/// thread that calls with long sequences up to 48 MiB for copies of keys and values.
+/// thread that calls with long sequences up to 48 MiB for copies of keys and values. Where one head needs more than
+/// that, they are read as in short sequences.
 ///
 /// # Errors
 /// [`KernelError`] if shapes, strides, mask and band do not fit together; nothing is written then.

@@ -2,8 +2,10 @@
 //!
 //! Tensors that are like that already are read where they are, and so are those with other heads between the lines of
 //! one, where few blocks of queries see a key. Others are copied: by each task for itself, or, where many see a key, once
-//! per call, on all threads. In `[batch, tokens, heads, channels]` each token of a
-//! head lies in a page of its own, whose translation costs as much as its data; a copy of all heads visits it once.
+//! per call, on all threads. In `[batch, tokens, heads, channels]` each token of a head lies in a page of its own, whose
+//! translation costs as much as its data; a copy of all heads visits it once.
+//!
+//! Owns where they are read and the copies in advance. What is computed does not depend on either, bit for bit.
 
 use std::ops::Range;
 
@@ -17,21 +19,85 @@ use crate::parallel::Parallel;
 /// L2 and mostly in L1.
 pub(crate) const KEYS: usize = 120;
 
-/// Floats that are copied in advance at a time; calls that need more are done in several parts.
-const LIMIT: usize = 12 << 20;
+/// What decides how keys and values are read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Where more blocks of queries than this see a key, a copy in advance is worth its traffic.
+    pub reads: usize,
+    /// Floats that are copied in advance at a time: calls that need more are done in several parts, and those of
+    /// which one head needs more are not copied in advance.
+    pub floats: usize,
+}
 
-/// Where more blocks of queries than this see a key, a copy in advance is worth its traffic.
-const READS: usize = 20;
-
-/// Whether keys and values are copied in advance, rather than by tasks.
-fn in_advance(a: &Attention<'_>) -> bool {
-    let queries = match &a.mode {
-        Mode::Window { band, .. } => (band.half_width.saturating_mul(2))
-            .saturating_add(band.text + 1)
-            .min(a.shape.q_tokens),
-        _ => a.shape.q_tokens,
+impl Limits {
+    pub const BEST: Limits = Limits {
+        reads: 20,
+        floats: 12 << 20,
     };
-    queries > READS * QUERIES
+}
+
+/// Where the blocks of a matrix are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// In the tensor itself.
+    There,
+    /// In memory of the call: for each plane its blocks, `[tokens, channels]` or `[channels, KEYS]`.
+    Call,
+    /// Each task copies them for itself.
+    Task,
+}
+
+/// Where the keys and the values of a call are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Places {
+    k: Place,
+    v: Place,
+    /// Floats that one plane of both needs in memory of the call.
+    plane: usize,
+}
+
+impl Places {
+    pub fn of(a: &Attention<'_>, limits: Limits) -> Self {
+        let seen_by = match &a.mode {
+            Mode::Window { band, .. } => (band.half_width.saturating_mul(2))
+                .saturating_add(band.text + 1)
+                .min(a.shape.q_tokens),
+            _ => a.shape.q_tokens,
+        };
+        let early = Places::new(a, true);
+        if seen_by > limits.reads * QUERIES && early.plane <= limits.floats {
+            early
+        } else {
+            Places::new(a, false)
+        }
+    }
+
+    fn new(a: &Attention<'_>, early: bool) -> Self {
+        let s = a.shape;
+        let place = |t: &Input<'_>, channels: usize| {
+            // Lines beside each other are read as fast as a copy of them.
+            let dense = t.strides.token == channels as isize;
+            let lines = t.dtype == DType::F32 && t.strides.channel == 1 && t.strides.token > 0;
+            match (lines && (dense || !early), early) {
+                (true, _) => Place::There,
+                (_, true) => Place::Call,
+                _ => Place::Task,
+            }
+        };
+        let (k, v) = (place(&a.k, s.head_dim), place(&a.v, s.v_dim));
+        let floats = |place, channels| match place {
+            // Inputs that repeat elements may have any number of tokens.
+            Place::Call => (s.kv_tokens.div_ceil(KEYS))
+                .saturating_mul(KEYS)
+                .saturating_mul(channels),
+            _ => 0,
+        };
+        Places {
+            k,
+            v,
+            plane: floats(k, s.head_dim).saturating_add(floats(v, s.v_dim)),
+        }
+    }
 }
 
 /// A part of a call: some rows of the batch, or some heads of one row.
@@ -43,18 +109,13 @@ pub(crate) struct Part {
 
 impl Part {
     /// The parts of a call.
-    pub fn all(a: &Attention<'_>) -> Vec<Part> {
-        let s = a.shape;
-        let copied = |t: &Input<'_>, channels| {
-            if in_advance(a) && !is_dense(t, channels) {
-                channels
-            } else {
-                0
-            }
-        };
-        let plane = s.kv_tokens * (copied(&a.k, s.head_dim) + copied(&a.v, s.v_dim));
-        let planes = LIMIT.checked_div(plane).unwrap_or(usize::MAX);
-        Part::of(s.batch, s.kv_heads, planes)
+    pub fn all(a: &Attention<'_>, places: Places, limits: Limits) -> Vec<Part> {
+        let planes = limits.floats.checked_div(places.plane);
+        Part::of(
+            a.shape.batch,
+            a.shape.kv_heads,
+            planes.unwrap_or(usize::MAX),
+        )
     }
 
     /// Parts of at most `planes` planes, or one.
@@ -83,17 +144,6 @@ impl Part {
     }
 }
 
-/// Where the blocks of a matrix are.
-#[derive(Clone, Copy)]
-enum Place {
-    /// In the tensor itself.
-    There,
-    /// In memory of the call: for each plane its blocks, `[tokens, channels]` or `[channels, KEYS]`.
-    Call(*mut f32),
-    /// Each task copies them for itself.
-    Task,
-}
-
 /// The keys or the values of a part.
 pub(crate) struct Matrix<'a> {
     from: Input<'a>,
@@ -104,6 +154,8 @@ pub(crate) struct Matrix<'a> {
     row: usize,
     part: Part,
     place: Place,
+    /// The memory of the call, if that is the place.
+    copy: *mut f32,
 }
 
 // SAFETY: while tasks share a matrix they only read what it points to; while it is filled each task writes blocks of
@@ -128,15 +180,14 @@ impl<'a> Matrix<'a> {
             row,
             part: part.clone(),
             place,
+            copy: std::ptr::null_mut(),
         }
     }
 
     /// Floats that the call has for the matrix.
     fn len(&self) -> usize {
         match self.place {
-            Place::Call(_) => {
-                self.part.planes() * self.tokens.next_multiple_of(KEYS) * self.channels
-            }
+            Place::Call => self.part.planes() * self.tokens.next_multiple_of(KEYS) * self.channels,
             _ => 0,
         }
     }
@@ -162,7 +213,7 @@ impl<'a> Matrix<'a> {
                 keys.start,
                 0,
             )),
-            Place::Call(copy) => copy.wrapping_add(self.at(p, keys.start)),
+            Place::Call => self.copy.wrapping_add(self.at(p, keys.start)),
             Place::Task => {
                 // SAFETY: promised by the caller.
                 unsafe { gather(&self.from, p, keys, self.channels, self.order, room) };
@@ -201,13 +252,13 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Asks for the memory of a block.
+    /// Asks for the memory of a block; where all are copied in advance, for that of the first head only.
     pub fn ahead(&self, p: Plane, heads: usize, keys: Range<usize>) -> Ahead {
         match self.place {
-            Place::Call(copy) => {
+            Place::Call => {
                 let line = (self.channels * size_of::<f32>()) as isize;
-                let block = copy.wrapping_add(self.at(p, keys.start)).cast_const();
-                Ahead::lines(block.cast(), line, line, keys.len())
+                let block = self.copy.wrapping_add(self.at(p, keys.start));
+                Ahead::lines(block.cast_const().cast(), line, line, keys.len())
             }
             _ => Ahead::new(
                 &self.from,
@@ -225,14 +276,11 @@ impl<'a> Matrix<'a> {
     /// The matrix must have a copy, of which nobody else may use this block meanwhile.
     unsafe fn fill(&self, batch: usize, keys: Range<usize>) {
         let (s, n) = (self.from.strides, self.channels);
-        let Place::Call(copy) = self.place else {
-            return;
-        };
         let line = |head: usize, at: usize, len: usize| {
             let p = Plane { batch, head };
             // SAFETY: inside the block, which is this task's by the promise of the caller.
             let to = unsafe {
-                std::slice::from_raw_parts_mut(copy.add(self.at(p, keys.start) + at), len)
+                std::slice::from_raw_parts_mut(self.copy.add(self.at(p, keys.start) + at), len)
             };
             (p, to)
         };
@@ -268,11 +316,6 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Whether a tensor can be read where it is.
-fn is_dense(t: &Input<'_>, channels: usize) -> bool {
-    t.dtype == DType::F32 && t.strides.channel == 1 && t.strides.token == channels as isize
-}
-
 /// Keys and values of a part.
 pub(crate) struct Keys<'a> {
     pub k: Matrix<'a>,
@@ -280,41 +323,33 @@ pub(crate) struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
-    /// Makes the copies of a part.
-    pub fn new(a: &Attention<'a>, part: &Part, scratch: &mut Scratch, pool: &dyn Parallel) -> Self {
+    /// Makes the copies of a part, in `scratch`.
+    pub fn new(
+        a: &Attention<'a>,
+        places: Places,
+        part: &Part,
+        scratch: &'a mut Scratch,
+        pool: &dyn Parallel,
+    ) -> Self {
         let s = a.shape;
-        let early = in_advance(a);
-        // Lines of keys and values need not lie side by side.
-        let has_lines =
-            |t: &Input<'_>| t.dtype == DType::F32 && t.strides.channel == 1 && t.strides.token > 0;
-        let place = |t: &Input<'_>, channels| {
-            if is_dense(t, channels) || (!early && has_lines(t)) {
-                Place::There
-            } else if early {
-                Place::Call(std::ptr::null_mut())
-            } else {
-                Place::Task
-            }
-        };
-        let k_place = place(&a.k, s.head_dim);
-        let v_place = place(&a.v, s.v_dim);
         let mut keys = Keys {
-            k: Matrix::new(a.k, part, s.kv_tokens, s.head_dim, k_place),
-            v: Matrix::new(a.v, part, s.kv_tokens, s.v_dim, v_place),
+            k: Matrix::new(a.k, part, s.kv_tokens, s.head_dim, places.k),
+            v: Matrix::new(a.v, part, s.kv_tokens, s.v_dim, places.v),
         };
         let copies = scratch.cut([keys.k.len(), keys.v.len()]);
         let blocks = s.kv_tokens.div_ceil(KEYS);
         for (matrix, copy) in [&mut keys.k, &mut keys.v].into_iter().zip(copies) {
-            if let Place::Call(place) = &mut matrix.place {
-                *place = copy.as_mut_ptr();
-                let matrix = &*matrix;
-                pool.run(part.batch.len() * blocks, &|i| {
-                    let first = i % blocks * KEYS;
-                    let batch = part.batch.start + i / blocks;
-                    // SAFETY: each block is of one task.
-                    unsafe { matrix.fill(batch, first..s.kv_tokens.min(first + KEYS)) };
-                });
+            if matrix.place != Place::Call {
+                continue;
             }
+            matrix.copy = copy.as_mut_ptr();
+            let matrix = &*matrix;
+            pool.run(part.batch.len() * blocks, &|i| {
+                let first = i % blocks * KEYS;
+                let batch = part.batch.start + i / blocks;
+                // SAFETY: each block is of one task.
+                unsafe { matrix.fill(batch, first..s.kv_tokens.min(first + KEYS)) };
+            });
         }
         keys
     }

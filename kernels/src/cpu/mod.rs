@@ -23,7 +23,7 @@ use crate::Computed;
 use crate::api::{Attention, Mode};
 use crate::parallel::Parallel;
 use gemm::QUERIES;
-use keys::{Keys, Part};
+use keys::{Keys, Limits, Part, Places};
 
 /// Shares a call between threads.
 #[derive(Clone, Copy)]
@@ -42,7 +42,7 @@ impl<'a, 'b> Shared<'a, 'b> {
 pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) -> Computed {
     let finite = AtomicBool::new(true);
     if !is_empty(a) {
-        run(a, pool, level, &finite);
+        run(a, pool, level, Limits::BEST, &finite);
     }
     Computed {
         residual_is_finite: finite.into_inner(),
@@ -54,11 +54,12 @@ fn is_empty(a: &Attention<'_>) -> bool {
     s.batch * s.heads * s.q_tokens * s.v_dim == 0
 }
 
-fn run(a: &Attention<'_>, pool: &dyn Parallel, level: Level, finite: &AtomicBool) {
+fn run(a: &Attention<'_>, pool: &dyn Parallel, level: Level, limits: Limits, finite: &AtomicBool) {
     let shared = Shared(a);
+    let places = Places::of(a, limits);
     scratch::with_keys(|memory| {
-        for part in Part::all(a) {
-            let keys = Keys::new(a, &part, memory, pool);
+        for part in Part::all(a, places, limits) {
+            let keys = Keys::new(a, places, &part, memory, pool);
             let cut = Cut::new(a, &part);
             pool.run(cut.tasks(), &|i| {
                 let (batch, heads, blocks) = cut.task(i);
@@ -148,5 +149,97 @@ impl Cut {
             head..self.heads.end.min(head + self.heads_each),
             block..self.blocks.min(block + self.blocks_each),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::api::{Band, Element, Input, Output, Shape, Strides};
+    use crate::parallel::Threads;
+
+    const SHAPE: Shape = Shape {
+        batch: 3,
+        heads: 4,
+        kv_heads: 2,
+        q_tokens: 300,
+        kv_tokens: 300,
+        head_dim: 9,
+        v_dim: 5,
+    };
+
+    #[derive(Clone, Copy)]
+    enum Kind {
+        Full,
+        Capture,
+        Window,
+    }
+
+    /// The bits of output and residual, and whether the latter is finite.
+    fn compute<T: Element>(
+        limits: Limits,
+        kind: Kind,
+        layout: fn(usize, usize, usize) -> Strides,
+    ) -> (Vec<u32>, Vec<u32>, bool) {
+        let s = SHAPE;
+        let numbers = |seed: usize, heads: usize, channels: usize| -> Vec<T> {
+            let n = s.batch * heads * s.q_tokens * channels;
+            let number = |i: usize| ((i * 7919 + seed) % 1009) as f32 / 252.0 - 2.0;
+            (0..n).map(|i| T::from_f32(number(i))).collect()
+        };
+        let q = numbers(1, s.heads, s.head_dim);
+        let k = numbers(2, s.kv_heads, s.head_dim);
+        let v = numbers(3, s.kv_heads, s.v_dim);
+        let earlier = numbers(4, s.heads, s.v_dim);
+        let (mut out, mut residual) = (earlier.clone(), earlier.clone());
+        let of = |heads, channels| layout(heads, s.q_tokens, channels);
+        let band = Band::new(40);
+        let o = of(s.heads, s.v_dim);
+        let call = Attention {
+            shape: s,
+            scale: 0.3,
+            q: Input::from_slice(&q, of(s.heads, s.head_dim)),
+            k: Input::from_slice(&k, of(s.kv_heads, s.head_dim)),
+            v: Input::from_slice(&v, of(s.kv_heads, s.v_dim)),
+            mask: None,
+            out: Output::from_slice(&mut out, o),
+            mode: match kind {
+                Kind::Full => Mode::Full,
+                Kind::Capture => Mode::FullCapture {
+                    band,
+                    residual: Output::from_slice(&mut residual, o),
+                },
+                Kind::Window => Mode::Window {
+                    band,
+                    residual: Some(Input::from_slice(&earlier, o)),
+                },
+            },
+        };
+        crate::check::check(&call).expect("a valid call");
+        let finite = AtomicBool::new(true);
+        run(&call, &Threads(2), Level::best(), limits, &finite);
+        let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect();
+        (bits(&out), bits(&residual), finite.into_inner())
+    }
+
+    /// Short sequences are read where they are, which is compared with the definition in `tests/oracle.rs`.
+    #[test]
+    fn where_keys_are_read_and_in_how_many_parts_changes_nothing() {
+        let s = SHAPE;
+        let plane = s.kv_tokens.next_multiple_of(keys::KEYS) * (s.head_dim + s.v_dim);
+        for layout in [Strides::bshd, Strides::bhds, Strides::bhsd] {
+            for kind in [Kind::Full, Kind::Capture, Kind::Window] {
+                let want = compute::<f32>(Limits::BEST, kind, layout);
+                let want_f16 = compute::<f16>(Limits::BEST, kind, layout);
+                // No copy in advance; a head at a time; two heads, so a row; two rows and one; all at once.
+                for floats in [plane - 1, plane, 2 * plane, 5 * plane, usize::MAX] {
+                    let limits = Limits { reads: 0, floats };
+                    assert!(want == compute::<f32>(limits, kind, layout));
+                    assert!(want_f16 == compute::<f16>(limits, kind, layout));
+                }
+            }
+        }
     }
 }

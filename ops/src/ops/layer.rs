@@ -1,7 +1,7 @@
 //! What the operators inside a layer share: their layer number, their ticket, and care for runs that fail.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ditfastattn_kernels::Parallel;
 use half::{bf16, f16};
@@ -139,15 +139,14 @@ fn copy_parts<T: Copy + Send + Sync>(
     let parts: Vec<_> = from
         .chunks(chunk)
         .zip(to.chunks_mut(chunk))
-        .map(std::sync::Mutex::new)
+        .map(Mutex::new)
         .collect();
     context.run(parts.len(), &|i| {
         // Each task locks its own part: the lock only proves to the compiler that parts are disjoint.
-        if let Ok(mut part) = parts[i].lock() {
-            let (from, to) = &mut *part;
-            to.copy_from_slice(from);
-            look(from);
-        }
+        let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let (from, to) = &mut *part;
+        to.copy_from_slice(from);
+        look(from);
     });
 }
 

@@ -1,6 +1,6 @@
 //! Cached tensors in CPU memory.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use ditfastattn_kernels::Element;
 use half::{bf16, f16};
@@ -9,7 +9,7 @@ use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
 use crate::state::{Lease, Rows, Run};
 
-use super::PROCESS;
+use super::spare;
 
 /// A cached tensor: a cheap handle on immutable numbers.
 pub type CachedTensor = Arc<Stored>;
@@ -21,9 +21,11 @@ pub struct Stored {
     /// `Half`: the rows of one half of guidance, which stand for those of the other half too.
     rows: Rows,
     data: Data,
-    lease: Lease,
+    /// `None` only while it is dropped.
+    lease: Option<Lease>,
 }
 
+/// The numbers of a tensor, or memory for them.
 #[derive(Debug)]
 pub(super) enum Data {
     F32(Vec<f32>),
@@ -33,22 +35,31 @@ pub(super) enum Data {
     Nothing,
 }
 
+impl Data {
+    pub fn bytes(&self) -> u64 {
+        let bytes = match self {
+            Data::F32(values) => size_of_val(&values[..]),
+            Data::F16(values) => size_of_val(&values[..]),
+            Data::BF16(values) => size_of_val(&values[..]),
+            Data::Nothing => 0,
+        };
+        bytes as u64
+    }
+}
+
 /// An element type of cached tensors and of the tensors that layers compute.
 pub(super) trait Real: Scalar + Element + Default {
-    fn wrap(values: Vec<Self>) -> Storage;
+    fn wrap(values: Vec<Self>) -> Data;
     fn unwrap(data: &Data) -> Option<&[Self]>;
     fn into_inner(data: Data) -> Option<Vec<Self>>;
     fn is_finite(self) -> bool;
 }
 
-/// Numbers on their way into a [`Stored`].
-pub(super) struct Storage(Data);
-
 macro_rules! real {
     ($($ty:ident $variant:ident),*) => { $(
         impl Real for $ty {
-            fn wrap(values: Vec<Self>) -> Storage {
-                Storage(Data::$variant(values))
+            fn wrap(values: Vec<Self>) -> Data {
+                Data::$variant(values)
             }
             fn unwrap(data: &Data) -> Option<&[Self]> {
                 match data {
@@ -88,7 +99,7 @@ impl Stored {
 /// Room for a tensor that a run wants to keep; `None` if the budget or the machine has none.
 pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<Room<T>> {
     let lease = run.reserve(len.checked_mul(size_of::<T>())?)?;
-    if let Some(values) = spare(len) {
+    if let Some(values) = spare::take(len) {
         return Some(Room { values, lease });
     }
     let mut values = Vec::new();
@@ -98,39 +109,10 @@ pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<R
     Some(Room { values, lease })
 }
 
-/// Memory of tensors that are no longer cached, for the next that are: a layer's new residual takes the place of the
-/// last layer's old one. New memory costs a fault for each of its pages, and has to be filled before it can be lent.
-static SPARE: Mutex<Vec<Data>> = Mutex::new(Vec::new());
-
-/// How many tensors are spared at most. They count as free in the budget.
-const SPARED: usize = 2;
-
-/// Spared memory of just this size, with old numbers in it.
-fn spare<T: Real>(len: usize) -> Option<Vec<T>> {
-    let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-    let fits = |data: &Data| T::unwrap(data).is_some_and(|values| values.len() == len);
-    let at = spare.iter().position(fits)?;
-    T::into_inner(spare.swap_remove(at))
-}
-
 impl Drop for Stored {
     fn drop(&mut self) {
         let data = std::mem::replace(&mut self.data, Data::Nothing);
-        // This tensor's lease still counts. Nothing is spared once nothing else is cached.
-        let last = PROCESS.bytes() <= self.lease.bytes();
-        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-        let unwanted = if last {
-            std::mem::take(&mut *spare)
-        } else if spare.len() < SPARED {
-            Vec::new()
-        } else {
-            vec![spare.remove(0)]
-        };
-        if !last && !matches!(data, Data::Nothing) {
-            spare.push(data);
-        }
-        drop(spare);
-        drop(unwanted);
+        spare::give(data, self.lease.take());
     }
 }
 
@@ -140,7 +122,7 @@ pub(super) fn nothing(run: &Run<CachedTensor>, rows: Rows) -> Option<CachedTenso
         dims: Vec::new(),
         rows,
         data: Data::Nothing,
-        lease: run.reserve(0)?,
+        lease: Some(run.reserve(0)?),
     }))
 }
 
@@ -158,8 +140,8 @@ impl<T: Real> Room<T> {
         Arc::new(Stored {
             dims: dims.to_vec(),
             rows,
-            data: T::wrap(self.values).0,
-            lease: self.lease,
+            data: T::wrap(self.values),
+            lease: Some(self.lease),
         })
     }
 }

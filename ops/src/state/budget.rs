@@ -47,12 +47,6 @@ pub struct Lease {
     bytes: u64,
 }
 
-impl Lease {
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-}
-
 impl Drop for Lease {
     fn drop(&mut self) {
         self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
