@@ -48,7 +48,7 @@ pub fn run(args: &SearchArgs) -> Result<(), Failure> {
     refuse_existing(&args.output, args.force)?;
     let journal_path = journal_path(args);
     refuse_journal(&journal_path, args)?;
-    let mut loaded = load::load(&args.run)?;
+    let mut loaded = load::load(&args.run, &args.method)?;
     let plan = loaded.plan.clone();
     let works = measure(&mut loaded.prepared, &loaded.survey, &plan)?.map_err(|unknown| {
         let (layer, what) = (unknown.layer, unknown.what);

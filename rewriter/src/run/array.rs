@@ -60,6 +60,14 @@ impl Data {
         self.len() == 0
     }
 
+    /// Floating-point numbers; none of another kind.
+    pub fn as_floats(&self) -> &[f32] {
+        match self {
+            Data::Float(v) => v,
+            _ => &[],
+        }
+    }
+
     /// Number `i` as a floating-point one.
     pub fn number(&self, i: usize) -> Option<f64> {
         match self {

@@ -15,7 +15,6 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Tensor, TensorElementType, ValueType};
 use prost::Message;
 use std::collections::HashMap;
-use std::path::Path;
 use std::rc::Rc;
 
 /// A tensor of ONNX Runtime; runs share it without copying.
@@ -95,10 +94,7 @@ impl Engine {
             .layers()
             .next()
             .map_or(elem_type::FLOAT, |l| l.core.elem_type);
-        let folder = match model.path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
+        let folder = model.folder();
         let external = !model.external_data_locations().is_empty();
         let mut types = known_types(&whole, &lowered.skip, &lowered.state, elem_type);
         let mut parts = Vec::new();

@@ -31,6 +31,12 @@ pub enum FeedError {
         found: Vec<usize>,
         expected: String,
     },
+    #[error("the model leaves {dim} of its input `{input}` open; {flag}")]
+    Open {
+        input: String,
+        dim: String,
+        flag: String,
+    },
     #[error(
         "no array of the trajectory has an axis of steps: expected at least the timestep or the latents with one leading axis more than the model's input"
     )]
@@ -66,14 +72,15 @@ pub trait Feed {
     /// # Errors
     /// An output that the scheduler cannot use.
     fn advance(&mut self, step: usize, group: usize, output: &Array) -> Result<(), FeedError>;
+
+    /// The latents as they are now, a row per sample, group by group; `None` where they are recorded.
+    fn latents(&self) -> Option<Vec<&Array>>;
 }
 
 /// An output as one list of numbers per sample: both of its halves under guidance in one batch.
 pub fn samples(output: &Array, cfg: Cfg) -> Vec<Vec<f32>> {
     let rows = output.rows().unwrap_or(1).max(1);
-    let Data::Float(values) = &output.data else {
-        return Vec::new();
-    };
+    let values = output.data.as_floats();
     let len = values.len() / rows;
     let row = |i: usize| &values[i * len..(i + 1) * len];
     match cfg {
@@ -88,7 +95,7 @@ pub fn samples(output: &Array, cfg: Cfg) -> Vec<Vec<f32>> {
 }
 
 /// The model's inputs that have to be fed.
-fn fed(graph: &Graph) -> Vec<GraphInput> {
+pub(super) fn fed(graph: &Graph) -> Vec<GraphInput> {
     let inputs = graph.inputs.iter();
     inputs.filter(|i| !i.has_default).cloned().collect()
 }
@@ -210,6 +217,10 @@ impl Feed for Recording {
 
     fn advance(&mut self, _: usize, _: usize, _: &Array) -> Result<(), FeedError> {
         Ok(())
+    }
+
+    fn latents(&self) -> Option<Vec<&Array>> {
+        None
     }
 }
 
@@ -337,11 +348,6 @@ impl Loop {
             Cfg::Separate | Cfg::None => 1,
         }
     }
-
-    /// The latents as they are now, group by group.
-    pub fn latents(&self) -> impl Iterator<Item = &Array> {
-        self.groups.iter().map(|g| &g.latents)
-    }
 }
 
 impl Feed for Loop {
@@ -409,6 +415,10 @@ impl Feed for Loop {
         });
         group.scheduler.step(&guided, variance.as_deref(), sample);
         Ok(())
+    }
+
+    fn latents(&self) -> Option<Vec<&Array>> {
+        Some(self.groups.iter().map(|g| &g.latents).collect())
     }
 }
 

@@ -8,18 +8,26 @@
 //! | `engine` | the cut model: any action in any layer, from any layer on |
 //! | `scheduler` | diffusion schedulers |
 //! | `feed` | what the model is fed at each step: a recording, or a scheduler's own loop |
+//! | `random` | inputs of the model's shapes, where nobody has real ones |
 //! | `trials` | the search's view of all that (`Denoiser`) |
 //! | `study` | how similar attention is between steps and halves |
+//! | `whole` | a model in one session, as it is served |
+//! | `distance` | how far two results are apart |
+//! | `verify` | the rewritten model beside the original |
 //! | `prepare` | from files to a model that is ready to run |
 //!
 //! Nothing here finds attention or changes a model.
 
 pub mod array;
 mod cut;
+pub mod distance;
 pub mod engine;
 pub mod feed;
 pub mod host;
 pub mod prepare;
+mod random;
 pub mod scheduler;
 pub mod study;
 pub mod trials;
+pub mod verify;
+mod whole;

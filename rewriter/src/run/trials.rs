@@ -212,4 +212,8 @@ impl<F: Feed + ?Sized> Feed for Box<F> {
     fn advance(&mut self, step: usize, group: usize, output: &Array) -> Result<(), FeedError> {
         (**self).advance(step, group, output)
     }
+
+    fn latents(&self) -> Option<Vec<&Array>> {
+        (**self).latents()
+    }
 }
