@@ -94,7 +94,6 @@ fn a_search_that_cannot_begin_says_what_is_missing() {
     let transcripts = [
         search(&["--preset", "d3"]),
         with(&[]),
-        with(&["--delta", "0.1", "--cfg", "separate"]),
         with(&["--delta", "0.1"]),
         with(&["--delta", "0.1", "--window", "2"]),
     ];

@@ -14,10 +14,11 @@ DIGITS = ROOT / "examples" / "digits"
 
 
 def trajectory(model, path):
-    """What was fed, as a pipeline would record it."""
-    keys = [k.removeprefix("step0_") for k in model.arrays.files if k.startswith("step0_") and k != "step0_out"]
+    """What was fed, as a pipeline would record it: run by run, under separate guidance two per step."""
+    first = f"step0_{model.branches[0]}"
+    keys = [k.removeprefix(first) for k in model.arrays.files if k.startswith(first) and not k.endswith("out")]
     arrays = {k.removeprefix("fixed_"): model.arrays[k] for k in model.arrays.files if k.startswith("fixed_")}
-    np.savez(path, **arrays, **{k: np.stack([model.arrays[f"step{t}_{k}"] for t in range(model.steps)]) for k in keys})
+    np.savez(path, **arrays, **{k: np.stack([model.arrays[f"step{t}_{b}{k}"] for t, b in model.runs()]) for k in keys})
     return path
 
 
@@ -36,7 +37,7 @@ def mrae(a, b):
     return np.where(largest > 0, np.abs(a - b) / np.where(largest > 0, largest, 1), 0).mean()
 
 
-@pytest.mark.parametrize("name", ["dit__ts17", "pixart__ts17", "flux__dyn18", "dit__ts17-external"])
+@pytest.mark.parametrize("name", ["dit__ts17", "pixart__ts17", "flux__dyn18", "dit__ts17-external", "dit-separate__ts17", "flux-separate__dyn18"])
 def test_distances_are_those_of_a_loop_over_sessions(load, tmp_path, name):
     model = load(name)
     fed = trajectory(model, tmp_path / "t.npz")
@@ -45,8 +46,8 @@ def test_distances_are_those_of_a_loop_over_sessions(load, tmp_path, name):
     assert said["failures"] == [] and len(said["steps"]) == model.steps
     original, planned = session(model.path, custom_ops=False, threads=1), session(rewritten, threads=1)
     for step, told in enumerate(said["steps"]):
-        a, b = (s.run(None, model.feed(s, step))[0] for s in (original, planned))
-        assert told["timestep"] == model.plan["timesteps"][step]
+        a, b = (np.concatenate([s.run(None, model.feed(s, step, branch))[0] for branch in model.branches]) for s in (original, planned))
+        assert told["timestep"] == pytest.approx(model.plan["timesteps"][step])
         assert abs(told["max_abs"] - np.abs(a - b).max()) <= 1e-4 * np.abs(a).max(), f"step {step}"
         assert abs(told["mrae"] - mrae(a, b)) < 1e-3
         assert told["full"] < 1e-5 and told["followed"] < 1e-5
@@ -61,6 +62,30 @@ def test_a_plan_and_its_file_say_the_same(load, tmp_path):
     of_file = json.loads(verify(model.path, "--rewritten", model.rewrite(), "--trajectory", fed, "--json").stdout)
     assert of_plan["steps"] == of_file["steps"] and of_plan["plan"] == of_file["plan"] == model.plan["name"]
     assert of_plan["rewritten"] is None and of_file["rewritten"] == str(model.output())
+
+
+@pytest.mark.parametrize("name", ["dit-separate__ts17", "flux-separate__dyn18"])
+def test_two_runs_per_step_on_random_inputs(load, name):
+    """The second run is fed other conditioning and takes what the first one shares."""
+    model = load(name)
+    said = json.loads(verify(model.path, "--plan", model.plan_path, "--json").stdout)
+    assert said["failures"] == [] and said["final"]["max_abs"] > 1e-3
+
+
+def test_two_runs_per_step_under_a_scheduler_are_two_halves_of_one(load, tmp_path):
+    """Guidance in two runs or in one batch: the same images, dense and planned."""
+    model = load("dit-separate__ts17")
+    rng = np.random.default_rng(5)
+    calib = tmp_path / "calib.npz"
+    np.savez(calib, hidden_states=rng.standard_normal((1, 4, 8, 8)), class_labels=np.array([3, 10]))
+    told = {}
+    for cfg in ("separate", "cond-first"):
+        plan = {k: v for k, v in model.plan.items() if k != "timesteps"} | {"cfg": cfg}
+        common = ["--plan", write(tmp_path, plan), "--calib", calib, "--scheduler", "ddim", "--steps", 6]
+        told[cfg] = json.loads(verify(model.path, *common, "--json").stdout)
+        assert told[cfg]["failures"] == []
+    for key in ("max_abs", "mrae", "psnr"):
+        assert told["separate"]["final"][key] == pytest.approx(told["cond-first"]["final"][key], rel=1e-2)
 
 
 @pytest.mark.parametrize(("name", "apart"), [("dit__ts17", 1e-5), ("pixart__ts17-fp16", 1e-2), ("loud__ts17-int8", 0.1)])

@@ -9,7 +9,7 @@ use crate::onnx::ModelFile;
 use crate::run::host::Host;
 use crate::run::prepare::{Prepared, prepare};
 use anyhow::{Context, anyhow};
-use ditfastattn_plans::{Cfg, Plan};
+use ditfastattn_plans::Plan;
 use std::path::Path;
 
 /// A model that is ready to run.
@@ -36,18 +36,7 @@ pub fn host(args: &RunArgs) -> Result<Host, Failure> {
     Ok(Host::load(runtime, library, args.threads)?)
 }
 
-/// One run of a step reads what the other left, which models with explicit state cannot do.
-pub fn refuse_separate(cfg: Cfg) -> Result<(), Failure> {
-    match cfg {
-        Cfg::Separate => Err(Failure::No(anyhow!(
-            "--cfg separate cannot be searched yet: one run of a step reads what the other left; search with both predictions in one batch (cond-first or uncond-first), or without asc as --cfg none"
-        ))),
-        _ => Ok(()),
-    }
-}
-
 pub fn load(args: &RunArgs, method: &MethodArgs) -> Result<Loaded, Failure> {
-    refuse_separate(method.cfg.into())?;
     let (model, survey) = open(args)?;
     let layers = survey.layers().count();
     let plan = Plan {

@@ -147,11 +147,12 @@ pub struct RunArgs {
     /// The exported model
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// Initial noise and conditioning, arrays named like the model's inputs, one row per sample (with guidance in one batch: the noise
-    /// one row, everything else one or two); needs --scheduler and --steps
+    /// Initial noise and conditioning, arrays named like the model's inputs, one row per sample (with guidance: the noise one row,
+    /// everything else one or two); needs --scheduler and --steps
     #[arg(long, value_name = "NPZ", conflicts_with = "trajectory", requires_all = ["scheduler", "steps"])]
     pub calib: Option<PathBuf>,
-    /// What a pipeline fed: per input an array of its own shape, or with a leading axis of steps
+    /// What a pipeline fed: per input an array of its own shape, or with a leading axis of steps (guidance in two runs: of runs, two per
+    /// step, the conditional one first)
     #[arg(long, value_name = "NPZ")]
     pub trajectory: Option<PathBuf>,
     #[command(flatten)]

@@ -1,6 +1,6 @@
 //! `dfa-rewrite verify`: does the rewritten model compute what it should, and how far does its plan move the result.
 
-use super::load::{host, open, refuse_separate};
+use super::load::{host, open};
 use super::run_args::VerifyArgs;
 use super::{Failure, INTERRUPTED, print, read_plan};
 use crate::find::Survey;
@@ -40,7 +40,6 @@ pub fn run(args: &VerifyArgs) -> Result<(), Failure> {
         (None, Some(path)) => (read_plan(path)?, None),
         (None, None) => return Err(Failure::Bad(anyhow!("expected --plan or --rewritten"))),
     };
-    refuse_separate(plan.cfg)?;
     // For a file that was rewritten before, too: it says whether the plan in it is one for this model.
     let lowered = lower(&model, &survey, &plan, RequestInputs::Optional)
         .map_err(|e| Failure::No(e.into()))?;
@@ -165,7 +164,10 @@ impl Outcome {
                 "PSNR",
             ]);
         for (i, step) in self.verified.steps.iter().enumerate() {
-            let timestep = step.timestep.map_or(String::new(), |t| t.to_string());
+            // Timesteps are fed as float32; more digits would be noise.
+            let timestep = step
+                .timestep
+                .map_or(String::new(), |t| (t as f32).to_string());
             let exact = [step.full, step.followed].map(|x| format!("{x:.1e}"));
             table.add_row(
                 [

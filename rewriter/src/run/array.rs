@@ -119,6 +119,16 @@ impl Array {
         }
     }
 
+    /// Floating-point arrays of equal rows, one below the other.
+    pub fn stack(arrays: &[Array]) -> Array {
+        let mut dims = arrays.first().map_or(Vec::new(), |a| a.dims.clone());
+        if let Some(rows) = dims.first_mut() {
+            *rows = arrays.iter().filter_map(Array::rows).sum();
+        }
+        let values = arrays.iter().flat_map(|a| a.data.as_floats());
+        Array::floats(dims, values.copied().collect())
+    }
+
     /// Entry `i` along axis 0, without that axis. The array has it.
     pub fn entry(&self, i: usize) -> Array {
         let mut entry = self.take_rows(&[i]);

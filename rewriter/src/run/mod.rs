@@ -6,6 +6,7 @@
 //! | `host` | where ONNX Runtime and the op library are |
 //! | `cut` | where a model is cut so that a run can begin at any layer |
 //! | `engine` | the cut model: any action in any layer, from any layer on |
+//! | `group` | the runs that make up one step, and what they hand to each other |
 //! | `scheduler` | diffusion schedulers |
 //! | `feed` | what the model is fed at each step: a recording, or a scheduler's own loop |
 //! | `random` | inputs of the model's shapes, where nobody has real ones |
@@ -23,6 +24,7 @@ mod cut;
 pub mod distance;
 pub mod engine;
 pub mod feed;
+mod group;
 pub mod host;
 pub mod prepare;
 mod random;

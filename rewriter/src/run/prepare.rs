@@ -47,10 +47,12 @@ pub fn feed<'a>(
 ) -> anyhow::Result<Box<dyn Feed + 'a>> {
     let (graph, roles) = (&model.graph, &survey.inputs);
     Ok(match source {
-        Source::Trajectory(path) => Box::new(Recording::new(graph, roles, read_npz(path)?)?),
+        Source::Trajectory(path) => {
+            Box::new(Recording::new(graph, roles, read_npz(path)?, plan.cfg)?)
+        }
         Source::Random { sizes, seed } => {
             let arrays = random::arrays(graph, roles, plan, sizes, *seed)?;
-            Box::new(Recording::new(graph, roles, arrays)?)
+            Box::new(Recording::new(graph, roles, arrays, plan.cfg)?)
         }
         Source::Calibration {
             path,
@@ -100,7 +102,7 @@ pub fn measure(
         ..Given::default()
     };
     for l in 0..layers {
-        let Some(base) = prepared.bases().next() else {
+        let Some(base) = prepared.bases().next().and_then(<[_]>::first) else {
             continue;
         };
         if let Some(residual) = prepared.engine().residual(l, base) {

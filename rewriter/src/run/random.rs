@@ -2,7 +2,7 @@
 //! judge images.
 
 use super::array::{Array, Data};
-use super::feed::{FeedError, fed};
+use super::feed::{FeedError, fed, runs};
 use crate::find::Inputs;
 use crate::onnx::{Graph, GraphInput, elem_type};
 use ditfastattn_plans::{Cfg, Plan};
@@ -18,8 +18,8 @@ const FIRST_TIMESTEP: f64 = 1000.0;
 const WAY: f32 = 0.5;
 
 /// A trajectory of as many steps as `plan` has (see [`super::feed::Recording`]): latents that move from noise towards other noise, the
-/// plan's timesteps, normal numbers for other floating-point inputs. Integers are 1, which hides nothing as a mask and is in every
-/// vocabulary, but for labels (rank 1), of which the first half are 0.
+/// plan's timesteps, normal numbers (the same at every step) for other floating-point inputs. Integers are 1, which hides nothing as a mask and is in every
+/// vocabulary, but for labels (rank 1), of which a step's first half are 0.
 ///
 /// # Errors
 /// An input whose size neither the model nor `sizes` says.
@@ -33,35 +33,40 @@ pub fn arrays(
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut normal =
         |len: usize| -> Vec<f32> { StandardNormal.sample_iter(&mut random).take(len).collect() };
-    let steps = plan.step_count();
+    let (steps, runs) = (plan.step_count(), runs(plan.cfg));
     let mut arrays = BTreeMap::new();
     for input in fed(graph) {
         let dims = dims(&input, plan.cfg, sizes)?;
-        let len: usize = dims.iter().product();
-        let by_step = [&[steps], dims.as_slice()].concat();
-        let array = if input.name == roles.timestep {
-            let values = (0..steps).flat_map(|t| vec![timestep(plan, t); len]);
-            Array::floats(by_step, values.collect())
+        // Of all runs of a step.
+        let len = runs * dims.iter().product::<usize>();
+        let data = if input.name == roles.timestep {
+            Data::Float(
+                (0..steps)
+                    .flat_map(|t| vec![timestep(plan, t); len])
+                    .collect(),
+            )
         } else if input.name == roles.latents {
-            let (from, to) = (normal(len), normal(len));
-            let part = |t: usize| WAY * t as f32 / steps as f32;
+            let (from, to) = (normal(len / runs), normal(len / runs));
             let at = |t: usize| {
+                let part = WAY * t as f32 / steps as f32;
                 let pairs = from.iter().zip(&to);
-                pairs.map(move |(a, b)| a + part(t) * (b - a))
+                let latents: Vec<f32> = pairs.map(|(a, b)| a + part * (b - a)).collect();
+                latents.repeat(runs)
             };
-            Array::floats(by_step, (0..steps).flat_map(at).collect())
+            Data::Float((0..steps).flat_map(at).collect())
         } else {
-            let data = match input.elem_type {
+            match input.elem_type {
                 elem_type::INT32 | elem_type::INT64 if dims.len() == 1 => {
-                    Data::Int((0..len).map(|i| i64::from(i >= len / 2)).collect())
+                    let labels: Vec<i64> = (0..len).map(|i| i64::from(i >= len / 2)).collect();
+                    Data::Int(labels.repeat(steps))
                 }
-                elem_type::INT32 | elem_type::INT64 => Data::Int(vec![1; len]),
-                elem_type::BOOL => Data::Bool(vec![true; len]),
-                _ => Data::Float(normal(len)),
-            };
-            Array { dims, data }
+                elem_type::INT32 | elem_type::INT64 => Data::Int(vec![1; len * steps]),
+                elem_type::BOOL => Data::Bool(vec![true; len * steps]),
+                _ => Data::Float(normal(len).repeat(steps)),
+            }
         };
-        arrays.insert(input.name, array);
+        let dims = [&[steps * runs], dims.as_slice()].concat();
+        arrays.insert(input.name, Array { dims, data });
     }
     Ok(arrays)
 }

@@ -107,10 +107,15 @@ fn dense(
         }
         let (mut outputs, mut apart) = (Vec::new(), Vec::new());
         for group in 0..feed.groups() {
-            let inputs = feed.inputs(step, group)?;
-            let output = original.run(&inputs, None)?;
-            let same = full.run(&inputs, Some(moment(step, group, planned)))?;
-            apart.push(difference(&output, &same));
+            let mut rows = Vec::new();
+            for run in 0..feed.runs() {
+                let inputs = feed.inputs(step, group, run)?;
+                let output = original.run(&inputs, None)?;
+                let same = full.run(&inputs, Some(moment(plan, step, group, run)))?;
+                apart.push(difference(&output, &same));
+                rows.push(output);
+            }
+            let output = Array::stack(&rows);
             outputs.extend(samples(&output, plan.cfg));
             feed.advance(step, group, &output)?;
         }
@@ -143,11 +148,15 @@ fn planned(
         trials.settle(step, row)?;
         let (mut outputs, mut apart) = (Vec::new(), Vec::new());
         for (group, base) in trials.bases().enumerate() {
-            let inputs = trials.feed().inputs(step, group)?;
-            let explicit = trials.engine().result(base)?;
-            let output = served.run(&inputs, Some(moment(step, group, plan.step_count())))?;
-            apart.push(difference(&explicit, &output));
-            outputs.extend(samples(&output, plan.cfg));
+            let mut rows = Vec::new();
+            for (run, base) in base.iter().enumerate() {
+                let inputs = trials.feed().inputs(step, group, run)?;
+                let explicit = trials.engine().result(base)?;
+                let output = served.run(&inputs, Some(moment(plan, step, group, run)))?;
+                apart.push(difference(&explicit, &output));
+                rows.push(output);
+            }
+            outputs.extend(samples(&Array::stack(&rows), plan.cfg));
         }
         trials.commit(step, row)?;
         steps.push(Step {
@@ -169,11 +178,12 @@ fn planned(
 }
 
 /// Every group is a request of its own.
-fn moment(step: usize, group: usize, steps: usize) -> Moment {
+fn moment(plan: &Plan, step: usize, group: usize, run: usize) -> Moment {
+    let last_run = usize::from(plan.cfg == Cfg::Separate);
     Moment {
         request: 1 + group as i64,
-        start: step == 0,
-        end: step + 1 == steps,
+        start: step == 0 && run == 0,
+        end: step + 1 == plan.step_count() && run == last_run,
     }
 }
 
