@@ -7,10 +7,11 @@ import numpy as np
 from onnx import TensorProto, helper
 
 
-def dit(path, layers, width, heads, tokens, sparse=False):
-    """Writes a DiT of `layers` layers. `sparse`: the weights are a hole in `path.data`; else random numbers in it.
+def dit(path, layers, width, heads, tokens, sparse=False, prompt=0):
+    """Writes a DiT of `layers` layers. `sparse`: the weights are a hole in `path.data`; else random numbers in it. With `prompt` tokens of
+    text every block has cross-attention behind its self-attention, as PixArt's.
 
-    Inputs: `x` [batch, tokens, width], `timestep` [batch]. Returns the weights' size in bytes.
+    Inputs: `x` [batch, tokens, width], `timestep` [batch], `prompt` [batch, prompt, width]. Returns the weights' size in bytes.
     """
     initializers, nodes, offset = [], [], 0
     data = open(path.with_name(path.name + ".data"), "wb")
@@ -40,6 +41,18 @@ def dit(path, layers, width, heads, tokens, sparse=False):
         product = node("MatMul", [x, weight(f"{name}.weight", rows, columns)], f"{name}.product")
         return node("Add", [product, weight(f"{name}.bias", columns)], name)
 
+    def attention(x, source, p):
+        def project(role, of, perm):
+            flat = linear(of, f"{p}.{role}", width, width)
+            split = node("Reshape", [flat, "heads"], f"{p}.{role}.heads")
+            return node("Transpose", [split], f"{p}.{role}.transposed", perm=perm)
+
+        q, k, v = project("q", x, [0, 2, 1, 3]), project("k", source, [0, 2, 3, 1]), project("v", source, [0, 2, 1, 3])
+        q, k = (node("Mul", [a, "root_scale"], f"{a}.scaled") for a in (q, k))
+        weights = node("Softmax", [node("MatMul", [q, k], f"{p}.scores")], f"{p}.softmax", axis=-1)
+        o = node("Transpose", [node("MatMul", [weights, v], f"{p}.pv")], f"{p}.merged", perm=[0, 2, 1, 3])
+        return linear(node("Reshape", [o, "joined"], f"{p}.joined"), f"{p}.out", width, width)
+
     const("heads", [0, 0, heads, width // heads])
     const("joined", [0, 0, width])
     const("axis", [1])
@@ -51,26 +64,18 @@ def dit(path, layers, width, heads, tokens, sparse=False):
     for i in range(layers):
         p = f"block{i}"
         n = node("LayerNormalization", [x, weight(f"{p}.norm1", width)], f"{p}.n1")
-
-        def project(role, perm):
-            flat = linear(n, f"{p}.{role}", width, width)
-            split = node("Reshape", [flat, "heads"], f"{p}.{role}.heads")
-            return node("Transpose", [split], f"{p}.{role}.transposed", perm=perm)
-
-        q, k, v = project("q", [0, 2, 1, 3]), project("k", [0, 2, 3, 1]), project("v", [0, 2, 1, 3])
-        q, k = (node("Mul", [a, "root_scale"], f"{a}.scaled") for a in (q, k))
-        weights = node("Softmax", [node("MatMul", [q, k], f"{p}.scores")], f"{p}.softmax", axis=-1)
-        o = node("Transpose", [node("MatMul", [weights, v], f"{p}.pv")], f"{p}.merged", perm=[0, 2, 1, 3])
-        o = linear(node("Reshape", [o, "joined"], f"{p}.joined"), f"{p}.out", width, width)
-        x = node("Add", [x, o], f"{p}.attended")
+        x = node("Add", [x, attention(n, n, p)], f"{p}.attended")
+        if prompt:
+            x = node("Add", [x, attention(x, "prompt", f"{p}.cross")], f"{p}.prompted")
         n = node("LayerNormalization", [x, weight(f"{p}.norm2", width)], f"{p}.n2")
         up = node("Tanh", [linear(n, f"{p}.up", width, 4 * width)], f"{p}.activated")
         x = node("Add", [x, linear(up, f"{p}.down", 4 * width, width)], f"{p}.result")
     shape = ["batch", tokens, width]
+    text = [helper.make_tensor_value_info("prompt", TensorProto.FLOAT, ["batch", prompt, width])] if prompt else []
     graph = helper.make_graph(
         nodes, "dit",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
-         helper.make_tensor_value_info("timestep", TensorProto.INT64, ["batch"])],
+         helper.make_tensor_value_info("timestep", TensorProto.INT64, ["batch"]), *text],
         [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
         initializers,
     )  # fmt: skip
