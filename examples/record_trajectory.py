@@ -14,7 +14,7 @@ Around a diffusers pipeline, whose transformer the model was exported from; `nam
         pipe(class_labels=[207, 360], num_inference_steps=20)
     recorder.save("traj.npz", names={"encoder_hidden_states": "prompt"})
 
-Needs numpy only. Every input becomes an array with a leading axis of steps, or one without where it never changed. One generation per file.
+Needs numpy only. Every input becomes an array with a leading axis of steps (of runs, where guidance takes two per step: `--cfg separate`), or one without where it never changed. One generation per file.
 """
 
 import contextlib

@@ -65,7 +65,7 @@ const REWRITE: [&str; 3] = ["model.onnx", "--plan", "plan.json"];
 fn help() {
     let workplace = Workplace::new();
     insta::assert_snapshot!("help", workplace.transcript(&["--help"]));
-    for command in ["inspect", "search", "study", "import"] {
+    for command in ["inspect", "verify", "search", "study", "import"] {
         let transcript = workplace.transcript(&[command, "--help"]);
         insta::assert_snapshot!(format!("help_{command}"), transcript);
     }
@@ -94,12 +94,33 @@ fn a_search_that_cannot_begin_says_what_is_missing() {
     let transcripts = [
         search(&["--preset", "d3"]),
         with(&[]),
-        with(&["--delta", "0.1", "--cfg", "separate"]),
         with(&["--delta", "0.1"]),
         with(&["--delta", "0.1", "--window", "2"]),
     ];
     insta::assert_snapshot!("search_refused", transcripts.join("\n\n"));
     assert_eq!(workplace.files(), ["calib.npz", "model.onnx", "plan.json"]);
+}
+
+#[test]
+fn a_verification_that_cannot_begin_says_what_is_missing() {
+    let workplace = Workplace::new();
+    workplace.write(
+        "three.json",
+        r#"{"format": "ditfastattn-plan", "version": 1, "steps": [["full", "full", "full"]]}"#,
+    );
+    let before = workplace.files();
+    let verify = |more: &[&str]| workplace.transcript(&[&["verify", "model.onnx"], more].concat());
+    let transcripts = [
+        verify(&[]),
+        verify(&["--plan", "plan.json", "--rewritten", "model.onnx"]),
+        verify(&["--rewritten", "model.onnx"]),
+        verify(&["--plan", "three.json"]),
+        verify(&["--plan", "plan.json", "--size", "tokens"]),
+        verify(&["--plan", "plan.json", "--tolerance", "-1"]),
+        verify(&["--plan", "plan.json", "--onnxruntime", "nowhere"]),
+    ];
+    insta::assert_snapshot!("verify_refused", transcripts.join("\n\n"));
+    assert_eq!(workplace.files(), before);
 }
 
 #[test]

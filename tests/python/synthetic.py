@@ -7,24 +7,26 @@ import numpy as np
 from onnx import TensorProto, helper
 
 
-def dit(path, layers, width, heads, tokens, sparse=False, fused=False):
-    """Writes a DiT of `layers` layers. `sparse`: the weights are a hole in `path.data`; else random numbers in it.
-    `fused`: the attention is one `com.microsoft.MultiHeadAttention`, as ONNX Runtime's own optimizer would have it.
+def dit(path, layers, width, heads, tokens, sparse=False, prompt=0, half=False, fused=False, mlp=True):
+    """Writes a DiT of `layers` layers. `sparse`: the weights are a hole in `path.data`; else random numbers in it. With `prompt` tokens of
+    text every block has cross-attention behind its self-attention, as PixArt's. `half`: float16. `fused`: each attention is one
+    `com.microsoft.MultiHeadAttention`, as ONNX Runtime's own optimizer would have it. `mlp`: False leaves it out.
 
-    Inputs: `x` [batch, tokens, width], `timestep` [batch]. Returns the weights' size in bytes.
+    Inputs: `x` [batch, tokens, width], `timestep` [batch], `prompt` [batch, prompt, width]. Returns the weights' size in bytes.
     """
     initializers, nodes, offset = [], [], 0
+    kind, dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
     data = open(path.with_name(path.name + ".data"), "wb")
     rng = np.random.default_rng(0)
 
     def weight(name, *dims):
         nonlocal offset
-        size = 4 * int(np.prod(dims))
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
+        size = dtype().nbytes * int(np.prod(dims))
+        tensor = TensorProto(name=name, data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", path.name + ".data"), ("offset", offset), ("length", size)):
             tensor.external_data.add(key=key, value=str(value))
         if not sparse:
-            data.write((rng.standard_normal(dims, dtype=np.float32) * np.float32(dims[0] ** -0.5)).tobytes())
+            data.write((rng.standard_normal(dims, dtype=np.float32) * np.float32(dims[0] ** -0.5)).astype(dtype).tobytes())
         offset += size
         initializers.append(tensor)
         return name
@@ -41,26 +43,15 @@ def dit(path, layers, width, heads, tokens, sparse=False, fused=False):
         product = node("MatMul", [x, weight(f"{name}.weight", rows, columns)], f"{name}.product")
         return node("Add", [product, weight(f"{name}.bias", columns)], name)
 
-    const("heads", [0, 0, heads, width // heads])
-    const("joined", [0, 0, width])
-    const("axis", [1])
-    const("root_scale", [(width // heads) ** -0.25], [], TensorProto.FLOAT)
-    const("frequency", [0.01], [], TensorProto.FLOAT)
-    column = node("Unsqueeze", [node("Cast", ["timestep"], "t.float", to=TensorProto.FLOAT), "axis"], "t.column")
-    t = linear(node("Sin", [node("Mul", [column, "frequency"], "t.angle")], "t.sin"), "t.embedding", 1, width)
-    x = node("Add", ["x", node("Unsqueeze", [t, "axis"], "t.row")], "h")
-    for i in range(layers):
-        p = f"block{i}"
-        n = node("LayerNormalization", [x, weight(f"{p}.norm1", width)], f"{p}.n1")
-
-        def project(role, perm):
-            flat = linear(n, f"{p}.{role}", width, width)
+    def attention(x, source, p):
+        def project(role, of, perm):
+            flat = linear(of, f"{p}.{role}", width, width)
             if fused:
                 return flat
             split = node("Reshape", [flat, "heads"], f"{p}.{role}.heads")
             return node("Transpose", [split], f"{p}.{role}.transposed", perm=perm)
 
-        q, k, v = project("q", [0, 2, 1, 3]), project("k", [0, 2, 3, 1]), project("v", [0, 2, 1, 3])
+        q, k, v = project("q", x, [0, 2, 1, 3]), project("k", source, [0, 2, 3, 1]), project("v", source, [0, 2, 1, 3])
         if fused:
             o = node("MultiHeadAttention", [q, k, v], f"{p}.attention", domain="com.microsoft", num_heads=heads)
         else:
@@ -68,21 +59,37 @@ def dit(path, layers, width, heads, tokens, sparse=False, fused=False):
             weights = node("Softmax", [node("MatMul", [q, k], f"{p}.scores")], f"{p}.softmax", axis=-1)
             o = node("Transpose", [node("MatMul", [weights, v], f"{p}.pv")], f"{p}.merged", perm=[0, 2, 1, 3])
             o = node("Reshape", [o, "joined"], f"{p}.joined")
-        o = linear(o, f"{p}.out", width, width)
-        x = node("Add", [x, o], f"{p}.attended")
+        return linear(o, f"{p}.out", width, width)
+
+    const("heads", [0, 0, heads, width // heads])
+    const("joined", [0, 0, width])
+    const("axis", [1])
+    const("root_scale", [(width // heads) ** -0.25], [], kind)
+    const("frequency", [0.01], [], kind)
+    column = node("Unsqueeze", [node("Cast", ["timestep"], "t.float", to=kind), "axis"], "t.column")
+    t = linear(node("Sin", [node("Mul", [column, "frequency"], "t.angle")], "t.sin"), "t.embedding", 1, width)
+    x = node("Add", ["x", node("Unsqueeze", [t, "axis"], "t.row")], "h")
+    for i in range(layers):
+        p = f"block{i}"
+        n = node("LayerNormalization", [x, weight(f"{p}.norm1", width)], f"{p}.n1")
+        x = node("Add", [x, attention(n, n, p)], f"{p}.attended")
+        if prompt:
+            x = node("Add", [x, attention(x, "prompt", f"{p}.cross")], f"{p}.prompted")
+        if not mlp:
+            continue
         n = node("LayerNormalization", [x, weight(f"{p}.norm2", width)], f"{p}.n2")
         up = node("Tanh", [linear(n, f"{p}.up", width, 4 * width)], f"{p}.activated")
         x = node("Add", [x, linear(up, f"{p}.down", 4 * width, width)], f"{p}.result")
     shape = ["batch", tokens, width]
+    text = [helper.make_tensor_value_info("prompt", kind, ["batch", prompt, width])] if prompt else []
     graph = helper.make_graph(
         nodes, "dit",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
-         helper.make_tensor_value_info("timestep", TensorProto.INT64, ["batch"])],
-        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("x", kind, shape),
+         helper.make_tensor_value_info("timestep", TensorProto.INT64, ["batch"]), *text],
+        [helper.make_tensor_value_info(x, kind, shape)],
         initializers,
     )  # fmt: skip
-    opsets = [helper.make_opsetid("", 17)] + [helper.make_opsetid("com.microsoft", 1)] * fused
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8)
     path.write_bytes(model.SerializeToString())
     data.truncate(offset)
     data.close()

@@ -17,10 +17,11 @@ ORDER = ["ast", "wa-rs+asc", "wa-rs", "asc"]
 
 
 def trajectory(model, folder, steps):
-    """What was fed, as a pipeline would record it."""
+    """What was fed, as a pipeline would record it: run by run, under separate guidance two per step."""
     arrays = {k.removeprefix("fixed_"): model.arrays[k] for k in model.arrays.files if k.startswith("fixed_")}
-    for name in [k.removeprefix("step0_") for k in model.arrays.files if k.startswith("step0_") and k != "step0_out"]:
-        arrays[name] = np.stack([model.arrays[f"step{t}_{name}"] for t in range(steps)])
+    first = f"step0_{model.branches[0]}"
+    for name in [k.removeprefix(first) for k in model.arrays.files if k.startswith(first) and not k.endswith("out")]:
+        arrays[name] = np.stack([model.arrays[f"step{t}_{branch}{name}"] for t in range(steps) for branch in model.branches])
     path = folder / "trajectory.npz"
     np.savez(path, **arrays)
     return path
@@ -32,12 +33,12 @@ def arguments(model, recorded, output, delta, *more):
 
 
 def outputs(model, rows):
-    """The output of the last step of a generation under `rows`."""
+    """The output of the last step of a generation under `rows`, of all its runs."""
     plan = model.plan | {"steps": rows, "timesteps": model.plan["timesteps"][: len(rows)]}
     planned = session(model.rewrite(plan), threads=1)
     for step in range(len(rows)):
-        out = planned.run(None, model.feed(planned, step))[0]
-    return out.astype(np.float64)
+        out = [planned.run(None, model.feed(planned, step, branch))[0] for branch in model.branches]
+    return np.concatenate(out).astype(np.float64)
 
 
 def loss(a, b):
@@ -66,7 +67,7 @@ def naive(model, steps, delta):
     return rows, tried
 
 
-@pytest.mark.parametrize(("name", "delta"), [("dit__ts17", 0.12), ("pixart__ts17", 0.2)])
+@pytest.mark.parametrize(("name", "delta"), [("dit__ts17", 0.12), ("pixart__ts17", 0.2), ("dit-separate__ts17", 0.08), ("flux-separate__dyn18", 0.2)])
 def test_finds_the_plan_of_the_naive_algorithm(load, tmp_path, name, delta):
     model, steps = load(name), 5
     tool(*arguments(model, trajectory(model, tmp_path, steps), tmp_path / "found.json", delta))
@@ -81,6 +82,26 @@ def test_finds_the_plan_of_the_naive_algorithm(load, tmp_path, name, delta):
             near = [v for (s, l, _), v in tried.items() if (s, l) == (step, layer) and abs(v - limit) < 1e-4]
             assert near, f"step {step}, layer {layer}: {ours[layer]} here, {theirs[layer]} naively"
             return
+
+
+def test_shared_layers_are_found_across_two_runs(load, tmp_path):
+    """Both runs with the conditional inputs: sharing across guidance changes nothing, so nothing else is ever chosen."""
+    model = load("dit-separate__ts17")
+    arrays = dict(np.load(trajectory(model, tmp_path, 5)))
+    np.savez(tmp_path / "same.npz", **{k: v[np.arange(10) // 2 * 2] for k, v in arrays.items()})
+    command = arguments(model, tmp_path / "same.npz", tmp_path / "plan.json", 1e-9)
+    tool(*command)
+    assert json.loads((tmp_path / "plan.json").read_text())["steps"] == [["full"] * 2] + [["asc"] * 2] * 4
+
+
+def test_runs_that_are_not_two_per_step_are_refused(load, tmp_path):
+    model = load("dit-separate__ts17")
+    arrays = dict(np.load(trajectory(model, tmp_path, 4)))
+    for name, order, said in (("odd", slice(0, 7), "two runs per step"), ("shifted", slice(1, 7), "timestep `timestep` is 999 in the first run and 899 in the second")):
+        np.savez(tmp_path / "wrong.npz", **{k: v[order] for k, v in arrays.items()})
+        refused = tool(*arguments(model, tmp_path / "wrong.npz", tmp_path / "p.json", 0.1), check=False)
+        assert refused.returncode == 2 and said in refused.stderr, name
+        assert not (tmp_path / "p.json").exists()
 
 
 def test_no_change_allowed_gives_the_dense_plan_and_trials_cost_less_than_forwards(load, tmp_path):

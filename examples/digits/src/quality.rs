@@ -3,12 +3,7 @@
 //! Both by scikit-image's default definitions (SSIM: 7×7 uniform window, sample covariance,
 //! borders left out). Plain numbers in, plain numbers out.
 
-/// Peak signal-to-noise ratio in dB; infinite for equal images. `range` is the width of the values' range.
-pub fn psnr(a: &[f32], b: &[f32], range: f64) -> f64 {
-    assert_eq!(a.len(), b.len(), "images of different sizes");
-    let squares = a.iter().zip(b).map(|(&a, &b)| f64::from(a - b).powi(2));
-    10.0 * (range * range / (squares.sum::<f64>() / a.len() as f64)).log10()
-}
+pub use ditfastattn_rewriter::run::distance::psnr;
 
 /// Structural similarity of two images of `width` columns, at least 7×7 each, rows contiguous.
 pub fn ssim(a: &[f32], b: &[f32], width: usize, range: f64) -> f64 {

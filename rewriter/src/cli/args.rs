@@ -1,6 +1,6 @@
 //! Every flag, once: help, usage errors and completions come from here.
 
-use super::run_args::{CfgArg, SearchArgs, StudyArgs};
+use super::run_args::{CfgArg, SearchArgs, StudyArgs, VerifyArgs};
 use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
 use crate::sizes::Given;
@@ -17,7 +17,7 @@ use std::path::PathBuf;
     max_term_width = 100,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    after_help = "Exit codes: 0 done; 1 it ran and the answer is no (nothing to rewrite, the plan does not fit); 2 bad input, usage or I/O."
+    after_help = "Exit codes: 0 done; 1 it ran and the answer is no (nothing to rewrite, the plan does not fit, a check failed); 2 bad input, usage or I/O."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -30,6 +30,9 @@ pub struct Cli {
 pub enum Command {
     /// List every attention of a model: what it is, which form it would get, or why it does not match
     Inspect(InspectArgs),
+    /// Run a model and its rewritten form side by side: is it exact where all is full, does it follow its plan, how far does the plan
+    /// move the result
+    Verify(Box<VerifyArgs>),
     /// Find a plan: run a model on calibration inputs and choose, by the paper's greedy method, what each layer does at each step
     Search(Box<SearchArgs>),
     /// Measure how similar attention is between steps and between the halves of guidance, on calibration inputs

@@ -1,15 +1,15 @@
 //! What commands that run a model have in common: its file, its inputs, ONNX Runtime.
 
-use super::run_args::RunArgs;
+use super::run_args::{MethodArgs, RunArgs};
 use super::{Failure, inputs_failure};
 use crate::digest::sha256;
 use crate::find::{Survey, survey};
 use crate::lower::check_fit;
 use crate::onnx::ModelFile;
 use crate::run::host::Host;
-use crate::run::prepare::{Prepared, Source, prepare};
+use crate::run::prepare::{Prepared, prepare};
 use anyhow::{Context, anyhow};
-use ditfastattn_plans::{Cfg, Plan};
+use ditfastattn_plans::Plan;
 use std::path::Path;
 
 /// A model that is ready to run.
@@ -22,47 +22,36 @@ pub struct Loaded {
     pub inputs_hash: String,
 }
 
-pub fn load(args: &RunArgs) -> Result<Loaded, Failure> {
-    if args.cfg == super::run_args::CfgArg::Separate {
-        return Err(Failure::No(anyhow!(
-            "--cfg separate cannot be searched yet: one run of a step reads what the other left; search with both predictions in one batch (cond-first or uncond-first), or without asc as --cfg none"
-        )));
-    }
+/// The model of `args`, and what was found in it.
+pub fn open(args: &RunArgs) -> Result<(ModelFile, Survey), Failure> {
     let model = ModelFile::open(&args.model)?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
         .map_err(inputs_failure)?;
+    Ok((model, survey))
+}
+
+/// What runs the model.
+pub fn host(args: &RunArgs) -> Result<Host, Failure> {
+    let (runtime, library) = (args.onnxruntime.as_deref(), args.library.as_deref());
+    Ok(Host::load(runtime, library, args.threads)?)
+}
+
+pub fn load(args: &RunArgs, method: &MethodArgs) -> Result<Loaded, Failure> {
+    let (model, survey) = open(args)?;
     let layers = survey.layers().count();
     let plan = Plan {
-        window: args.window,
-        cfg: Cfg::from(args.cfg),
-        text: args.text,
+        window: method.window,
+        cfg: method.cfg.into(),
+        text: method.text,
         ..Plan::all_full(layers.max(1), 1)
     };
     plan.validate().map_err(|e| anyhow!("{e}"))?;
     check_fit(&survey, &plan).map_err(|e| Failure::No(e.into()))?;
     let make = |group: usize| args.scheduler.make(group);
-    let (path, source) = match (&args.trajectory, &args.calib) {
-        (Some(path), _) => (path, Source::Trajectory(path)),
-        (None, Some(path)) => {
-            let source = Source::Calibration {
-                path,
-                guidance: args.scheduler.guidance,
-                per_run: args.scheduler.per_run,
-                scheduler: &make,
-            };
-            (path, source)
-        }
-        (None, None) => {
-            return Err(Failure::Bad(anyhow!(
-                "expected --calib or --trajectory; see --help"
-            )));
-        }
-    };
-    let host = Host::load(
-        args.onnxruntime.as_deref(),
-        args.library.as_deref(),
-        args.threads,
+    let (path, source) = args.source(&make).context(
+        "expected the model's inputs: --trajectory NPZ, or --calib NPZ with --scheduler and --steps; see --help",
     )?;
+    let host = host(args)?;
     let inputs = format!("{} {}", digest(path)?, args.scheduler.describe());
     Ok(Loaded {
         prepared: prepare(&host, &model, &survey, &plan, &source)?,

@@ -1,7 +1,7 @@
 //! The `dfa-rewrite` command: arguments, exit codes, and what goes to stdout and stderr.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done. Exit 1: it ran and the answer is no (nothing to rewrite, the
-//! plan does not fit). Exit 2: bad input, usage or I/O. Nothing is written unless the exit code is 0.
+//! plan does not fit, a check failed). Exit 2: bad input, usage or I/O. Nothing is written unless the exit code is 0.
 
 mod args;
 mod import;
@@ -12,6 +12,7 @@ mod rewrite;
 mod run_args;
 mod search;
 mod study;
+mod verify;
 
 use crate::find::InputsError;
 use crate::onnx::write_atomically;
@@ -77,6 +78,7 @@ pub fn run(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> u8 {
     let result = match cli.command {
         None => rewrite::run(&cli.rewrite),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::Study(args)) => study::run(&args),
         Some(Command::Plot(args)) => plot::run(&args),
         Some(Command::Import(args)) => import::run(&args),

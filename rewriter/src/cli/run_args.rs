@@ -1,15 +1,19 @@
 //! The flags of commands that run a model.
 
 use super::args::{ChoiceArgs, InputsArgs};
+use crate::run::feed::MakeScheduler;
+use crate::run::prepare::Source;
 use crate::run::scheduler::{BetaSchedule, Betas, Ddim, DpmSolver, EulerFlow, Iddpm, Scheduler};
 use clap::{Args, ValueEnum};
 use ditfastattn_plans::{Action, Cfg, Metric, Side, TextTokens};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Debug, Args)]
 pub struct SearchArgs {
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub method: MethodArgs,
     /// Where to write the plan
     #[arg(short, long, value_name = "PLAN")]
     pub output: PathBuf,
@@ -59,6 +63,8 @@ pub struct SearchArgs {
 pub struct StudyArgs {
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub method: MethodArgs,
     /// Folder for study.json and the pictures; made if it is not there
     #[arg(short, long, value_name = "FOLDER")]
     pub output: PathBuf,
@@ -68,6 +74,36 @@ pub struct StudyArgs {
     /// Draw PNG instead of SVG
     #[arg(long)]
     pub png: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// The plan to follow; the model is rewritten for it in memory
+    #[arg(long, value_name = "PLAN", required_unless_present = "rewritten")]
+    pub plan: Option<PathBuf>,
+    /// A file that was rewritten from MODEL, with the plan in it
+    #[arg(long, value_name = "FILE", conflicts_with = "plan")]
+    pub rewritten: Option<PathBuf>,
+    /// Random inputs: the size of a dimension that the model leaves open, by its name or as INPUT.AXIS
+    #[arg(long = "size", value_name = "NAME=N", value_parser = size, conflicts_with_all = ["calib", "trajectory"])]
+    pub sizes: Vec<(String, usize)>,
+    /// How far apart what should be equal may be, as a part of the largest number [default: 1e-4; float16 0.01, bfloat16 0.05, quantised 0.1]
+    #[arg(long, value_name = "X", value_parser = limit)]
+    pub tolerance: Option<f64>,
+    /// Fail if the plan moves the result further than this from the dense one, by --metric
+    #[arg(long, value_name = "LOSS", value_parser = limit)]
+    pub max_loss: Option<f64>,
+    /// What --max-loss is measured by: mrae, authors, cosine, mse
+    #[arg(long, value_name = "METRIC", default_value = "mrae")]
+    pub metric: Metric,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
 }
 
 /// The paper's thresholds.
@@ -91,21 +127,9 @@ impl Preset {
     }
 }
 
-/// A model, what it is fed, and what runs it.
+/// What a plan says besides its steps.
 #[derive(Debug, Args)]
-pub struct RunArgs {
-    /// The exported model
-    #[arg(value_name = "MODEL")]
-    pub model: PathBuf,
-    /// Initial noise and conditioning, arrays named like the model's inputs, one row per sample (with guidance in one batch: the noise
-    /// one row, everything else one or two); needs --scheduler and --steps
-    #[arg(long, value_name = "NPZ", required_unless_present = "trajectory", conflicts_with = "trajectory", requires_all = ["scheduler", "steps"])]
-    pub calib: Option<PathBuf>,
-    /// What a pipeline fed: per input an array of its own shape, or with a leading axis of steps
-    #[arg(long, value_name = "NPZ")]
-    pub trajectory: Option<PathBuf>,
-    #[command(flatten)]
-    pub scheduler: SchedulerArgs,
+pub struct MethodArgs {
     /// Half-width of the window as a fraction of the image tokens
     #[arg(long, value_name = "W", default_value_t = ditfastattn_plans::DEFAULT_WINDOW, value_parser = window)]
     pub window: f64,
@@ -115,6 +139,24 @@ pub struct RunArgs {
     /// Joint attention: how many tokens are text and on which side, as 333:end, where the graph does not show it
     #[arg(long, value_name = "N:SIDE", value_parser = text)]
     pub text: Option<TextTokens>,
+}
+
+/// A model, what it is fed, and what runs it.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The exported model
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Initial noise and conditioning, arrays named like the model's inputs, one row per sample (with guidance: the noise one row,
+    /// everything else one or two); needs --scheduler and --steps
+    #[arg(long, value_name = "NPZ", conflicts_with = "trajectory", requires_all = ["scheduler", "steps"])]
+    pub calib: Option<PathBuf>,
+    /// What a pipeline fed: per input an array of its own shape, or with a leading axis of steps (guidance in two runs: of runs, two per
+    /// step, the conditional one first)
+    #[arg(long, value_name = "NPZ")]
+    pub trajectory: Option<PathBuf>,
+    #[command(flatten)]
+    pub scheduler: SchedulerArgs,
     /// ONNX Runtime: libonnxruntime.so or a folder with it [default: ORT_DYLIB_PATH, else the wheel that python3 imports]
     #[arg(long, value_name = "PATH")]
     pub onnxruntime: Option<PathBuf>,
@@ -156,7 +198,7 @@ pub struct SchedulerArgs {
     /// euler-flow: the model is fed σ times this (exports of Flux: 1)
     #[arg(long, value_name = "F", default_value_t = 1000.0)]
     pub timestep_scale: f64,
-    /// iddpm: seed of the noise
+    /// iddpm, verify on random inputs: seed of the noise
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Samples that share a run, to bound memory; 0: all
@@ -206,6 +248,23 @@ impl From<CfgArg> for Cfg {
     }
 }
 
+impl RunArgs {
+    /// What was named as the model's inputs, and the file it is in.
+    pub fn source<'a>(&'a self, make: &'a MakeScheduler<'a>) -> Option<(&'a Path, Source<'a>)> {
+        if let Some(path) = &self.trajectory {
+            return Some((path, Source::Trajectory(path)));
+        }
+        let path = self.calib.as_ref()?;
+        let source = Source::Calibration {
+            path,
+            guidance: self.scheduler.guidance,
+            per_run: self.scheduler.per_run,
+            scheduler: make,
+        };
+        Some((path, source))
+    }
+}
+
 impl SchedulerArgs {
     /// The scheduler of sample group `group`.
     pub fn make(&self, group: usize) -> Box<dyn Scheduler> {
@@ -238,6 +297,20 @@ impl SchedulerArgs {
 fn window(value: &str) -> Result<f64, String> {
     let number = value.parse().ok().filter(|w| *w > 0.0 && *w <= 1.0);
     number.ok_or_else(|| format!("expected a number above 0, at most 1, found `{value}`"))
+}
+
+fn limit(value: &str) -> Result<f64, String> {
+    let number = value
+        .parse::<f64>()
+        .ok()
+        .filter(|x| *x >= 0.0 && x.is_finite());
+    number.ok_or_else(|| format!("expected a finite number from 0, found `{value}`"))
+}
+
+fn size(value: &str) -> Result<(String, usize), String> {
+    let pair = value.rsplit_once('=');
+    pair.and_then(|(name, n)| Some((name.to_owned(), n.parse().ok().filter(|&n| n > 0)?)))
+        .ok_or_else(|| format!("expected a name and a size, such as tokens=256, found `{value}`"))
 }
 
 fn text(value: &str) -> Result<TextTokens, String> {

@@ -5,6 +5,7 @@ use super::rewrite::refuse_existing;
 use super::run_args::SearchArgs;
 use super::{Failure, INTERRUPTED, print, write};
 use crate::account::Account;
+use crate::lower::no_halves;
 use crate::report::{counts, listed};
 use crate::run::prepare::measure;
 use crate::sizes;
@@ -48,7 +49,7 @@ pub fn run(args: &SearchArgs) -> Result<(), Failure> {
     refuse_existing(&args.output, args.force)?;
     let journal_path = journal_path(args);
     refuse_journal(&journal_path, args)?;
-    let mut loaded = load::load(&args.run)?;
+    let mut loaded = load::load(&args.run, &args.method)?;
     let plan = loaded.plan.clone();
     let works = measure(&mut loaded.prepared, &loaded.survey, &plan)?.map_err(|unknown| {
         let (layer, what) = (unknown.layer, unknown.what);
@@ -194,7 +195,7 @@ fn settings(
         candidates[layer.index].retain(|action| {
             // A band over everything computes what full attention does.
             let useless = covered && action.is_windowed();
-            let impossible = action.uses_halves() && layer.halves.is_err();
+            let impossible = action.uses_halves() && no_halves(layer, plan.cfg).is_some();
             !useless && !impossible
         });
     }

@@ -18,7 +18,7 @@ pub fn run(args: &StudyArgs) -> Result<(), Failure> {
     for (name, ending) in [("study", "json"), ("similarity", ending), ("drift", ending)] {
         refuse_existing(&path(name, ending), args.force)?;
     }
-    let mut loaded = load(&args.run)?;
+    let mut loaded = load(&args.run, &args.method)?;
     super::watch_interrupts();
     let go_on = || !INTERRUPTED.load(Ordering::Relaxed);
     let study = study(&mut loaded.prepared, loaded.plan.cfg, &go_on)?

@@ -12,7 +12,7 @@ mod step;
 mod text;
 
 use crate::digest::sha256;
-use crate::find::{Kind, Survey, Target, dead_without};
+use crate::find::{Kind, Layer, Reason, Survey, Target, dead_without};
 use crate::onnx::{GraphEdit, ModelFile};
 use build::{Names, Writer};
 use bytes::Bytes;
@@ -24,6 +24,7 @@ pub const DOMAIN: &str = "ai.ditfastattn";
 pub const DOMAIN_VERSION: i64 = 1;
 
 pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
+pub use step::plan_in;
 
 /// How the optional request inputs are declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -256,9 +257,8 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         return Err(LowerError::PlanDoesNotFit { key, plan, model });
     }
     for layer in survey.layers() {
-        if let Err(reason) = &layer.halves
+        if let Some(reason) = no_halves(layer, plan.cfg)
             && (0..plan.step_count()).any(|t| plan.action(t, layer.index).uses_halves())
-            && plan.cfg != Cfg::Separate
         {
             return Err(LowerError::NoHalves {
                 layer: layer.index,
@@ -268,6 +268,14 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         }
     }
     Ok(())
+}
+
+/// Why `layer` cannot be shared across guidance that comes as `cfg` says. Two runs need no halves of a batch.
+pub fn no_halves(layer: &Layer, cfg: Cfg) -> Option<&Reason> {
+    match cfg {
+        Cfg::Separate => None,
+        _ => layer.halves.as_ref().err(),
+    }
 }
 
 /// Why there is no layer, each reason once and the commonest first.

@@ -4,15 +4,17 @@ use super::build::{self, Names};
 use super::io::Io;
 use super::{DOMAIN, LowerError, RequestInputs};
 use crate::find::{Survey, Target};
-use crate::onnx::{AttributeProto, TensorProto, elem_type};
+use crate::onnx::{AttributeProto, Graph, TensorProto, elem_type};
 use crate::shapes::Fact;
 use bytes::Bytes;
-use ditfastattn_plans::Plan;
+use ditfastattn_plans::{Plan, PlanError};
 use prost::Message;
 use std::collections::BTreeMap;
 
 /// Version of the ops' graph contract; the library refuses a model of another version.
 const CONTRACT: i64 = 1;
+
+const OP: &str = "DiTFastAttnStep";
 
 /// The nodes in front of everything, what they add to the graph, and the names that layers read.
 pub struct Step {
@@ -37,6 +39,15 @@ impl Step {
             .flat_map(|m| m.retargeted.iter().map(|(&i, t)| (i, t.clone())))
             .collect()
     }
+}
+
+/// The plan in a graph that was rewritten with hidden state; `None` if it was not.
+pub fn plan_in(graph: &Graph) -> Option<Result<Plan, PlanError>> {
+    let mut nodes = graph.nodes.iter();
+    let step =
+        nodes.find(|n| n.op() == OP && n.domain() == DOMAIN && n.attribute("state").is_none())?;
+    let plan = step.attribute("plan")?.s.as_ref()?;
+    Some(Plan::parse_bytes(plan))
 }
 
 /// Builds the step node for `plan`.
@@ -107,7 +118,7 @@ pub fn build(
     }
     let node = build::node(
         DOMAIN,
-        "DiTFastAttnStep",
+        OP,
         names.fresh("dfa/step"),
         &all_inputs,
         &outputs,

@@ -69,6 +69,14 @@ impl ModelFile {
         Self::parse(path, bytes.into())
     }
 
+    /// Where the file lies, and weights outside of it are looked for.
+    pub fn folder(&self) -> &Path {
+        match self.path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        }
+    }
+
     /// Parses the bytes of a model; `path` is only remembered.
     ///
     /// # Errors

@@ -60,6 +60,14 @@ impl Data {
         self.len() == 0
     }
 
+    /// Floating-point numbers; none of another kind.
+    pub fn as_floats(&self) -> &[f32] {
+        match self {
+            Data::Float(v) => v,
+            _ => &[],
+        }
+    }
+
     /// Number `i` as a floating-point one.
     pub fn number(&self, i: usize) -> Option<f64> {
         match self {
@@ -109,6 +117,16 @@ impl Array {
             dims,
             data: self.data.pick(rows.iter().map(|r| r * len..(r + 1) * len)),
         }
+    }
+
+    /// Floating-point arrays of equal rows, one below the other.
+    pub fn stack(arrays: &[Array]) -> Array {
+        let mut dims = arrays.first().map_or(Vec::new(), |a| a.dims.clone());
+        if let Some(rows) = dims.first_mut() {
+            *rows = arrays.iter().filter_map(Array::rows).sum();
+        }
+        let values = arrays.iter().flat_map(|a| a.data.as_floats());
+        Array::floats(dims, values.copied().collect())
     }
 
     /// Entry `i` along axis 0, without that axis. The array has it.

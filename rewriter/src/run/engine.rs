@@ -15,7 +15,6 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Tensor, TensorElementType, ValueType};
 use prost::Message;
 use std::collections::HashMap;
-use std::path::Path;
 use std::rc::Rc;
 
 /// A tensor of ONNX Runtime; runs share it without copying.
@@ -95,10 +94,7 @@ impl Engine {
             .layers()
             .next()
             .map_or(elem_type::FLOAT, |l| l.core.elem_type);
-        let folder = match model.path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
+        let folder = model.folder();
         let external = !model.external_data_locations().is_empty();
         let mut types = known_types(&whole, &lowered.skip, &lowered.state, elem_type);
         let mut parts = Vec::new();
@@ -176,7 +172,7 @@ impl Engine {
         inputs: &Values,
         row: &[Action],
         memory: &[Memory],
-        before: &Frontier,
+        before: &[Rc<Values>],
     ) -> Result<Frontier, EngineError> {
         let first = layer.map_or(0, |l| l + 1);
         self.run_segments(first..self.parts.len(), inputs, row, memory, before)
@@ -192,7 +188,7 @@ impl Engine {
         inputs: &Values,
         row: &[Action],
         memory: &[Memory],
-        before: &Frontier,
+        before: &[Rc<Values>],
     ) -> Result<Frontier, EngineError> {
         self.run_segments(layer + 1..layer + 2, inputs, row, memory, before)
     }
@@ -203,7 +199,7 @@ impl Engine {
         inputs: &Values,
         row: &[Action],
         memory: &[Memory],
-        before: &Frontier,
+        before: &[Rc<Values>],
     ) -> Result<Frontier, EngineError> {
         let first = segments.start;
         let directives = row
@@ -303,8 +299,7 @@ impl Engine {
                 memory[l].residual = values.get(&state.present_residual).cloned();
             }
             if row[l] != Action::Ast {
-                let sinks = state.sinks.iter();
-                memory[l].outputs = sinks.filter_map(|s| values.get(s).cloned()).collect();
+                memory[l].outputs = self.outputs(l, frontier);
             }
         }
     }
@@ -314,9 +309,25 @@ impl Engine {
         frontier[l + 1].get(&self.layers[l].present_residual)
     }
 
+    /// All results of layer `l`'s module in a run.
+    pub fn outputs(&self, l: usize, frontier: &Frontier) -> Vec<Value> {
+        let sinks = self.layers[l].sinks.iter();
+        sinks
+            .filter_map(|s| frontier[l + 1].get(s).cloned())
+            .collect()
+    }
+
     /// The first result of layer `l`'s module in a run.
-    pub fn output<'f>(&self, l: usize, frontier: &'f Frontier) -> Option<&'f Value> {
-        frontier[l + 1].get(self.layers[l].sinks.first()?)
+    ///
+    /// # Errors
+    /// If the run did not come to that layer, or it is no floating-point tensor.
+    pub fn output(&self, l: usize, frontier: &Frontier) -> Result<Array, EngineError> {
+        let value = self.layers[l]
+            .sinks
+            .first()
+            .and_then(|s| frontier[l + 1].get(s));
+        let missing = || EngineError::Missing(format!("the output of layer {l}"));
+        to_array("attention", value.ok_or_else(missing)?)
     }
 
     /// The model's first output in a run.

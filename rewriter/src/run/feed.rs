@@ -1,6 +1,7 @@
 //! What the model is fed at each step: a recorded trajectory, or calibration inputs that a scheduler moves on.
 //!
-//! Owns how arrays of a file become the graph's inputs. Under guidance in one batch the rows are two halves, in the order of `cfg`.
+//! Owns how arrays of a file become the graph's inputs. Under guidance in one batch the rows are two halves, in the order of `cfg`; under
+//! `separate` a step is two runs, the conditional one first.
 
 use super::array::{Array, Data};
 use super::engine::{EngineError, Values, to_value};
@@ -32,6 +33,21 @@ pub enum FeedError {
         expected: String,
     },
     #[error(
+        "step {step}: the timestep `{name}` is {first} in the first run and {second} in the second; under cfg: separate a step is two runs with one timestep, the conditional one first"
+    )]
+    Timesteps {
+        step: usize,
+        name: String,
+        first: f64,
+        second: f64,
+    },
+    #[error("the model leaves {dim} of its input `{input}` open; {flag}")]
+    Open {
+        input: String,
+        dim: String,
+        flag: String,
+    },
+    #[error(
         "no array of the trajectory has an axis of steps: expected at least the timestep or the latents with one leading axis more than the model's input"
     )]
     NoSteps,
@@ -52,43 +68,55 @@ pub trait Feed {
     /// The timesteps as the model is fed them, where each step has one.
     fn timesteps(&self) -> Option<Vec<f64>>;
 
-    /// How many runs make up one step: samples that do not go into one batch.
+    /// How many groups of samples there are that do not go into one batch.
     fn groups(&self) -> usize;
 
-    /// The model's inputs at `step` for `group`.
+    /// Runs that make up a step of a group: two under `cfg: separate`, the conditional one first.
+    fn runs(&self) -> usize;
+
+    /// The model's inputs at `step` for `group`, in its run `run`.
     ///
     /// # Errors
     /// Arrays that the model's types do not take.
-    fn inputs(&self, step: usize, group: usize) -> Result<Values, FeedError>;
+    fn inputs(&self, step: usize, group: usize, run: usize) -> Result<Values, FeedError>;
 
-    /// The model's output at `step` for `group`: moves the latents on, if they are not recorded.
+    /// The model's output at `step` for `group`, the rows of its runs one after the other: moves the latents on, if they are not recorded.
     ///
     /// # Errors
     /// An output that the scheduler cannot use.
     fn advance(&mut self, step: usize, group: usize, output: &Array) -> Result<(), FeedError>;
+
+    /// The latents as they are now, a row per sample, group by group; `None` where they are recorded.
+    fn latents(&self) -> Option<Vec<&Array>>;
 }
 
-/// An output as one list of numbers per sample: both of its halves under guidance in one batch.
+/// Predictions that a step makes of every sample.
+fn predictions(cfg: Cfg) -> usize {
+    if cfg == Cfg::None { 1 } else { 2 }
+}
+
+/// Runs that they come in.
+pub(super) fn runs(cfg: Cfg) -> usize {
+    if cfg == Cfg::Separate { 2 } else { 1 }
+}
+
+/// A step's output as one list of numbers per sample: both of its predictions under guidance.
 pub fn samples(output: &Array, cfg: Cfg) -> Vec<Vec<f32>> {
     let rows = output.rows().unwrap_or(1).max(1);
-    let Data::Float(values) = &output.data else {
-        return Vec::new();
-    };
+    let values = output.data.as_floats();
     let len = values.len() / rows;
     let row = |i: usize| &values[i * len..(i + 1) * len];
-    match cfg {
-        Cfg::CondFirst | Cfg::UncondFirst if rows.is_multiple_of(2) => {
-            let half = rows / 2;
-            (0..half)
-                .map(|i| [row(i), row(half + i)].concat())
-                .collect()
-        }
-        _ => (0..rows).map(|i| row(i).to_vec()).collect(),
+    let half = rows / 2;
+    match predictions(cfg) == 2 && rows == 2 * half {
+        true => (0..half)
+            .map(|i| [row(i), row(half + i)].concat())
+            .collect(),
+        false => (0..rows).map(|i| row(i).to_vec()).collect(),
     }
 }
 
 /// The model's inputs that have to be fed.
-fn fed(graph: &Graph) -> Vec<GraphInput> {
+pub(super) fn fed(graph: &Graph) -> Vec<GraphInput> {
     let inputs = graph.inputs.iter();
     inputs.filter(|i| !i.has_default).cloned().collect()
 }
@@ -123,25 +151,29 @@ fn check_names(
     }
 }
 
-/// What any pipeline fed: per input an array of the input's own shape, or one with a leading axis of steps.
+/// What any pipeline fed: per input an array of the input's own shape, or one with a leading axis of runs: one per step, under
+/// `cfg: separate` two, the conditional one first.
 pub struct Recording {
     inputs: Vec<GraphInput>,
     arrays: BTreeMap<String, Array>,
     timestep: String,
     steps: usize,
+    runs: usize,
 }
 
 impl Recording {
     /// # Errors
-    /// Names and shapes that are not the model's, and arrays of different numbers of steps.
+    /// Names and shapes that are not the model's, arrays of different numbers of runs, and two runs of a step with different timesteps.
     pub fn new(
         graph: &Graph,
         roles: &Inputs,
         arrays: BTreeMap<String, Array>,
+        cfg: Cfg,
     ) -> Result<Self, FeedError> {
         let inputs = fed(graph);
         check_names("the trajectory", &inputs, &arrays, &[])?;
-        let mut steps: Option<usize> = None;
+        let mut entries: Option<usize> = None;
+        let runs = runs(cfg);
         for input in &inputs {
             let array = &arrays[&input.name];
             let Some(dims) = &input.dims else { continue };
@@ -152,13 +184,18 @@ impl Recording {
             };
             if array.dims.len() == dims.len() + 1 {
                 let found = array.dims[0];
-                if found == 0 || steps.is_some_and(|s| s != found) {
+                if found == 0 || entries.is_some_and(|e| e != found) {
                     return Err(wrong(format!(
                         "{} steps along axis 0, as the arrays before it have",
-                        steps.unwrap_or(1)
+                        entries.unwrap_or(1)
                     )));
                 }
-                steps = Some(found);
+                if !found.is_multiple_of(runs) {
+                    return Err(wrong(
+                        "an even number along axis 0, two runs per step (cfg: separate)".into(),
+                    ));
+                }
+                entries = Some(found);
             } else if array.dims.len() != dims.len() {
                 let rank = dims.len();
                 return Err(wrong(format!(
@@ -167,19 +204,39 @@ impl Recording {
                 )));
             }
         }
-        Ok(Self {
+        let recording = Self {
             inputs,
             arrays,
             timestep: roles.timestep.clone(),
-            steps: steps.ok_or(FeedError::NoSteps)?,
-        })
+            steps: entries.ok_or(FeedError::NoSteps)? / runs,
+            runs,
+        };
+        for step in 0..recording.steps {
+            let value = |run| recording.timestep(step, run);
+            if let Some(run) = (1..runs).find(|&run| value(run) != value(0)) {
+                return Err(FeedError::Timesteps {
+                    step,
+                    name: recording.timestep.clone(),
+                    first: value(0).unwrap_or(f64::NAN),
+                    second: value(run).unwrap_or(f64::NAN),
+                });
+            }
+        }
+        Ok(recording)
     }
 
-    fn at(&self, input: &GraphInput, step: usize) -> Array {
+    /// The timestep in a run of `step`.
+    fn timestep(&self, step: usize, run: usize) -> Option<f64> {
+        let input = self.inputs.iter().find(|i| i.name == self.timestep)?;
+        self.at(input, step * self.runs + run).data.number(0)
+    }
+
+    /// What `input` was fed at the `entry`-th run.
+    fn at(&self, input: &GraphInput, entry: usize) -> Array {
         let array = &self.arrays[&input.name];
         let rank = input.dims.as_ref().map(Vec::len);
         match rank.is_some_and(|rank| array.dims.len() == rank + 1) {
-            true => array.entry(step),
+            true => array.entry(entry),
             false => array.clone(),
         }
     }
@@ -191,18 +248,21 @@ impl Feed for Recording {
     }
 
     fn timesteps(&self) -> Option<Vec<f64>> {
-        let input = self.inputs.iter().find(|i| i.name == self.timestep)?;
-        let all = (0..self.steps).map(|step| self.at(input, step).data.number(0));
-        all.collect()
+        (0..self.steps).map(|step| self.timestep(step, 0)).collect()
     }
 
     fn groups(&self) -> usize {
         1
     }
 
-    fn inputs(&self, step: usize, _: usize) -> Result<Values, FeedError> {
+    fn runs(&self) -> usize {
+        self.runs
+    }
+
+    fn inputs(&self, step: usize, _: usize, run: usize) -> Result<Values, FeedError> {
+        let entry = step * self.runs + run;
         let value = |input: &GraphInput| {
-            let value = to_value(&input.name, &self.at(input, step), input.elem_type)?;
+            let value = to_value(&input.name, &self.at(input, entry), input.elem_type)?;
             Ok((input.name.clone(), value))
         };
         self.inputs.iter().map(value).collect()
@@ -210,6 +270,10 @@ impl Feed for Recording {
 
     fn advance(&mut self, _: usize, _: usize, _: &Array) -> Result<(), FeedError> {
         Ok(())
+    }
+
+    fn latents(&self) -> Option<Vec<&Array>> {
+        None
     }
 }
 
@@ -226,16 +290,16 @@ pub struct Loop {
 }
 
 struct Group {
-    /// Everything but latents and timestep, as it is fed.
-    fixed: BTreeMap<String, Array>,
+    /// Per run of a step everything but latents and timestep, as it is fed.
+    fixed: Vec<BTreeMap<String, Array>>,
     /// One row per sample.
     latents: Array,
     scheduler: Box<dyn Scheduler>,
 }
 
 impl Loop {
-    /// `arrays` hold the latents' initial noise, a row per sample, and what else the model is fed: under guidance in one batch with twice
-    /// as many rows in the order of `cfg`, or with one row per sample for both halves. At most `per_run` samples (0: no limit) share
+    /// `arrays` hold the latents' initial noise, a row per sample, and what else the model is fed: under guidance with twice
+    /// as many rows in the order of `cfg` (`separate`: conditional first), or with one row per sample for both predictions. At most `per_run` samples (0: no limit) share
     /// a run, fewer where the model's batch is fixed.
     ///
     /// # Errors
@@ -252,11 +316,7 @@ impl Loop {
         let inputs = fed(graph);
         arrays.remove(&roles.timestep);
         check_names("the calibration", &inputs, &arrays, &[&roles.timestep])?;
-        let halves = if matches!(cfg, Cfg::CondFirst | Cfg::UncondFirst) {
-            2
-        } else {
-            1
-        };
+        let (predictions, runs) = (predictions(cfg), runs(cfg));
         let noise = &arrays[&roles.latents];
         let wrong = |array: &Array, name: &str, expected: String| FeedError::Shape {
             name: name.to_owned(),
@@ -282,7 +342,7 @@ impl Loop {
             per_run.min(count)
         };
         if let Some(rows) = fixed_rows {
-            size = rows / halves;
+            size = rows / (predictions / runs);
         }
         if size == 0 || !count.is_multiple_of(size) {
             return Err(wrong(
@@ -297,24 +357,26 @@ impl Loop {
         let mut groups = Vec::new();
         for g in 0..count / size {
             let rows: Vec<usize> = (g * size..(g + 1) * size).collect();
-            let both: Vec<usize> = rows
-                .iter()
-                .copied()
-                .chain(rows.iter().map(|r| r + count))
-                .collect();
-            let mut fixed = BTreeMap::new();
-            for (name, array) in arrays.iter().filter(|(name, _)| **name != roles.latents) {
-                let fed = match array.rows() {
-                    Some(n) if halves == 2 && n == 2 * count => array.take_rows(&both),
-                    Some(n) if n == count => array.take_rows(&rows.repeat(halves)),
-                    _ if count == size => array.clone(),
-                    _ => {
-                        let expected =
-                            format!("{count} rows, or {} for both halves of guidance", 2 * count);
-                        return Err(wrong(array, name, expected));
-                    }
-                };
-                fixed.insert(name.clone(), fed);
+            let mut fixed = vec![BTreeMap::new(); runs];
+            for (run, fixed) in fixed.iter_mut().enumerate() {
+                // Of all rows, those of this run's predictions.
+                let predicted = run..run + predictions / runs;
+                let own: Vec<usize> = predicted
+                    .flat_map(|p| rows.iter().map(move |r| r + p * count))
+                    .collect();
+                for (name, array) in arrays.iter().filter(|(name, _)| **name != roles.latents) {
+                    let fed = match array.rows() {
+                        Some(n) if predictions == 2 && n == 2 * count => array.take_rows(&own),
+                        Some(n) if n == count => array.take_rows(&rows.repeat(predictions / runs)),
+                        _ if count == size => array.clone(),
+                        _ => {
+                            let expected =
+                                format!("{count} rows, or {} for both predictions", 2 * count);
+                            return Err(wrong(array, name, expected));
+                        }
+                    };
+                    fixed.insert(name.clone(), fed);
+                }
             }
             groups.push(Group {
                 fixed,
@@ -329,18 +391,6 @@ impl Loop {
             guidance,
             groups,
         })
-    }
-
-    fn halves(&self) -> usize {
-        match self.cfg {
-            Cfg::CondFirst | Cfg::UncondFirst => 2,
-            Cfg::Separate | Cfg::None => 1,
-        }
-    }
-
-    /// The latents as they are now, group by group.
-    pub fn latents(&self) -> impl Iterator<Item = &Array> {
-        self.groups.iter().map(|g| &g.latents)
     }
 }
 
@@ -357,11 +407,16 @@ impl Feed for Loop {
         self.groups.len()
     }
 
-    fn inputs(&self, step: usize, group: usize) -> Result<Values, FeedError> {
+    fn runs(&self) -> usize {
+        runs(self.cfg)
+    }
+
+    fn inputs(&self, step: usize, group: usize, run: usize) -> Result<Values, FeedError> {
         let group = &self.groups[group];
         let samples = group.latents.dims[0];
         let rows: Vec<usize> = (0..samples).collect();
-        let latents = group.latents.take_rows(&rows.repeat(self.halves()));
+        let in_run = predictions(self.cfg) / runs(self.cfg);
+        let latents = group.latents.take_rows(&rows.repeat(in_run));
         let timestep = group.scheduler.timesteps()[step] as f32;
         let mut values = Values::new();
         for input in &self.inputs {
@@ -377,7 +432,7 @@ impl Feed for Loop {
                 let len = dims.iter().product();
                 Array::floats(dims, vec![timestep; len])
             } else {
-                group.fixed[name].clone()
+                group.fixed[run][name].clone()
             };
             values.insert(name.clone(), to_value(name, &array, input.elem_type)?);
         }
@@ -385,14 +440,14 @@ impl Feed for Loop {
     }
 
     fn advance(&mut self, _: usize, group: usize, output: &Array) -> Result<(), FeedError> {
-        let (halves, guidance, cfg) = (self.halves(), self.guidance, self.cfg);
+        let (predictions, guidance, cfg) = (predictions(self.cfg), self.guidance, self.cfg);
         let group = &mut self.groups[group];
-        let prediction = Prediction::of(output, &group.latents, halves)?;
+        let prediction = Prediction::of(output, &group.latents, predictions)?;
         let Data::Float(sample) = &mut group.latents.data else {
             return Ok(());
         };
         let n = sample.len();
-        let guided: Vec<f32> = if halves == 1 {
+        let guided: Vec<f32> = if predictions == 1 {
             prediction.mean
         } else {
             let (first, second) = prediction.mean.split_at(n);
@@ -410,6 +465,10 @@ impl Feed for Loop {
         group.scheduler.step(&guided, variance.as_deref(), sample);
         Ok(())
     }
+
+    fn latents(&self) -> Option<Vec<&Array>> {
+        Some(self.groups.iter().map(|g| &g.latents).collect())
+    }
 }
 
 /// A model's output in its parts, all rows.
@@ -419,9 +478,9 @@ struct Prediction {
 }
 
 impl Prediction {
-    fn of(output: &Array, latents: &Array, halves: usize) -> Result<Self, FeedError> {
+    fn of(output: &Array, latents: &Array, predictions: usize) -> Result<Self, FeedError> {
         let mut expected = latents.dims.clone();
-        expected[0] *= halves;
+        expected[0] *= predictions;
         let Data::Float(values) = &output.data else {
             return Err(Self::unusable(output, &expected));
         };

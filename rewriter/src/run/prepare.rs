@@ -1,9 +1,10 @@
-//! From files to a model that is ready to be searched or studied.
+//! From files to a model that is ready to be searched, studied or verified.
 
 use super::array::read_npz;
 use super::engine::{Engine, to_array};
 use super::feed::{Feed, Loop, MakeScheduler, Recording};
 use super::host::Host;
+use super::random;
 use super::trials::Trials;
 use crate::find::Survey;
 use crate::onnx::ModelFile;
@@ -26,6 +27,46 @@ pub enum Source<'a> {
         per_run: usize,
         scheduler: &'a MakeScheduler<'a>,
     },
+    /// Random numbers, as many steps as the plan has.
+    Random {
+        /// Dimensions that the model leaves open.
+        sizes: &'a [(String, usize)],
+        seed: u64,
+    },
+}
+
+/// Loads the inputs of `model`. `plan` says how guidance comes.
+///
+/// # Errors
+/// Inputs that are not the model's.
+pub fn feed<'a>(
+    model: &ModelFile,
+    survey: &Survey,
+    plan: &Plan,
+    source: &Source<'_>,
+) -> anyhow::Result<Box<dyn Feed + 'a>> {
+    let (graph, roles) = (&model.graph, &survey.inputs);
+    Ok(match source {
+        Source::Trajectory(path) => {
+            Box::new(Recording::new(graph, roles, read_npz(path)?, plan.cfg)?)
+        }
+        Source::Random { sizes, seed } => {
+            let arrays = random::arrays(graph, roles, plan, sizes, *seed)?;
+            Box::new(Recording::new(graph, roles, arrays, plan.cfg)?)
+        }
+        Source::Calibration {
+            path,
+            guidance,
+            per_run,
+            scheduler,
+        } => {
+            let arrays = read_npz(path)?;
+            let (cfg, guidance, per_run) = (plan.cfg, *guidance, *per_run);
+            Box::new(Loop::new(
+                graph, roles, arrays, cfg, guidance, per_run, scheduler,
+            )?)
+        }
+    })
 }
 
 /// Loads the inputs of `model` and the model itself. `plan` says how guidance and text come, and the window.
@@ -39,27 +80,7 @@ pub fn prepare<'a>(
     plan: &Plan,
     source: &Source<'_>,
 ) -> anyhow::Result<Prepared<'a>> {
-    let feed: Box<dyn Feed> = match source {
-        Source::Trajectory(path) => Box::new(Recording::new(
-            &model.graph,
-            &survey.inputs,
-            read_npz(path)?,
-        )?),
-        Source::Calibration {
-            path,
-            guidance,
-            per_run,
-            scheduler,
-        } => Box::new(Loop::new(
-            &model.graph,
-            &survey.inputs,
-            read_npz(path)?,
-            plan.cfg,
-            *guidance,
-            *per_run,
-            scheduler,
-        )?),
-    };
+    let feed = feed(model, survey, plan, source)?;
     let engine = Engine::load(host, model, survey, plan)?;
     Ok(Trials::new(engine, feed, plan.cfg))
 }
@@ -81,7 +102,7 @@ pub fn measure(
         ..Given::default()
     };
     for l in 0..layers {
-        let Some(base) = prepared.bases().next() else {
+        let Some(base) = prepared.bases().next().and_then(<[_]>::first) else {
             continue;
         };
         if let Some(residual) = prepared.engine().residual(l, base) {

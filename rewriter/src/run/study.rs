@@ -34,7 +34,7 @@ pub fn study<F: Feed>(
 ) -> Result<Option<Study>, TrialError> {
     let (steps, layers) = (trials.feed().steps(), trials.engine().layers());
     let row = vec![Action::Full; layers];
-    let halves = matches!(cfg, Cfg::CondFirst | Cfg::UncondFirst);
+    let halves = cfg != Cfg::None;
     let mut study = Study::default();
     let mut before: Vec<Vec<[Array; 2]>> = Vec::new();
     for step in 0..steps {

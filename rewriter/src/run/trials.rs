@@ -1,11 +1,12 @@
 //! The search's view of a model: runs that begin at the layer that is tried.
 //!
-//! Keeps, per group of samples, what layers remember of committed steps, and of the step at hand what the latest accepted run (the
-//! base) and the latest trial have computed. Trials change neither the state nor the base.
+//! Keeps, per group of samples, what the latest accepted run of the step at hand (the base) and the latest trial have computed; what
+//! layers remember of committed steps is in the `group`. Trials change neither the state nor the base.
 
 use super::array::Array;
-use super::engine::{Engine, EngineError, Frontier, Memory, Values, to_array};
+use super::engine::{Engine, EngineError, Frontier, Values};
 use super::feed::{Feed, FeedError, samples};
+use super::group::{Group, output, result};
 use ditfastattn_plans::{Action, Cfg, Denoiser, Forward, Trial};
 
 /// Why a search's run failed.
@@ -22,34 +23,32 @@ pub struct Trials<F> {
     engine: Engine,
     feed: F,
     cfg: Cfg,
-    groups: Vec<Group>,
-    /// The step whose inputs and base the groups have.
+    samples: Vec<Samples>,
+    /// The step whose inputs and base the samples have.
     step: Option<usize>,
     base_row: Vec<Action>,
     trial_row: Vec<Action>,
 }
 
-struct Group {
-    memory: Vec<Memory>,
-    inputs: Values,
-    base: Frontier,
-    trial: Frontier,
+/// Samples that share a batch; what is computed is run by run.
+struct Samples {
+    group: Group,
+    base: Vec<Frontier>,
+    trial: Vec<Frontier>,
 }
 
 impl<F: Feed> Trials<F> {
     pub fn new(engine: Engine, feed: F, cfg: Cfg) -> Self {
-        let group = || Group {
-            memory: vec![Memory::default(); engine.layers()],
-            inputs: Values::new(),
-            base: Frontier::new(),
-            trial: Frontier::new(),
+        let samples = || Samples {
+            group: Group::new(feed.runs(), engine.layers()),
+            base: Vec::new(),
+            trial: Vec::new(),
         };
-        let groups = (0..feed.groups()).map(|_| group()).collect();
         Self {
+            samples: (0..feed.groups()).map(|_| samples()).collect(),
             engine,
             feed,
             cfg,
-            groups,
             step: None,
             base_row: Vec::new(),
             trial_row: Vec::new(),
@@ -64,9 +63,9 @@ impl<F: Feed> Trials<F> {
         &self.feed
     }
 
-    /// What the base of the step at hand has computed, group by group.
-    pub fn bases(&self) -> impl Iterator<Item = &Frontier> {
-        self.groups.iter().map(|g| &g.base)
+    /// What the base of the step at hand has computed, group by group and in those run by run.
+    pub fn bases(&self) -> impl Iterator<Item = &[Frontier]> {
+        self.samples.iter().map(|s| s.base.as_slice())
     }
 
     /// Runs `row` at `step` and makes it the base, reusing what the base has already computed of it. Returns the share of a forward
@@ -80,17 +79,14 @@ impl<F: Feed> Trials<F> {
             true => self.base_row.iter().zip(row).position(|(a, b)| a != b),
             false => None,
         };
-        for (g, group) in self.groups.iter_mut().enumerate() {
+        for (g, samples) in self.samples.iter_mut().enumerate() {
             if self.step != Some(step) {
-                group.inputs = self.feed.inputs(step, g)?;
+                let runs = 0..self.feed.runs();
+                let inputs = runs.map(|run| self.feed.inputs(step, g, run));
+                samples.group.feed(inputs.collect::<Result<_, _>>()?);
             }
-            let Group {
-                inputs,
-                memory,
-                base,
-                ..
-            } = group;
-            group.base = self.engine.run(first, inputs, row, memory, base)?;
+            let Samples { group, base, .. } = samples;
+            *base = group.run(&mut self.engine, first, row, base)?;
         }
         self.step = Some(step);
         self.base_row = row.to_vec();
@@ -104,39 +100,23 @@ impl<F: Feed> Trials<F> {
     /// What the model says.
     pub fn full_and_window(&mut self, layer: usize) -> Result<Vec<[Array; 2]>, TrialError> {
         let mut both = Vec::new();
-        for group in &self.groups {
-            let Group {
-                inputs,
-                memory,
-                base,
-                ..
-            } = group;
-            let mut memory = memory.clone();
-            if let Some(residual) = self.engine.residual(layer, base) {
-                memory[layer].residual = Some(self.engine.zeros_like(residual)?);
-            }
-            let mut row = self.base_row.clone();
-            row[layer] = Action::WaRs;
-            let windowed = self.engine.run_layer(layer, inputs, &row, &memory, base)?;
-            let output = |frontier| {
-                let missing = || EngineError::Missing(format!("the output of layer {layer}"));
-                let value = self.engine.output(layer, frontier).ok_or_else(missing)?;
-                to_array("attention", value)
-            };
-            both.push([output(base)?, output(&windowed)?]);
+        for Samples { group, base, .. } in &self.samples {
+            let full = output(&self.engine, layer, base)?;
+            let window = group.window(&mut self.engine, layer, &self.base_row, base)?;
+            both.push([full, window]);
         }
         Ok(both)
     }
 
-    fn outputs(&self, of: impl Fn(&Group) -> &Frontier) -> Result<Vec<Array>, TrialError> {
-        let results = self.groups.iter().map(|g| self.engine.result(of(g)));
+    fn outputs(&self, of: impl Fn(&Samples) -> &[Frontier]) -> Result<Vec<Array>, TrialError> {
+        let results = self.samples.iter().map(|s| result(&self.engine, of(s)));
         Ok(results.collect::<Result<_, _>>()?)
     }
 
     fn forward(
         &self,
         forwards: f64,
-        of: impl Fn(&Group) -> &Frontier,
+        of: impl Fn(&Samples) -> &[Frontier],
     ) -> Result<Forward, TrialError> {
         let outputs = self.outputs(of)?;
         let samples = outputs.iter().flat_map(|o| samples(o, self.cfg)).collect();
@@ -151,41 +131,35 @@ impl<F: Feed> Denoiser for Trials<F> {
         let mut row = chosen.to_vec();
         row.resize(self.engine.layers(), Action::Full);
         let forwards = self.settle(step, &row)?;
-        self.forward(forwards, |g| &g.base)
+        self.forward(forwards, |s| &s.base)
     }
 
     fn trial(&mut self, trial: &Trial<'_>) -> Result<Forward, TrialError> {
         let (layer, row) = (trial.layer(), trial.row(self.engine.layers()));
         debug_assert_eq!(self.base_row[..layer], row[..layer]);
-        for group in &mut self.groups {
-            let Group {
-                inputs,
-                memory,
-                base,
-                ..
-            } = group;
-            group.trial = self.engine.run(Some(layer), inputs, &row, memory, base)?;
+        for Samples { group, base, trial } in &mut self.samples {
+            *trial = group.run(&mut self.engine, Some(layer), &row, base)?;
         }
         self.trial_row = row;
-        self.forward(self.engine.share(Some(layer)), |g| &g.trial)
+        self.forward(self.engine.share(Some(layer)), |s| &s.trial)
     }
 
     fn accept(&mut self, _: &Trial<'_>) -> Result<f64, TrialError> {
         self.base_row.clone_from(&self.trial_row);
-        for group in &mut self.groups {
-            group.base = std::mem::take(&mut group.trial);
+        for samples in &mut self.samples {
+            samples.base = std::mem::take(&mut samples.trial);
         }
         Ok(0.0)
     }
 
     fn commit(&mut self, step: usize, row: &[Action]) -> Result<f64, TrialError> {
         let forwards = self.settle(step, row)?;
-        let outputs = self.outputs(|g| &g.base)?;
-        for (g, group) in self.groups.iter_mut().enumerate() {
-            self.engine.remember(row, &group.base, &mut group.memory);
+        let outputs = self.outputs(|s| &s.base)?;
+        for (g, samples) in self.samples.iter_mut().enumerate() {
+            samples.group.remember(&self.engine, row, &samples.base);
             self.feed.advance(step, g, &outputs[g])?;
-            group.base = Frontier::new();
-            group.trial = Frontier::new();
+            samples.base = Vec::new();
+            samples.trial = Vec::new();
         }
         self.step = None;
         Ok(forwards)
@@ -205,11 +179,19 @@ impl<F: Feed + ?Sized> Feed for Box<F> {
         (**self).groups()
     }
 
-    fn inputs(&self, step: usize, group: usize) -> Result<Values, FeedError> {
-        (**self).inputs(step, group)
+    fn runs(&self) -> usize {
+        (**self).runs()
+    }
+
+    fn inputs(&self, step: usize, group: usize, run: usize) -> Result<Values, FeedError> {
+        (**self).inputs(step, group, run)
     }
 
     fn advance(&mut self, step: usize, group: usize, output: &Array) -> Result<(), FeedError> {
         (**self).advance(step, group, output)
+    }
+
+    fn latents(&self) -> Option<Vec<&Array>> {
+        (**self).latents()
     }
 }
