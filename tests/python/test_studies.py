@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 from conftest import HOST, ROOT, session, tool
 
-sys.path.insert(0, str(ROOT / "examples"))
-from record_trajectory import Recorder, record  # noqa: E402
+sys.path.insert(0, str(ROOT / "python"))
+from ditfastattn import Recorder, record_trajectory  # noqa: E402
 
 pytest.importorskip("onnx", reason="the environments of older hosts have no onnx")
 import synthetic  # noqa: E402
@@ -99,7 +99,7 @@ def test_the_recorder_hooks_a_module(tmp_path):
             return x
 
     module = Module()
-    with record(module) as recorder:
+    with record_trajectory(module) as recorder:
         for t in (2.0, 1.0):
             module.forward(Tensor([1.0]), timestep=Tensor(t), return_dict=False)
     module.forward(Tensor([9.0]))

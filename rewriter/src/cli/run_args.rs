@@ -160,7 +160,7 @@ pub struct RunArgs {
     /// ONNX Runtime: libonnxruntime.so or a folder with it [default: ORT_DYLIB_PATH, else the wheel that python3 imports]
     #[arg(long, value_name = "PATH")]
     pub onnxruntime: Option<PathBuf>,
-    /// The op library [default: libditfastattn.so beside this program]
+    /// The op library [default: libditfastattn.so beside this program, else that of the wheel that python3 imports]
     #[arg(long, value_name = "PATH")]
     pub library: Option<PathBuf>,
     /// Threads of ONNX Runtime; 0: it chooses

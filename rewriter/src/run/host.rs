@@ -3,9 +3,12 @@
 use ort::environment::{Environment, GlobalThreadPoolOptions};
 use ort::session::Session;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The first ONNX Runtime that loads a model from memory whose weights are in files beside it.
 const WEIGHTS_BESIDE_MEMORY: (u32, u32) = (1, 19);
+
+const LIBRARY: &str = "libditfastattn.so";
 
 /// Why ONNX Runtime or the op library cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +21,7 @@ pub enum HostError {
     NoRuntimeIn(PathBuf),
     #[error("{} cannot be loaded as ONNX Runtime: {what}", path.display())]
     Runtime { path: PathBuf, what: String },
-    #[error("no op library at {}: expected libditfastattn.so there (`cargo build --release` makes it); name it with --library", .0.display())]
+    #[error("no op library at {}: expected libditfastattn.so there (`cargo build --release` makes it, `pip install ditfastattn` brings it); name it with --library", .0.display())]
     NoLibrary(PathBuf),
     #[error("ONNX Runtime does not load {what}: {source}")]
     Load { what: String, source: ort::Error },
@@ -35,7 +38,8 @@ pub struct Host {
 
 impl Host {
     /// Loads ONNX Runtime from `runtime` (a file, or a folder that holds it), else from `ORT_DYLIB_PATH`, else from the wheel that
-    /// `python3` imports. `library` is the op library, else the one beside this program. `threads`: 0 lets ONNX Runtime choose.
+    /// `python3` imports. `library` is the op library, else the one beside this program, else the ditfastattn wheel's. `threads`: 0 lets
+    /// ONNX Runtime choose.
     ///
     /// # Errors
     /// What is missing, and how to name it.
@@ -122,17 +126,23 @@ fn find_runtime(named: Option<&Path>) -> Result<PathBuf, HostError> {
     if let Some(named) = named {
         return library_in(&named).ok_or(HostError::NoRuntimeIn(named));
     }
-    let program = "import importlib.util as u; print(u.find_spec('onnxruntime').submodule_search_locations[0])";
-    let output = std::process::Command::new("python3")
-        .args(["-c", program])
-        .output();
-    let folder = output
-        .ok()
-        .filter(|o| o.status.success())
-        .and_then(|o| String::from_utf8(o.stdout).ok());
-    folder
-        .and_then(|f| library_in(Path::new(f.trim())))
+    package_folder("onnxruntime")
+        .and_then(|folder| library_in(&folder))
         .ok_or(HostError::NoRuntime)
+}
+
+/// Where the `python3` beside this program, else the one on PATH, would import a package from.
+fn package_folder(package: &str) -> Option<PathBuf> {
+    let code = format!(
+        "import importlib.util as u; print(u.find_spec('{package}').submodule_search_locations[0])"
+    );
+    let beside = std::env::current_exe().ok()?.with_file_name("python3");
+    [beside, PathBuf::from("python3")]
+        .iter()
+        .filter_map(|python| Command::new(python).args(["-c", &code]).output().ok())
+        .filter(|output| output.status.success())
+        .find_map(|output| String::from_utf8(output.stdout).ok())
+        .map(|folder| PathBuf::from(folder.trim()))
 }
 
 /// ONNX Runtime's library: `path` itself, or in it, or in its `capi`.
@@ -152,16 +162,20 @@ fn library_in(path: &Path) -> Option<PathBuf> {
 }
 
 fn find_library(named: Option<&Path>) -> Result<PathBuf, HostError> {
-    let beside = || {
-        let program = std::env::current_exe().unwrap_or_default();
-        program.with_file_name("libditfastattn.so")
-    };
-    let path = named.map_or_else(beside, Path::to_owned);
+    let beside = std::env::current_exe()
+        .unwrap_or_default()
+        .with_file_name(LIBRARY);
+    let path = named.map_or(beside, Path::to_owned);
     if path.is_file() {
-        Ok(path)
-    } else {
-        Err(HostError::NoLibrary(path))
+        return Ok(path);
     }
+    // The wheel puts programs and libraries into different folders.
+    let packaged = || Some(package_folder("ditfastattn")?.join(LIBRARY));
+    match named {
+        None => packaged().filter(|path| path.is_file()),
+        Some(_) => None,
+    }
+    .ok_or(HostError::NoLibrary(path))
 }
 
 /// The version in the file's name, `libonnxruntime.so.1.32.0`; without one a current host is assumed.
