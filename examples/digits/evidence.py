@@ -4,7 +4,8 @@
     pip install onnxruntime==1.32.0 numpy scikit-learn==1.9.1 pillow
     python examples/digits/evidence.py
 
-Writes plans, samples and results into out/evidence (what is there already is not made again), and evidence.md and pictures into this folder.
+Writes plans, samples and results into out/evidence (what is there already is not made again), and evidence.md, pictures and
+the plans D1 to D6 into this folder.
 Every configuration draws from the same noise. Takes about half an hour on two quiet cores; --images and --parts make it shorter.
 """
 
@@ -13,12 +14,14 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import sampling
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
@@ -29,32 +32,10 @@ ROOT = HERE.parents[1]
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
 OUT = ROOT / "out" / "evidence"
 MODEL = HERE / "digits-dit.onnx"
-GUIDANCE = 4.0
 BATCH = 32
 PRESETS = ["d1", "d2", "d3", "d4", "d5", "d6"]
 # Single techniques, over thresholds that reach the FLOPs of the combined plans.
 SINGLE = {"ast": [0.05, 0.15, 0.3], "wa-rs": [0.05, 0.15, 0.3], "asc": [0.05, 0.15, 0.3]}
-
-
-class Sampler:
-    """DPM-Solver++ 2M, as `dfa-rewrite search --scheduler dpm++2m` has it."""
-
-    def __init__(self, steps):
-        kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-        self.timesteps = np.round(np.linspace(0, 999, steps + 1))[::-1][:-1].astype(np.int64)
-        self.sigmas = np.append(np.sqrt((1 - kept) / kept)[self.timesteps], 0.0)
-        self.before, self.step = None, 0
-
-    def move(self, noise, x):
-        now, then = self.sigmas[self.step], self.sigmas[self.step + 1]
-        alpha, alpha_then = (1 / np.sqrt(1 + s * s) for s in (now, then))
-        clean = (x - now * alpha * noise) / alpha
-        slope = 0.0
-        if self.before is not None and self.step + 1 < len(self.timesteps):
-            slope = 0.5 * np.log(now / then) / np.log(self.sigmas[self.step - 1] / now)
-        target = clean if slope == 0 else clean + slope * (clean - self.before)
-        self.before, self.step = clean, self.step + 1
-        return then / now * alpha_then / alpha * x + alpha_then * (1 - then / now) * target
 
 
 def session(path, custom=True):
@@ -65,23 +46,20 @@ def session(path, custom=True):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def noise(images, seed=0):
-    """(noise [n, 1, 32, 32], labels [n]): the same for every configuration."""
-    return np.random.default_rng(seed).standard_normal((images, 1, 32, 32)), np.arange(images) % 10
+def asked(images):
+    """The digit each image is asked for, [images]."""
+    return np.arange(images) % 10
 
 
 def draw(model, x, labels, steps, window_only=False):
     """One image per row of noise in [-1, 1], and the seconds in the model's runs. `window_only`: R is zero wherever it is read, which
     needs a model with explicit state."""
-    sampler, seconds, past = Sampler(steps), 0.0, {}
-    both = np.concatenate([labels, np.full(len(labels), 10)]).astype(np.int64)
+    sampler, seconds, past = sampling.Sampler(steps), 0.0, {}
     if window_only:
-        past = {i.name: np.zeros([0] + [1] * (len(i.shape) - 1), np.float32) for i in model.get_inputs() if i.name.startswith("past.")}
-        for i in model.get_inputs():
-            if i.name in past:
-                past[i.name] = np.zeros([0] + [d if isinstance(d, int) else 1 for d in i.shape[1:]], np.float32)
+        rows = lambda shape: [0] + [d if isinstance(d, int) else 1 for d in shape[1:]]
+        past = {i.name: np.zeros(rows(i.shape), np.float32) for i in model.get_inputs() if i.name.startswith("past.")}
     for step, t in enumerate(sampler.timesteps):
-        feed = {"hidden_states": np.concatenate([x, x]).astype(np.float32), "timestep": np.full(len(both), t), "class_labels": both} | past
+        feed = sampling.feed(x, t, labels) | past
         if window_only:
             feed["dfa_step"] = np.array(step)
         start = time.perf_counter()
@@ -90,8 +68,7 @@ def draw(model, x, labels, steps, window_only=False):
         for output, value in zip(model.get_outputs(), outputs):
             if output.name.startswith("present."):
                 past[output.name.replace("present", "past")] = value * 0 if output.name.endswith("residual") else value
-        cond, uncond = np.split(outputs[0].astype(np.float64), 2)
-        x = sampler.move(uncond + GUIDANCE * (cond - uncond), x)
+        x = sampler.move(sampling.guided(outputs[0]), x)
     return np.clip(x, -1, 1), seconds
 
 
@@ -101,11 +78,11 @@ def search(name, steps, *arguments):
     if not said.exists():
         calibration = OUT / "calib.npz"
         if not calibration.exists():
-            x, labels = noise(10, seed=1000)
-            np.savez(calibration, hidden_states=x.astype(np.float32), class_labels=np.concatenate([labels, np.full(10, 10)]))
+            inputs = sampling.feed(sampling.noise(10, seed=1000), 0, asked(10))
+            np.savez(calibration, hidden_states=inputs["hidden_states"][:10], class_labels=inputs["class_labels"])
         runtime = Path(onnxruntime.__file__).parent / "capi"
         command = [TARGET / "dfa-rewrite", "search", MODEL, "-o", plan, "--cfg", "cond-first", "--calib", calibration, "--scheduler", "dpm++2m",
-                   "--steps", steps, "--guidance", GUIDANCE, "--onnxruntime", runtime, "--force", "--json", *arguments]  # fmt: skip
+                   "--steps", steps, "--guidance", sampling.GUIDANCE, "--onnxruntime", runtime, "--force", "--json", *arguments]  # fmt: skip
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
         said.write_text(result.stdout)
     return plan, json.loads(said.read_text())
@@ -179,7 +156,7 @@ def generate(configurations, images, steps, tag):
         else:
             models[name] = (session(path, custom=name != "dense"), window_only)
     if models:
-        x, labels = noise(images)
+        x, labels = sampling.noise(images), asked(images)
         parts = {name: ([], []) for name in models}
         for first in range(0, images, BATCH):
             rows = slice(first, first + BATCH)
@@ -197,7 +174,7 @@ def generate(configurations, images, steps, tag):
 def table(results, accounts, judge, against="dense"):
     """Rows of Markdown."""
     dense, dense_seconds = results[against]
-    labels = np.arange(len(dense)) % 10
+    labels = asked(len(dense))
     lines = ["| | attention FLOPs | module FLOPs | time | PSNR | SSIM | perceptual | read as asked | Fréchet |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, (images, seconds) in results.items():
         attention, module = accounts.get(name, (0.0, 0.0))
@@ -228,6 +205,7 @@ def main():
     parser.add_argument("--parts", default="presets,steps,single", help="which tables to make")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
+    (HERE / "plans").mkdir(exist_ok=True)
     judge, parts, lines = Judge(), args.parts.split(","), []
     cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
     lines += [
@@ -243,6 +221,7 @@ def main():
         for preset in PRESETS:
             reuse = ["--reuse", OUT / f"{previous}.search.jsonl"] if previous else []
             plan, said = search(preset, 50, "--preset", preset, *reuse)
+            shutil.copy(plan, HERE / "plans")
             configurations[preset.upper()] = (rewritten(plan), False)
             accounts[preset.upper()] = account(said)
             counts = dict(map(tuple, said["counts"]))
