@@ -132,6 +132,15 @@ class Model:
     def expected(self, step, branch=""):
         return self.arrays[f"step{step}_{branch}out"]
 
+    def trajectory(self, path, steps=None):
+        """Writes what was fed, as a pipeline would record it: run by run, under separate guidance two per step."""
+        first = f"step0_{self.branches[0]}"
+        names = [k.removeprefix(first) for k in self.arrays.files if k.startswith(first) and not k.endswith("out")]
+        fixed = {k.removeprefix("fixed_"): self.arrays[k] for k in self.arrays.files if k.startswith("fixed_")}
+        runs = [(step, branch) for step, branch in self.runs() if step < (steps or self.steps)]
+        np.savez(path, **fixed, **{name: np.stack([self.arrays[f"step{step}_{branch}{name}"] for step, branch in runs]) for name in names})
+        return path
+
     def latents(self):
         return next(k.removeprefix("step0_") for k in self.arrays.files if k.startswith("step0_") and self.arrays[k].ndim == 4)
 
@@ -143,6 +152,13 @@ def distance(actual, expected):
     """Largest difference, as a fraction of the largest expected value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def mrae(a, b):
+    """Mean relative absolute error (A.2 of the paper)."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    largest = np.maximum(np.abs(a), np.abs(b))
+    return np.where(largest > 0, np.abs(a - b) / np.where(largest > 0, largest, 1), 0).mean()
 
 
 def corpus(expect, **about):

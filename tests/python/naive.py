@@ -7,15 +7,10 @@ import math
 
 import numpy as np
 import onnx
+from conftest import mrae
 from onnx import numpy_helper
 
 ORDER = ["ast", "wa-rs+asc", "wa-rs", "asc"]
-
-
-def mrae(a, b):
-    """Mean relative absolute error (A.2 of the paper)."""
-    largest = np.maximum(np.abs(a), np.abs(b))
-    return np.where(largest > 0, np.abs(a - b) / np.where(largest > 0, largest, 1), 0).mean()
 
 
 def softmax(x):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import HOST, TARGET, session, tool
+from conftest import HOST, TARGET, mrae, session, tool
 
 # Parts of a model share one thread pool and find their weights beside a model in memory: newer hosts only.
 pytestmark = pytest.mark.skipif(HOST < (1, 24), reason="searched with the newest hosts only")
@@ -17,14 +17,7 @@ ORDER = ["ast", "wa-rs+asc", "wa-rs", "asc"]
 
 
 def trajectory(model, folder, steps):
-    """What was fed, as a pipeline would record it: run by run, under separate guidance two per step."""
-    arrays = {k.removeprefix("fixed_"): model.arrays[k] for k in model.arrays.files if k.startswith("fixed_")}
-    first = f"step0_{model.branches[0]}"
-    for name in [k.removeprefix(first) for k in model.arrays.files if k.startswith(first) and not k.endswith("out")]:
-        arrays[name] = np.stack([model.arrays[f"step{t}_{branch}{name}"] for t in range(steps) for branch in model.branches])
-    path = folder / "trajectory.npz"
-    np.savez(path, **arrays)
-    return path
+    return model.trajectory(folder / "trajectory.npz", steps)
 
 
 def arguments(model, recorded, output, delta, *more):
@@ -41,12 +34,6 @@ def outputs(model, rows):
     return np.concatenate(out).astype(np.float64)
 
 
-def loss(a, b):
-    """Mean relative absolute error (A.2 of the paper)."""
-    largest = np.maximum(np.abs(a), np.abs(b))
-    return np.where(largest > 0, np.abs(a - b) / np.where(largest > 0, largest, 1), 0).mean()
-
-
 def naive(model, steps, delta):
     """(rows, per cell the losses tried): every trial runs the whole generation."""
     layers = len(model.plan["steps"][0])
@@ -58,7 +45,7 @@ def naive(model, steps, delta):
             chosen = "full"
             for action in ORDER:
                 trial = row + [action] + ["full"] * (layers - layer - 1)
-                tried[step, layer, action] = loss(outputs(model, rows + [trial]), reference)
+                tried[step, layer, action] = mrae(outputs(model, rows + [trial]), reference)
                 if tried[step, layer, action] < (layer + 1) / layers * delta:
                     chosen = action
                     break

@@ -6,20 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import HOST, ROOT, session, tool
+from conftest import HOST, ROOT, mrae, session, tool
 
 pytestmark = pytest.mark.skipif(HOST < (1, 24), reason="models are run by the command with the newest hosts only")
 RUNTIME = Path(onnxruntime.__file__).parent / "capi"
 DIGITS = ROOT / "examples" / "digits"
-
-
-def trajectory(model, path):
-    """What was fed, as a pipeline would record it: run by run, under separate guidance two per step."""
-    first = f"step0_{model.branches[0]}"
-    keys = [k.removeprefix(first) for k in model.arrays.files if k.startswith(first) and not k.endswith("out")]
-    arrays = {k.removeprefix("fixed_"): model.arrays[k] for k in model.arrays.files if k.startswith("fixed_")}
-    np.savez(path, **arrays, **{k: np.stack([model.arrays[f"step{t}_{b}{k}"] for t, b in model.runs()]) for k in keys})
-    return path
 
 
 def verify(*arguments, check=True):
@@ -31,16 +22,10 @@ def write(folder, plan):
     return folder / "plan.json"
 
 
-def mrae(a, b):
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    largest = np.maximum(np.abs(a), np.abs(b))
-    return np.where(largest > 0, np.abs(a - b) / np.where(largest > 0, largest, 1), 0).mean()
-
-
 @pytest.mark.parametrize("name", ["dit__ts17", "pixart__ts17", "flux__dyn18", "dit__ts17-external", "dit-separate__ts17", "flux-separate__dyn18"])
 def test_distances_are_those_of_a_loop_over_sessions(load, tmp_path, name):
     model = load(name)
-    fed = trajectory(model, tmp_path / "t.npz")
+    fed = model.trajectory(tmp_path / "t.npz")
     rewritten = model.rewrite()
     said = json.loads(verify(model.place(), "--rewritten", rewritten, "--trajectory", fed, "--json").stdout)
     assert said["failures"] == [] and len(said["steps"]) == model.steps
@@ -57,7 +42,7 @@ def test_distances_are_those_of_a_loop_over_sessions(load, tmp_path, name):
 
 def test_a_plan_and_its_file_say_the_same(load, tmp_path):
     model = load("dit__ts17")
-    fed = trajectory(model, tmp_path / "t.npz")
+    fed = model.trajectory(tmp_path / "t.npz")
     of_plan = json.loads(verify(model.path, "--plan", model.plan_path, "--trajectory", fed, "--json").stdout)
     of_file = json.loads(verify(model.path, "--rewritten", model.rewrite(), "--trajectory", fed, "--json").stdout)
     assert of_plan["steps"] == of_file["steps"] and of_plan["plan"] == of_file["plan"] == model.plan["name"]
@@ -119,7 +104,7 @@ def test_a_scheduler_moves_both_generations_on_their_own(tmp_path):
 
 def test_timesteps_that_are_not_the_plans_are_not_followed(load, tmp_path):
     model = load("dit__ts17")
-    fed = trajectory(model, tmp_path / "t.npz")
+    fed = model.trajectory(tmp_path / "t.npz")
     moved = [t + 37 for t in model.plan["timesteps"]]
     said = verify(model.path, "--plan", write(tmp_path, model.plan | {"timesteps": moved}), "--trajectory", fed, "--json", check=False)
     assert said.returncode == 1 and "does not follow its plan" in said.stderr
@@ -148,7 +133,7 @@ def test_a_file_that_computes_something_else_is_found_out(load, tmp_path):
 
 def test_limits_are_limits(load, tmp_path):
     model = load("dit__ts17")
-    common = [model.path, "--plan", model.plan_path, "--trajectory", trajectory(model, tmp_path / "t.npz")]
+    common = [model.path, "--plan", model.plan_path, "--trajectory", model.trajectory(tmp_path / "t.npz")]
     exact = verify(*common, "--tolerance", 0, check=False)
     assert exact.returncode == 1 and "with every layer full" in exact.stderr
     loss = json.loads(verify(*common, "--json").stdout)["final"]

@@ -274,9 +274,9 @@ impl Engine {
     /// R of zeros, like `residual`.
     ///
     /// # Errors
-    /// If `residual` is no floating-point tensor.
+    /// What ONNX Runtime says.
     pub fn zeros_like(&self, residual: &Value) -> Result<Value, EngineError> {
-        let dims = to_array("residual", residual)?.dims;
+        let dims = dims(residual);
         let len = dims.iter().product();
         to_value(
             "residual",
@@ -457,22 +457,28 @@ pub fn to_value(name: &str, array: &Array, elem_type: i32) -> Result<Value, Engi
     Ok(Rc::new(value))
 }
 
+/// The sizes of a tensor, without a look at its numbers.
+pub fn dims(value: &DynValue) -> Vec<usize> {
+    let shape = value.dtype().tensor_shape();
+    shape.map_or(Vec::new(), |s| s.iter().map(|&d| d as usize).collect())
+}
+
 /// A floating-point tensor as an array of float32.
 ///
 /// # Errors
 /// If it is none.
 pub fn to_array(name: &str, value: &DynValue) -> Result<Array, EngineError> {
-    let dims = |shape: &[i64]| shape.iter().map(|&d| d as usize).collect::<Vec<_>>();
-    if let Ok((shape, values)) = value.try_extract_tensor::<f32>() {
-        return Ok(Array::floats(dims(shape), values.to_vec()));
+    let dims = dims(value);
+    if let Ok((_, values)) = value.try_extract_tensor::<f32>() {
+        return Ok(Array::floats(dims, values.to_vec()));
     }
-    if let Ok((shape, values)) = value.try_extract_tensor::<f16>() {
+    if let Ok((_, values)) = value.try_extract_tensor::<f16>() {
         let values = values.iter().map(|x| x.to_f32()).collect();
-        return Ok(Array::floats(dims(shape), values));
+        return Ok(Array::floats(dims, values));
     }
-    if let Ok((shape, values)) = value.try_extract_tensor::<bf16>() {
+    if let Ok((_, values)) = value.try_extract_tensor::<bf16>() {
         let values = values.iter().map(|x| x.to_f32()).collect();
-        return Ok(Array::floats(dims(shape), values));
+        return Ok(Array::floats(dims, values));
     }
     Err(EngineError::Type {
         name: name.into(),

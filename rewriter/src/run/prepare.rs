@@ -1,7 +1,7 @@
 //! From files to a model that is ready to be searched, studied or verified.
 
 use super::array::read_npz;
-use super::engine::{Engine, to_array};
+use super::engine::{Engine, dims};
 use super::feed::{Feed, Loop, MakeScheduler, Recording};
 use super::host::Host;
 use super::random;
@@ -106,10 +106,8 @@ pub fn measure(
             continue;
         };
         if let Some(residual) = prepared.engine().residual(l, base) {
-            let dims = to_array("residual", residual)?.dims;
-            given
-                .tokens_by_layer
-                .push(dims.get(2).copied().unwrap_or(0));
+            let tokens = dims(residual).get(2).copied();
+            given.tokens_by_layer.push(tokens.unwrap_or(0));
         }
     }
     Ok(sizes::layers(survey, plan, &given))
