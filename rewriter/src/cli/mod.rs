@@ -12,6 +12,7 @@ mod rewrite;
 mod run_args;
 mod search;
 mod study;
+mod triton;
 
 use crate::find::InputsError;
 use crate::onnx::write_atomically;

@@ -31,8 +31,10 @@ pub enum RequestInputs {
     /// Graph inputs with a default: clients that do not know them need not feed them.
     #[default]
     Optional,
-    /// Ordinary inputs that every run must feed, as Triton's sequence batcher does.
+    /// Ordinary inputs that every run must feed, in any shape of one element.
     Required,
+    /// Ordinary inputs of shape `[1]`: the only shape that Triton's ONNX Runtime backend takes as a sequence control.
+    Triton,
 }
 
 /// How layers with explicit state are told what to do.

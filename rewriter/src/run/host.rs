@@ -151,7 +151,11 @@ fn library_in(path: &Path) -> Option<PathBuf> {
         })
 }
 
-fn find_library(named: Option<&Path>) -> Result<PathBuf, HostError> {
+/// `named`, or the op library beside this program.
+///
+/// # Errors
+/// [`HostError::NoLibrary`] if there is none.
+pub fn find_library(named: Option<&Path>) -> Result<PathBuf, HostError> {
     let beside = || {
         let program = std::env::current_exe().unwrap_or_default();
         program.with_file_name("libditfastattn.so")
