@@ -30,8 +30,8 @@ def config_of(folder):
     return text_format.Parse((folder / "config.pbtxt").read_text(), triton_pb.ModelConfig())
 
 
-def add_model(repository, name, instances=1, idle_microseconds=None):
-    """A model of the repository, as its user makes it."""
+def add_model(repository, name, instances=1, idle_microseconds=3_600_000_000):
+    """A model of the repository, as its user makes it. The idle limit is out of reach, however slow the machine is."""
     version = repository / name / "1"
     version.mkdir(parents=True)
     rewrite("-o", version / "model.onnx", "--emit-triton-config", "--quiet")
@@ -39,8 +39,7 @@ def add_model(repository, name, instances=1, idle_microseconds=None):
     config.backend = "python"
     config.ClearField("default_model_filename")
     config.instance_group.add(count=instances, kind=triton_pb.ModelInstanceGroup.KIND_CPU)
-    if idle_microseconds:
-        config.sequence_batching.max_sequence_idle_microseconds = idle_microseconds
+    config.sequence_batching.max_sequence_idle_microseconds = idle_microseconds
     (version.parent / "config.pbtxt").write_text(text_format.MessageToString(config))
     shutil.copy(ROOT / "examples" / "triton" / "model.py", version)
 
@@ -191,10 +190,10 @@ def test_two_instances_each_keep_their_own_sequences(server, alone):
 
 
 def test_a_sequence_that_expired_begins_again(server, alone):
-    running = server(brief={"idle_microseconds": 300_000})
+    running = server(brief={"idle_microseconds": 1_000_000})
     step = stepper(running, "brief", 7)
     latents = generate(3, step, until=4)
-    patience = 1
+    patience = 2
     while True:
         # Each step that is still accepted begins the idle time anew, so wait longer for the next.
         time.sleep(patience)
@@ -214,6 +213,6 @@ def test_a_sequence_that_expired_begins_again(server, alone):
             break
         except InferenceServerException as error:
             # On a machine under load the short limit may pass between two steps.
-            assert "must specify the START flag" in str(error) and tries < 20
+            assert "must specify the START flag" in str(error) and tries < 100
             tries += 1
     assert np.array_equal(image, alone.image(3))
