@@ -1,10 +1,10 @@
 //! Triton's model configuration (`config.pbtxt`) for a rewritten model under its ONNX Runtime backend.
 //!
-//! The backend compares sizes with what ONNX Runtime says, outputs exactly. That is what the file declares, and of outputs what
-//! can be inferred beyond it, which ONNX Runtime does as well.
+//! The backend compares sizes with what ONNX Runtime says, outputs exactly: what the rewritten file declares.
 
+use crate::lower::known_type;
 use crate::onnx::{Graph, elem_type};
-use crate::shapes::{Dim, Facts};
+use crate::shapes::Facts;
 use std::fmt::Write;
 
 /// Idle limit of a sequence. Triton's default of one second is shorter than a step of a large model.
@@ -73,19 +73,10 @@ sequence_batching {{
     });
     list(&mut text, "input", &fed.collect::<Result<Vec<_>, _>>()?);
     let outputs = graph.outputs.iter().map(|name| {
-        let declared = graph.value_info.get(name);
-        let declared = declared.and_then(|t| t.tensor_type.clone());
+        let declared = known_type(graph, facts, name).tensor_type;
         let declared = declared.unwrap_or_default();
-        let known = facts.shape(name);
-        let known = known.map(|dims| dims.iter().map(Dim::known).collect::<Vec<_>>());
         let dims = declared.shape;
-        let dims = dims.map(|s| s.dim.into_iter().map(|d| d.dim_value).collect::<Vec<_>>());
-        let dims = match (dims, known) {
-            (Some(dims), Some(known)) if dims.len() == known.len() => {
-                Some(dims.into_iter().zip(known).map(|(d, k)| d.or(k)).collect())
-            }
-            (dims, known) => dims.or(known),
-        };
+        let dims = dims.map(|s| s.dim.into_iter().map(|d| d.dim_value).collect());
         tensor("output", name, declared.elem_type, dims)
     });
     list(

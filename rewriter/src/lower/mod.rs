@@ -8,6 +8,7 @@ mod build;
 mod io;
 mod layer;
 mod order;
+mod outputs;
 mod step;
 mod text;
 
@@ -24,6 +25,7 @@ pub const DOMAIN: &str = "ai.ditfastattn";
 pub const DOMAIN_VERSION: i64 = 1;
 
 pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
+pub use outputs::known_type;
 
 /// How the optional request inputs are declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,7 +35,8 @@ pub enum RequestInputs {
     Optional,
     /// Ordinary inputs that every run must feed, in any shape of one element.
     Required,
-    /// Ordinary inputs of shape `[1]`: the only shape that Triton's ONNX Runtime backend takes as a sequence control.
+    /// Ordinary inputs of shape `[1]`: the only shape that Triton's ONNX Runtime backend takes as a sequence control. Outputs
+    /// are declared with all that is known of their sizes, since the backend compares those with its configuration.
     Triton,
 }
 
@@ -194,6 +197,9 @@ pub fn lower(
         nodes.extend(insert.remove(&index).unwrap_or_default());
     }
     edit.nodes = Some(order::topological(nodes));
+    if state == State::Hidden(RequestInputs::Triton) {
+        edit.retyped_outputs = outputs::known_types(graph, &survey.facts);
+    }
     edit.added_inputs = step.inputs;
     edit.added_outputs = step.outputs;
     edit.added_initializers = step.initializers;
