@@ -18,3 +18,4 @@ pub mod report;
 pub mod run;
 pub mod shapes;
 pub mod sizes;
+pub mod triton;

@@ -20,6 +20,9 @@ pub struct Report {
     pub plan: Option<PlanReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<String>,
+    /// Triton's configuration, if one was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub triton_config: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -129,6 +132,7 @@ impl Report {
                 .collect(),
             plan: None,
             output: None,
+            triton_config: None,
         }
     }
 
@@ -286,8 +290,8 @@ impl Report {
                 (None, None) => {}
             }
         }
-        if let Some(output) = &self.output {
-            let _ = writeln!(text, "wrote {output}");
+        for file in self.output.iter().chain(&self.triton_config) {
+            let _ = writeln!(text, "wrote {file}");
         }
         text
     }

@@ -349,3 +349,47 @@ fn layers_can_be_left_out_by_index_and_by_name() {
         workplace.transcript(&["inspect", "latte.onnx", "--skip", "0,spatial"])
     );
 }
+
+#[test]
+fn a_triton_configuration_goes_into_the_model_repository() {
+    let workplace = Workplace::new();
+    let emit = |more: &[&str]| {
+        let library = [
+            "--emit-triton-config",
+            "--library",
+            "/opt/libditfastattn.so",
+        ];
+        workplace.transcript(&[REWRITE.as_slice(), &library, more].concat())
+    };
+    std::fs::create_dir_all(workplace.path("repo/dit/1")).unwrap();
+    let written = emit(&["-o", "repo/dit/1/model.onnx"]);
+    assert!(
+        written.ends_with("wrote repo/dit/1/model.onnx\nwrote repo/dit/config.pbtxt\nexit 0"),
+        "{written}"
+    );
+    let config = std::fs::read_to_string(workplace.path("repo/dit/config.pbtxt")).unwrap();
+    insta::assert_snapshot!("triton_config", config);
+    // Refused: what is in the way, and flags that contradict.
+    let before = workplace.files();
+    workplace.write("config.pbtxt", b"precious");
+    let refused = [
+        emit(&[]),
+        emit(&["--state", "io", "--force"]),
+        emit(&["--request-inputs", "optional", "--force"]),
+        workplace.transcript(&[REWRITE.as_slice(), &["--library", "x.so"]].concat()),
+    ];
+    insta::assert_snapshot!("triton_refused", refused.join("\n\n"));
+    assert_eq!(
+        std::fs::read(workplace.path("config.pbtxt")).unwrap(),
+        b"precious"
+    );
+    std::fs::remove_file(workplace.path("config.pbtxt")).unwrap();
+    assert_eq!(workplace.files(), before);
+    // A dry run writes neither.
+    emit(&["--dry-run"]);
+    assert_eq!(workplace.files(), before);
+    // A name of one's own.
+    let named = ["--emit-triton-config=triton.pbtxt", "--library", "x.so"];
+    workplace.run(&[REWRITE.as_slice(), &named].concat());
+    assert!(workplace.path("triton.pbtxt").exists() && workplace.path("model.dfa.onnx").exists());
+}

@@ -4,6 +4,7 @@ use super::run_args::{CfgArg, SearchArgs, StudyArgs, VerifyArgs};
 use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
 use crate::sizes::Given;
+use clap::builder::ArgPredicate;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -67,9 +68,23 @@ pub struct RewriteArgs {
     /// Do everything but write the file
     #[arg(long)]
     pub dry_run: bool,
-    /// How the inputs dfa_request_id, dfa_start and dfa_end are declared
-    #[arg(long, value_enum, value_name = "HOW", default_value = "optional")]
+    /// How the inputs dfa_request_id, dfa_start and dfa_end are declared [default: optional; with --emit-triton-config required]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "HOW",
+        default_value = "optional",
+        default_value_if("emit_triton_config", ArgPredicate::IsPresent, "required"),
+        hide_default_value = true
+    )]
     pub request_inputs: RequestInputsArg,
+    /// Write Triton's config.pbtxt as well, with the request inputs as sequence controls [default: beside OUT, or where OUT is
+    /// NAME/VERSION/model.onnx of a model repository, in NAME]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub emit_triton_config: Option<Option<PathBuf>>,
+    /// Where the server finds the op library, for config.pbtxt [default: libditfastattn.so beside this program]
+    #[arg(long, value_name = "PATH", requires = "emit_triton_config")]
+    pub library: Option<PathBuf>,
     /// Where layers remember what later steps read
     #[arg(long, value_enum, value_name = "WHERE", default_value = "hidden")]
     pub state: StateArg,
@@ -125,7 +140,7 @@ impl From<&SizesArgs> for Given {
 pub enum RequestInputsArg {
     /// With a default value: clients that do not know them need not feed them
     Optional,
-    /// Ordinary inputs, fed at every run (Triton's sequence batcher)
+    /// Ordinary inputs, fed at every run
     Required,
 }
 

@@ -12,6 +12,7 @@ mod rewrite;
 mod run_args;
 mod search;
 mod study;
+mod triton;
 mod verify;
 
 use crate::find::InputsError;

@@ -1,9 +1,10 @@
 //! `dfa-rewrite MODEL --plan PLAN`: read, find, lower, write.
 
 use super::args::{RewriteArgs, StateArg};
+use super::triton::configuration;
 use super::{Failure, inputs_failure, print, read_plan, write};
 use crate::find::survey;
-use crate::lower::{State, Told, lower};
+use crate::lower::{RequestInputs, State, Told, lower};
 use crate::onnx::ModelFile;
 use crate::report::Report;
 use anyhow::anyhow;
@@ -22,7 +23,11 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
     refuse_bad_output(&model, path, &output, args.force)?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
         .map_err(inputs_failure)?;
+    let configuration = configuration(args, &model, &survey, &output)?;
     let state = match args.state {
+        StateArg::Hidden if args.emit_triton_config.is_some() => {
+            State::Hidden(RequestInputs::Triton)
+        }
         StateArg::Hidden => State::Hidden(args.request_inputs.into()),
         StateArg::Io => State::Io(Told::Step),
     };
@@ -32,8 +37,13 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
         )));
     }
     let lowered = lower(&model, &survey, &plan, state).map_err(|e| Failure::No(e.into()))?;
+    let mut written = None;
     if !args.dry_run {
-        write(&output, &lowered.pieces)?;
+        let write_model = || write(&output, &lowered.pieces);
+        match configuration {
+            Some(configuration) => written = Some(configuration.write_with(write_model)?),
+            None => write_model()?,
+        }
     }
     let mut report = Report::new(&model, &survey).with_plan(
         &plan,
@@ -42,6 +52,7 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
         args.sizes.attention_share,
     );
     report.output = (!args.dry_run).then(|| output.display().to_string());
+    report.triton_config = written.map(|path| path.display().to_string());
     match (args.quiet, args.json) {
         (true, _) => Ok(()),
         (_, true) => print(&(serde_json::to_string_pretty(&report)? + "\n")),

@@ -8,6 +8,7 @@ mod build;
 mod io;
 mod layer;
 mod order;
+mod outputs;
 mod step;
 mod text;
 
@@ -24,6 +25,7 @@ pub const DOMAIN: &str = "ai.ditfastattn";
 pub const DOMAIN_VERSION: i64 = 1;
 
 pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
+pub use outputs::known_type;
 pub use step::plan_in;
 
 /// How the optional request inputs are declared.
@@ -32,8 +34,11 @@ pub enum RequestInputs {
     /// Graph inputs with a default: clients that do not know them need not feed them.
     #[default]
     Optional,
-    /// Ordinary inputs that every run must feed, as Triton's sequence batcher does.
+    /// Ordinary inputs that every run must feed, in any shape of one element.
     Required,
+    /// Ordinary inputs of shape `[1]`: the only shape that Triton's ONNX Runtime backend takes as a sequence control. Outputs
+    /// are declared with all that is known of their sizes, since the backend compares those with its configuration.
+    Triton,
 }
 
 /// How layers with explicit state are told what to do.
@@ -193,6 +198,9 @@ pub fn lower(
         nodes.extend(insert.remove(&index).unwrap_or_default());
     }
     edit.nodes = Some(order::topological(nodes));
+    if state == State::Hidden(RequestInputs::Triton) {
+        edit.retyped_outputs = outputs::known_types(graph, &survey.facts);
+    }
     edit.added_inputs = step.inputs;
     edit.added_outputs = step.outputs;
     edit.added_initializers = step.initializers;

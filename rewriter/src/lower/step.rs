@@ -72,7 +72,11 @@ pub fn build(
         }
         // Servers feed [], [1] or [1, 1]. ONNX Runtime checks no fed shape against a declared scalar, and the ONNX checker
         // insists on a shape, so a scalar is the one declaration that all of them pass.
-        inputs.push(build::value_info(name, &Fact::of(ty, Some(vec![]))));
+        let shape = match request {
+            RequestInputs::Triton => vec![1.into()],
+            RequestInputs::Optional | RequestInputs::Required => vec![],
+        };
+        inputs.push(build::value_info(name, &Fact::of(ty, Some(shape))));
         if request == RequestInputs::Optional {
             let raw = vec![0; if ty == elem_type::INT64 { 8 } else { 1 }];
             let tensor = TensorProto {

@@ -15,6 +15,8 @@ pub(super) const FIELD_INITIALIZER: u32 = 5;
 pub(super) const FIELD_INPUT: u32 = 11;
 pub(super) const FIELD_OUTPUT: u32 = 12;
 pub(super) const FIELD_VALUE_INFO: u32 = 13;
+/// `type` of a `ValueInfoProto`.
+const FIELD_VALUE_TYPE: u32 = 2;
 
 /// A node: decoded, and the bytes it came from.
 #[derive(Clone, Debug)]
@@ -461,6 +463,13 @@ impl Graph {
                         && ValueInfoProto::decode(p.clone())
                             .is_ok_and(|v| edit.removed_value_info.contains(&v.name))
                 }
+                (FIELD_OUTPUT, Some(p)) => match edit.retyped(p) {
+                    Some(output) => {
+                        push(&mut pieces, FIELD_OUTPUT, &output);
+                        true
+                    }
+                    None => false,
+                },
                 _ => false,
             };
             if field.number == FIELD_NODE {
@@ -497,4 +506,20 @@ pub struct GraphEdit {
     pub added_inputs: Vec<Bytes>,
     pub added_outputs: Vec<Bytes>,
     pub added_value_info: Vec<Bytes>,
+    /// Outputs that are declared with another type.
+    pub retyped_outputs: HashMap<String, TypeProto>,
+}
+
+impl GraphEdit {
+    /// The declaration `output` with its new type, everything else as it was; `None` if it keeps its type.
+    fn retyped(&self, output: &Bytes) -> Option<Bytes> {
+        let name = ValueInfoProto::decode(output.clone()).ok()?.name;
+        let ty = self.retyped_outputs.get(&name)?.encode_to_vec();
+        let fields = wire::split(output).ok()?.into_iter();
+        let kept = fields.filter(|f| f.number != FIELD_VALUE_TYPE);
+        let mut bytes: Vec<u8> = kept.flat_map(|f| f.raw).collect();
+        bytes.extend(wire::header(FIELD_VALUE_TYPE, ty.len()));
+        bytes.extend(ty);
+        Some(bytes.into())
+    }
 }

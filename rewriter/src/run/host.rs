@@ -161,7 +161,11 @@ fn library_in(path: &Path) -> Option<PathBuf> {
         })
 }
 
-fn find_library(named: Option<&Path>) -> Result<PathBuf, HostError> {
+/// `named`, or the op library beside this program or in the wheel it came with.
+///
+/// # Errors
+/// [`HostError::NoLibrary`] if there is none.
+pub fn find_library(named: Option<&Path>) -> Result<PathBuf, HostError> {
     let beside = std::env::current_exe()
         .unwrap_or_default()
         .with_file_name(LIBRARY);
