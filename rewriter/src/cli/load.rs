@@ -5,7 +5,6 @@ use super::{Failure, inputs_failure};
 use crate::digest::sha256;
 use crate::find::{Survey, survey};
 use crate::lower::check_fit;
-use crate::onnx::ModelFile;
 use crate::run::host::Host;
 use crate::run::prepare::{Prepared, Source, prepare};
 use anyhow::{Context, anyhow};
@@ -28,7 +27,7 @@ pub fn load(args: &RunArgs) -> Result<Loaded, Failure> {
             "--cfg separate cannot be searched yet: one run of a step reads what the other left; search with both predictions in one batch (cond-first or uncond-first), or without asc as --cfg none"
         )));
     }
-    let model = ModelFile::open(&args.model)?;
+    let model = args.file.open(&args.model)?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
         .map_err(inputs_failure)?;
     let layers = survey.layers().count();

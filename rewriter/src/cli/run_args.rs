@@ -1,6 +1,6 @@
 //! The flags of commands that run a model.
 
-use super::args::{ChoiceArgs, InputsArgs};
+use super::args::{ChoiceArgs, FileArgs, InputsArgs};
 use crate::run::scheduler::{BetaSchedule, Betas, Ddim, DpmSolver, EulerFlow, Iddpm, Scheduler};
 use clap::{Args, ValueEnum};
 use ditfastattn_plans::{Action, Cfg, Metric, Side, TextTokens};
@@ -124,6 +124,8 @@ pub struct RunArgs {
     /// Threads of ONNX Runtime; 0: it chooses
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
+    #[command(flatten)]
+    pub file: FileArgs,
     #[command(flatten)]
     pub inputs: InputsArgs,
     #[command(flatten)]
