@@ -12,7 +12,7 @@ use prost::Message;
 use std::collections::BTreeMap;
 
 /// Version of the ops' graph contract; the library refuses a model of another version.
-const CONTRACT: i64 = 1;
+pub(super) const CONTRACT: i64 = 1;
 
 /// The nodes in front of everything, what they add to the graph, and the names that layers read.
 pub struct Step {
