@@ -161,9 +161,8 @@ pub(crate) fn refuse_large(bytes: usize) -> Result<(), PlanError> {
     if bytes <= MAX_PLAN_BYTES {
         return Ok(());
     }
-    let message = format!(
-        "a plan has at most {MAX_PLAN_BYTES} bytes, found {bytes}; is this the right file?"
-    );
+    let message =
+        format!("a plan has at most {MAX_PLAN_BYTES} bytes, found more; is this the right file?");
     Err(PlanError {
         kind: Kind::TooLarge,
         line: 1,

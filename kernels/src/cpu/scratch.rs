@@ -12,9 +12,19 @@ pub(crate) struct Scratch(Vec<Line>);
 
 impl Scratch {
     /// Cuts the buffer into slices of `lens`, each on a cache line. Their contents are left from earlier use.
+    ///
+    /// # Panics
+    /// If there is no memory for it.
     pub fn cut<const N: usize>(&mut self, lens: [usize; N]) -> [&mut [f32]; N] {
         let lines: usize = lens.iter().map(|n| n.div_ceil(16)).sum();
-        if self.0.len() < lines {
+        if let Some(more) = lines.checked_sub(self.0.len()) {
+            // A panic can become an error of the run; an allocation that fails ends the process.
+            if self.0.try_reserve(more).is_err() {
+                panic!(
+                    "no memory for {} bytes of scratch",
+                    lines * size_of::<Line>()
+                );
+            }
             self.0.resize(lines, Line([0.0; 16]));
         }
         let mut rest = &mut self.0[..];

@@ -130,7 +130,68 @@ fn minor_version(version: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::minor_version;
+    use super::{Host, minor_version};
+    use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatusPtr};
+    use std::ffi::{CStr, c_char};
+    use std::mem::MaybeUninit;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// The highest table that the made-up host was asked for.
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+
+    /// A status is a leaked copy of its message.
+    unsafe extern "system" fn create_status(_: OrtErrorCode, text: *const c_char) -> OrtStatusPtr {
+        // SAFETY: the caller passes a NUL-terminated string.
+        let copy = unsafe { CStr::from_ptr(text) }.to_owned();
+        OrtStatusPtr(copy.into_raw().cast())
+    }
+
+    unsafe extern "system" fn old_table(version: u32) -> *const OrtApi {
+        ASKED.fetch_max(version, Ordering::Relaxed);
+        // As an old host's table: only its first field is ours to read.
+        let table: &mut MaybeUninit<OrtApi> = Box::leak(Box::new(MaybeUninit::zeroed()));
+        let table = table.as_mut_ptr();
+        // SAFETY: a place inside memory that was just made.
+        unsafe { std::ptr::addr_of_mut!((*table).CreateStatus).write(create_status) };
+        table
+    }
+
+    unsafe extern "system" fn no_table(_: u32) -> *const OrtApi {
+        std::ptr::null()
+    }
+
+    unsafe extern "system" fn old_version() -> *const c_char {
+        c"1.16.3".as_ptr()
+    }
+
+    #[test]
+    fn too_old_a_host_gets_a_status_that_names_both_versions() {
+        let base = OrtApiBase {
+            GetApi: old_table,
+            GetVersionString: old_version,
+        };
+        // SAFETY: a base with both functions.
+        let status = unsafe { Host::new(&base) }.expect_err("1.16 lacks what we call");
+        // SAFETY: `create_status` made it of a C string.
+        let text = unsafe { CStr::from_ptr(status.0.cast()) }
+            .to_str()
+            .expect("text");
+        assert!(text.contains("needs ONNX Runtime 1.17 or newer"), "{text}");
+        assert!(text.contains("the host is 1.16.3"), "{text}");
+        // A host prints to stderr when it is asked for a table that it does not have.
+        assert_eq!(ASKED.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_host_without_any_table_gets_no_status_and_no_crash() {
+        let base = OrtApiBase {
+            GetApi: no_table,
+            GetVersionString: old_version,
+        };
+        // SAFETY: a base with both functions.
+        let status = unsafe { Host::new(&base) }.expect_err("nothing to call");
+        assert!(status.0.is_null());
+    }
 
     #[test]
     fn versions_are_read_from_the_string() {

@@ -11,6 +11,8 @@ use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
 
+use super::check_contract;
+
 /// Added to a directive: R is still read after this step, so attention over all keys leaves it and window attention hands it on.
 const RESIDUAL_LIVE: i64 = 8;
 /// Added to a directive: the output is still read after this step. The graph looks at it, the operators do not.
@@ -26,7 +28,7 @@ impl Io {
     /// `None` for a node without the attribute `state`: its state is a run's.
     ///
     /// # Errors
-    /// Another `state` than `io`; a `window` or `cfg` that no plan has.
+    /// Another `state` than `io`; another contract; a `window` or `cfg` that no plan has.
     pub fn of(info: &Info<'_>) -> Result<Option<Io>, Error> {
         match info.string("state").as_deref() {
             None => return Ok(None),
@@ -37,6 +39,7 @@ impl Io {
                 )));
             }
         }
+        check_contract(info)?;
         // A decimal string, because a float attribute has only 32 bits and could round to another half-width.
         let window = match info.string("window") {
             None => ditfastattn_plans::DEFAULT_WINDOW,

@@ -28,7 +28,9 @@ use std::ffi::CStr;
 use std::sync::{Arc, LazyLock};
 
 use crate::abi::host::Host;
+use crate::abi::info::Info;
 use crate::abi::op::{Op, Port, Spec, Type};
+use crate::abi::status::Error;
 use crate::state::Process;
 
 pub use environment::{reset, stats_json};
@@ -36,9 +38,21 @@ pub use environment::{reset, stats_json};
 /// The operators' domain. Its opset is 1.
 pub const DOMAIN: &CStr = c"ai.ditfastattn";
 
-/// The version of the contract between rewriter and library, the `contract` attribute of `DiTFastAttnStep`. ONNX
-/// Runtime ignores versions of custom operators, so the graph carries it.
+/// The version of the contract between rewriter and library, the `contract` attribute of `DiTFastAttnStep` and of nodes with
+/// explicit state. ONNX Runtime ignores versions of custom operators, so the graph carries it.
 const CONTRACT: i64 = 1;
+
+/// Refuses nodes that were written for another version of the contract: attributes that this library does not know could
+/// mean other numbers.
+fn check_contract(info: &Info<'_>) -> Result<(), Error> {
+    match info.int("contract").unwrap_or(CONTRACT) {
+        CONTRACT => Ok(()),
+        other => Err(Error::graph(format!(
+            "the model was rewritten for version {other} of the operators, this library has version {CONTRACT}; \
+             use the dfa-rewrite and the library of one release"
+        ))),
+    }
+}
 
 /// What all sessions of this process share.
 static PROCESS: LazyLock<Arc<Process<storage::CachedTensor>>> =

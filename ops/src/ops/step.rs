@@ -15,7 +15,7 @@ use crate::abi::tensor::{ElementType, Tensor};
 use crate::state::{Call, Evidence, Feed, Program, Run, Session, Signature, Values};
 
 use super::storage::CachedTensor;
-use super::{CONTRACT, PROCESS, environment};
+use super::{PROCESS, check_contract, environment};
 
 const TIMESTEP: usize = 0;
 const REQUEST: usize = 1;
@@ -37,13 +37,7 @@ pub(crate) struct Step {
 
 impl Kernel for Step {
     fn create(info: &Info<'_>) -> Result<Self, Error> {
-        let contract = info.int("contract").unwrap_or(CONTRACT);
-        if contract != CONTRACT {
-            return Err(Error::graph(format!(
-                "the model was rewritten for version {contract} of the operators, this library has version {CONTRACT}; \
-                 use the dfa-rewrite and the library of one release"
-            )));
-        }
+        check_contract(info)?;
         let text = info
             .string("plan")
             .ok_or_else(|| Error::graph("the attribute `plan` (string) is missing"))?;

@@ -3,10 +3,11 @@
 use super::run_args::{CfgArg, SearchArgs, StudyArgs, VerifyArgs};
 use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
+use crate::onnx::{Links, ModelFile, ReadError};
 use crate::sizes::Given;
 use clap::builder::ArgPredicate;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Rewrites an exported ONNX diffusion transformer so that its self-attention follows a DiTFastAttn plan.
 ///
@@ -89,6 +90,8 @@ pub struct RewriteArgs {
     #[arg(long, value_enum, value_name = "WHERE", default_value = "hidden")]
     pub state: StateArg,
     #[command(flatten)]
+    pub file: FileArgs,
+    #[command(flatten)]
     pub inputs: InputsArgs,
     #[command(flatten)]
     pub choice: ChoiceArgs,
@@ -162,6 +165,24 @@ impl From<RequestInputsArg> for RequestInputs {
 }
 
 #[derive(Debug, Default, Args)]
+pub struct FileArgs {
+    /// Accept weights outside the file that are links out of the model's folder, or have other names (hard links)
+    #[arg(long)]
+    pub allow_linked_weights: bool,
+}
+
+impl FileArgs {
+    /// Reads the model.
+    pub fn open(&self, path: &Path) -> Result<ModelFile, ReadError> {
+        let links = match self.allow_linked_weights {
+            true => Links::Allowed,
+            false => Links::Refused,
+        };
+        ModelFile::open_with(path, links)
+    }
+}
+
+#[derive(Debug, Default, Args)]
 pub struct InputsArgs {
     /// The model's timestep input, where it cannot be told from the graph
     #[arg(long, value_name = "NAME")]
@@ -207,6 +228,8 @@ pub struct InspectArgs {
     /// Say also what this plan would do
     #[arg(long, value_name = "PLAN")]
     pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    pub file: FileArgs,
     #[command(flatten)]
     pub inputs: InputsArgs,
     #[command(flatten)]

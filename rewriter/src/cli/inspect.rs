@@ -4,11 +4,10 @@ use super::args::InspectArgs;
 use super::{Failure, inputs_failure, print, read_plan};
 use crate::find::survey;
 use crate::lower::check_fit;
-use crate::onnx::ModelFile;
 use crate::report::Report;
 
 pub fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let model = ModelFile::open(&args.model)?;
+    let model = args.file.open(&args.model)?;
     let plan = args.plan.as_deref().map(read_plan).transpose()?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
         .map_err(inputs_failure)?;

@@ -24,7 +24,7 @@ pub struct Loaded {
 
 /// The model of `args`, and what was found in it.
 pub fn open(args: &RunArgs) -> Result<(ModelFile, Survey), Failure> {
-    let model = ModelFile::open(&args.model)?;
+    let model = args.file.open(&args.model)?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
         .map_err(inputs_failure)?;
     Ok((model, survey))

@@ -17,11 +17,12 @@ mod verify;
 
 use crate::find::InputsError;
 use crate::onnx::write_atomically;
+use anyhow::Context;
 pub use args::Cli;
 use args::Command;
 use bytes::Bytes;
 use clap::{CommandFactory, Parser};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -121,9 +122,14 @@ fn print(text: &str) -> Result<(), Failure> {
 }
 
 fn read_plan(path: &Path) -> Result<ditfastattn_plans::Plan, Failure> {
-    let bytes = std::fs::read(path).map_err(|e| {
-        anyhow::Error::new(e).context(format!("cannot read the plan {}", path.display()))
-    })?;
+    let cannot = || format!("cannot read the plan {}", path.display());
+    let file = std::fs::File::open(path).with_context(cannot)?;
+    // A plan is small; what is larger need not be read to be refused.
+    let mut bytes = Vec::new();
+    let most = ditfastattn_plans::MAX_PLAN_BYTES as u64;
+    file.take(most + 1)
+        .read_to_end(&mut bytes)
+        .with_context(cannot)?;
     Ok(ditfastattn_plans::Plan::parse_bytes(&bytes)
         .map_err(|e| anyhow::anyhow!("the plan {} is not valid: {e}", path.display()))?)
 }

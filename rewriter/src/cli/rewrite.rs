@@ -18,7 +18,7 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
         )));
     };
     let plan = read_plan(plan)?;
-    let model = ModelFile::open(path)?;
+    let model = args.file.open(path)?;
     let output = args.output.clone().unwrap_or_else(|| default_output(path));
     refuse_bad_output(&model, path, &output, args.force)?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())

@@ -1,6 +1,6 @@
 //! The flags of commands that run a model.
 
-use super::args::{ChoiceArgs, InputsArgs};
+use super::args::{ChoiceArgs, FileArgs, InputsArgs};
 use crate::run::feed::MakeScheduler;
 use crate::run::prepare::Source;
 use crate::run::scheduler::{BetaSchedule, Betas, Ddim, DpmSolver, EulerFlow, Iddpm, Scheduler};
@@ -166,6 +166,8 @@ pub struct RunArgs {
     /// Threads of ONNX Runtime; 0: it chooses
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
+    #[command(flatten)]
+    pub file: FileArgs,
     #[command(flatten)]
     pub inputs: InputsArgs,
     #[command(flatten)]

@@ -4,7 +4,7 @@
 //! `past.l.residual` and `past.l.output` among the inputs and `present.l.…` among the outputs; a past without rows is none.
 
 use super::build::{self, Names, Writer};
-use super::step::Step;
+use super::step::{CONTRACT, Step};
 use super::{LowerError, Told};
 use crate::find::{Layer, Survey};
 use crate::onnx::{AttributeProto, elem_type};
@@ -46,7 +46,7 @@ pub fn directives(plan: &Plan) -> Vec<Vec<i64>> {
 
 /// The graph's state, layer by layer.
 pub struct Io {
-    /// What every op of ours is told: that its state is explicit, the plan's window and guidance.
+    /// What every op of ours is told: the contract, that its state is explicit, the plan's window and guidance.
     pub attributes: Vec<AttributeProto>,
     pub layers: Vec<LayerState>,
 }
@@ -179,6 +179,7 @@ pub fn build(
         state.output_rows = rows(&mut w, &output_rows, &format!("{near}/output_rows"));
     }
     let attributes = vec![
+        AttributeProto::int("contract", CONTRACT),
         AttributeProto::string("state", "io"),
         AttributeProto::string("window", &plan.window.to_string()),
         AttributeProto::string("cfg", plan.cfg.name()),

@@ -12,7 +12,7 @@ use prost::Message;
 use std::collections::BTreeMap;
 
 /// Version of the ops' graph contract; the library refuses a model of another version.
-const CONTRACT: i64 = 1;
+pub(super) const CONTRACT: i64 = 1;
 
 const OP: &str = "DiTFastAttnStep";
 

@@ -3,11 +3,18 @@
 //! Weights are never read: anything above [`MAX_ELEMENTS`] or stored outside the file is left alone.
 
 use super::proto::{TensorProto, elem_type};
+use super::wire;
 use bytes::Bytes;
 use prost::Message;
 
 /// Shape arithmetic, scales and axes have a handful of elements; weights and tables have more and are never needed.
 const MAX_ELEMENTS: i64 = 64;
+
+/// No small constant takes more; a longer field of numbers is a weight, and is not decoded.
+const MAX_BYTES: usize = 1024;
+
+/// The fields of `TensorProto` that hold its numbers.
+const NUMBERS: [u32; 7] = [4, 5, 6, 7, 9, 10, 11];
 
 /// Element values, widened: integers and booleans to `i64`, floating point to `f64`.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +34,13 @@ pub struct Constant {
 impl Constant {
     /// Reads a serialized `TensorProto` without touching its data if that is large or external.
     pub fn read(tensor: &Bytes) -> Option<(String, Self)> {
-        let tensor = TensorProto::decode(tensor.clone()).ok()?;
+        let small = wire::split(tensor)
+            .ok()?
+            .into_iter()
+            .filter(|f| !NUMBERS.contains(&f.number) || f.raw.len() <= MAX_BYTES)
+            .flat_map(|f| f.raw)
+            .collect::<Bytes>();
+        let tensor = TensorProto::decode(small).ok()?;
         let elements = tensor
             .dims
             .iter()

@@ -2,13 +2,14 @@
 //!
 //! Owns `ModelProto` and the file system side. Weights stored outside the file are never opened.
 
+use super::external::{self, Links, Locations};
 use super::graph::{Graph, GraphEdit};
-use super::proto::{OperatorSetIdProto, StringStringEntryProto, TensorProto};
+use super::proto::{OperatorSetIdProto, StringStringEntryProto};
 use super::wire::{self, Field};
 use bytes::Bytes;
 use prost::Message;
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 const FIELD_IR_VERSION: u32 = 1;
@@ -28,7 +29,12 @@ pub enum ReadError {
     },
     #[error("{} is not an ONNX model: {what}; expected a ModelProto as written by onnx.save or an exporter", path.display())]
     Malformed { path: PathBuf, what: String },
+    #[error("the model {} is refused: {what}", path.display())]
+    Refused { path: PathBuf, what: String },
 }
+
+/// The largest message that protobuf, and so any reader of ONNX, can handle.
+const MAX_MODEL_BYTES: u64 = i32::MAX as u64;
 
 /// Why a model could not be written. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -53,20 +59,57 @@ pub struct ModelFile {
     pub metadata: Vec<(String, String)>,
     /// Number of model-local functions.
     pub functions: usize,
+    external: Locations,
     fields: Vec<Field>,
 }
 
 impl ModelFile {
-    /// Reads `path`.
+    /// Reads `path`. Weights outside the file must not be reached through links.
     ///
     /// # Errors
-    /// I/O failures and anything that is not a `ModelProto` with a graph.
+    /// As [`ModelFile::open_with`].
     pub fn open(path: &Path) -> Result<Self, ReadError> {
-        let bytes = std::fs::read(path).map_err(|source| ReadError::Io {
+        Self::open_with(path, Links::Refused)
+    }
+
+    /// Reads `path`; `links` says whether weights outside the file may be reached through links.
+    ///
+    /// # Errors
+    /// I/O failures, files above 2 GiB, anything that is not a `ModelProto` with a graph, weights outside the model's folder.
+    pub fn open_with(path: &Path, links: Links) -> Result<Self, ReadError> {
+        let io = |source| ReadError::Io {
             path: path.into(),
             source,
-        })?;
-        Self::parse(path, bytes.into())
+        };
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(path).map_err(io)?;
+        let about = file.metadata().map_err(io)?;
+        let too_large = || ReadError::Malformed {
+            path: path.into(),
+            what: "it has more than 2 GiB, the most that a protobuf message can have".into(),
+        };
+        if about.is_file() {
+            if about.len() > MAX_MODEL_BYTES {
+                return Err(too_large());
+            }
+            let size = usize::try_from(about.len()).unwrap_or(usize::MAX);
+            let room = bytes.try_reserve_exact(size);
+            room.map_err(|_| io(std::io::ErrorKind::OutOfMemory.into()))?;
+        }
+        // What is no file does not say how long it is, and a file may grow.
+        let mut bounded = file.take(MAX_MODEL_BYTES + 1);
+        bounded.read_to_end(&mut bytes).map_err(io)?;
+        if bytes.len() as u64 > MAX_MODEL_BYTES {
+            return Err(too_large());
+        }
+        let model = Self::parse(path, bytes.into())?;
+        if links == Links::Refused {
+            external::refuse_links(path, &model.external).map_err(|what| ReadError::Refused {
+                path: path.into(),
+                what,
+            })?;
+        }
+        Ok(model)
     }
 
     /// Where the file lies, and weights outside of it are looked for.
@@ -80,7 +123,7 @@ impl ModelFile {
     /// Parses the bytes of a model; `path` is only remembered.
     ///
     /// # Errors
-    /// Anything that is not a `ModelProto` with a graph.
+    /// Anything that is not a `ModelProto` with a graph, and locations of weights outside the model's folder.
     pub fn parse(path: &Path, bytes: Bytes) -> Result<Self, ReadError> {
         let malformed = |what: String| ReadError::Malformed {
             path: path.into(),
@@ -129,6 +172,10 @@ impl ModelFile {
             .collect::<Vec<_>>()
             .join(" ");
         let functions = payloads(FIELD_FUNCTIONS).count();
+        let external = external::locations(&fields).map_err(|what| ReadError::Refused {
+            path: path.into(),
+            what,
+        })?;
         Ok(Self {
             path: path.into(),
             size,
@@ -138,6 +185,7 @@ impl ModelFile {
             opset_imports,
             metadata,
             functions,
+            external,
             fields,
         })
     }
@@ -151,19 +199,9 @@ impl ModelFile {
         self.graph.opset
     }
 
-    /// File names (as written in the model) of the external data its initializers refer to.
+    /// File names (as written in the model) of the external data its tensors refer to.
     pub fn external_data_locations(&self) -> BTreeSet<String> {
-        self.graph
-            .initializer_payloads()
-            .filter_map(|p| TensorProto::decode(p).ok())
-            .filter(|t| t.data_location == 1)
-            .flat_map(|t| {
-                t.external_data
-                    .into_iter()
-                    .filter(|e| e.key == "location")
-                    .map(|e| e.value)
-            })
-            .collect()
+        self.external.keys().cloned().collect()
     }
 
     /// The serialized model with `edit` applied to its graph, as pieces to be written in order. Fields the edit does not
@@ -230,16 +268,8 @@ pub fn write_atomically(
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".dfa-rewrite-").suffix(".tmp");
-    // A temporary file is private by default; the finished model gets what any new file of this
-    // user would get.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.tempfile_in(folder).map_err(fail)?;
+    remove_leftovers(folder);
+    let mut file = temporary(folder).map_err(fail)?;
     for chunk in pieces.iter().flat_map(|p| p.chunks(CHUNK)) {
         if interrupted() {
             return Err(fail(std::io::ErrorKind::Interrupted.into()));
@@ -257,6 +287,52 @@ pub fn write_atomically(
         let _ = folder.sync_all();
     }
     Ok(())
+}
+
+const TEMPORARY: (&str, &str) = (".dfa-rewrite-", ".tmp");
+
+/// A temporary file in `folder`, locked for as long as it is being written, so that [`remove_leftovers`] can tell it from one whose
+/// writer was killed.
+fn temporary(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
+    // A temporary file is private by default; the finished model gets what any new file of this
+    // user would get.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    loop {
+        let file = builder.tempfile_in(folder)?;
+        // Where files cannot be locked nothing is ever taken for a leftover.
+        let locked = file.as_file().lock().is_ok();
+        // Another run may have come between the two.
+        if !locked || file.path().exists() {
+            return Ok(file);
+        }
+    }
+}
+
+/// Removes the temporary files of runs that were killed.
+fn remove_leftovers(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let ours = name.starts_with(TEMPORARY.0) && name.ends_with(TEMPORARY.1);
+        if !ours || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            continue;
+        }
+        // The lock of a process goes with it.
+        if let Ok(file) = std::fs::File::open(entry.path())
+            && file.try_lock().is_ok()
+        {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 fn onnx_version(imports: &[(String, i64)]) -> i64 {
@@ -279,5 +355,17 @@ mod tests {
         assert_eq!(error.source.kind(), std::io::ErrorKind::Interrupted);
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_goes_with_the_next_and_a_run_at_work_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let left = folder.path().join(".dfa-rewrite-left.tmp");
+        std::fs::write(&left, b"half").unwrap();
+        let at_work = temporary(folder.path()).unwrap();
+        let path = folder.path().join("model.onnx");
+        write_atomically(&path, &[Bytes::from_static(b"new")], &|| false).unwrap();
+        assert!(!left.exists());
+        assert!(at_work.path().exists());
     }
 }

@@ -114,13 +114,24 @@ impl Node {
         Self::parse(raw, 0).ok()
     }
 
+    /// How many names and numbers it holds.
+    fn content(&self) -> usize {
+        let in_attributes = |a: &AttributeProto| 1 + a.ints.len() + a.floats.len() + a.graphs.len();
+        let attributes: usize = self.attributes.iter().map(in_attributes).sum();
+        1 + self.proto.input.len() + self.proto.output.len() + self.captured.len() + attributes
+    }
+
     /// Reads a node; `depth` counts the subgraphs around it.
     fn parse(raw: Bytes, depth: usize) -> Result<Self, String> {
+        wire::split(&raw).map_err(|e| format!("bad node: {e}"))?;
         let proto = NodeProto::decode(raw.clone()).map_err(|e| format!("bad node: {e}"))?;
         let attributes = proto
             .attribute
             .iter()
-            .map(|a| AttributeProto::decode(a.clone()))
+            .map(|a| {
+                wire::split(a).map_err(|e| e.to_string())?;
+                AttributeProto::decode(a.clone()).map_err(|e| e.to_string())
+            })
             .collect::<Result<Vec<_>, _>>()
             .map_err(|e| {
                 let name = proto.name.as_deref().unwrap_or("");
@@ -140,7 +151,13 @@ impl Node {
 }
 
 /// ONNX control flow nests a few levels; deeper is hostile and would exhaust the stack.
-const MAX_SUBGRAPH_DEPTH: usize = 32;
+pub(super) const MAX_SUBGRAPH_DEPTH: usize = 32;
+
+/// Names and numbers that the nodes of a model may have, together: far more than any, and few enough for any machine.
+const MAX_CONTENT: usize = 1 << 22;
+
+/// A type or a shape is a few dozen bytes; more is hostile, and many times as much once decoded.
+const MAX_TYPE_BYTES: usize = 1 << 14;
 
 /// Names that a serialized subgraph uses but does not define.
 fn free_names(graph: &Bytes, depth: usize) -> Result<Vec<String>, String> {
@@ -262,6 +279,7 @@ impl Graph {
     pub(super) fn parse(graph: &Bytes) -> Result<Self, String> {
         let fields = wire::split(graph).map_err(|e| format!("bad graph: {e}"))?;
         let mut nodes = Vec::new();
+        let mut content = 0usize;
         let mut initializers = HashMap::new();
         let mut inputs = Vec::new();
         let mut outputs = Vec::new();
@@ -271,11 +289,26 @@ impl Graph {
                 continue;
             };
             let value = |what: &str| {
+                if payload.len() > MAX_TYPE_BYTES {
+                    let size = payload.len();
+                    return Err(format!(
+                        "a graph {what} of {size} bytes, expected at most {MAX_TYPE_BYTES}"
+                    ));
+                }
                 ValueInfoProto::decode(payload.clone())
                     .map_err(|e| format!("bad graph {what}: {e}"))
             };
             match field.number {
-                FIELD_NODE => nodes.push(Node::parse(payload, 0)?),
+                FIELD_NODE => {
+                    let node = Node::parse(payload, 0)?;
+                    content += node.content();
+                    if content > MAX_CONTENT {
+                        return Err(format!(
+                            "its nodes have more than {MAX_CONTENT} names and numbers"
+                        ));
+                    }
+                    nodes.push(node);
+                }
                 FIELD_INITIALIZER => {
                     let (name, constant) = Constant::read(&payload).ok_or("bad initializer")?;
                     initializers.insert(name, constant);
@@ -434,13 +467,6 @@ impl Graph {
 
     pub(super) fn fields(&self) -> &[Field] {
         &self.fields
-    }
-
-    pub(super) fn initializer_payloads(&self) -> impl Iterator<Item = Bytes> + '_ {
-        self.fields
-            .iter()
-            .filter(|f| f.number == FIELD_INITIALIZER)
-            .filter_map(|f| f.payload.clone())
     }
 
     pub(super) fn serialize(&self, edit: &GraphEdit) -> Vec<Bytes> {

@@ -5,6 +5,7 @@
 //! unknown fields included. Knows nothing about attention.
 
 mod constant;
+mod external;
 mod file;
 mod graph;
 mod part;
@@ -12,6 +13,7 @@ mod proto;
 mod wire;
 
 pub use constant::{Constant, Data};
+pub use external::Links;
 pub use file::{ModelFile, ReadError, WriteError, write_atomically};
 pub use graph::{Graph, GraphEdit, GraphInput, Node, in_order};
 pub use proto::{

@@ -25,10 +25,13 @@ pub struct WireError {
     pub offset: usize,
 }
 
+/// A description of a field takes fifty times the two bytes that a field may have. No exporter writes a message of so many.
+const MAX_FIELDS: usize = 1 << 18;
+
 /// Splits `message` into its fields without copying.
 ///
 /// # Errors
-/// Truncated fields, invalid keys and groups (which ONNX never uses) are refused.
+/// Messages of more than 2¹⁸ fields, truncated fields, invalid keys and groups (which ONNX never uses) are refused.
 pub fn split(message: &Bytes) -> Result<Vec<Field>, WireError> {
     let total = message.len();
     let mut rest = message.clone();
@@ -39,6 +42,9 @@ pub fn split(message: &Bytes) -> Result<Vec<Field>, WireError> {
             what,
             offset: start,
         };
+        if fields.len() == MAX_FIELDS {
+            return Err(fail(format!("a message of more than {MAX_FIELDS} fields")));
+        }
         let (number, kind) = decode_key(&mut rest).map_err(|e| fail(e.to_string()))?;
         let mut payload = None;
         let mut varint = None;
