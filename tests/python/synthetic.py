@@ -7,8 +7,9 @@ import numpy as np
 from onnx import TensorProto, helper
 
 
-def dit(path, layers, width, heads, tokens, sparse=False):
+def dit(path, layers, width, heads, tokens, sparse=False, fused=False):
     """Writes a DiT of `layers` layers. `sparse`: the weights are a hole in `path.data`; else random numbers in it.
+    `fused`: the attention is one `com.microsoft.MultiHeadAttention`, as ONNX Runtime's own optimizer would have it.
 
     Inputs: `x` [batch, tokens, width], `timestep` [batch]. Returns the weights' size in bytes.
     """
@@ -54,14 +55,20 @@ def dit(path, layers, width, heads, tokens, sparse=False):
 
         def project(role, perm):
             flat = linear(n, f"{p}.{role}", width, width)
+            if fused:
+                return flat
             split = node("Reshape", [flat, "heads"], f"{p}.{role}.heads")
             return node("Transpose", [split], f"{p}.{role}.transposed", perm=perm)
 
         q, k, v = project("q", [0, 2, 1, 3]), project("k", [0, 2, 3, 1]), project("v", [0, 2, 1, 3])
-        q, k = (node("Mul", [a, "root_scale"], f"{a}.scaled") for a in (q, k))
-        weights = node("Softmax", [node("MatMul", [q, k], f"{p}.scores")], f"{p}.softmax", axis=-1)
-        o = node("Transpose", [node("MatMul", [weights, v], f"{p}.pv")], f"{p}.merged", perm=[0, 2, 1, 3])
-        o = linear(node("Reshape", [o, "joined"], f"{p}.joined"), f"{p}.out", width, width)
+        if fused:
+            o = node("MultiHeadAttention", [q, k, v], f"{p}.attention", domain="com.microsoft", num_heads=heads)
+        else:
+            q, k = (node("Mul", [a, "root_scale"], f"{a}.scaled") for a in (q, k))
+            weights = node("Softmax", [node("MatMul", [q, k], f"{p}.scores")], f"{p}.softmax", axis=-1)
+            o = node("Transpose", [node("MatMul", [weights, v], f"{p}.pv")], f"{p}.merged", perm=[0, 2, 1, 3])
+            o = node("Reshape", [o, "joined"], f"{p}.joined")
+        o = linear(o, f"{p}.out", width, width)
         x = node("Add", [x, o], f"{p}.attended")
         n = node("LayerNormalization", [x, weight(f"{p}.norm2", width)], f"{p}.n2")
         up = node("Tanh", [linear(n, f"{p}.up", width, 4 * width)], f"{p}.activated")
@@ -74,7 +81,8 @@ def dit(path, layers, width, heads, tokens, sparse=False):
         [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
         initializers,
     )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    opsets = [helper.make_opsetid("", 17)] + [helper.make_opsetid("com.microsoft", 1)] * fused
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     path.write_bytes(model.SerializeToString())
     data.truncate(offset)
     data.close()
