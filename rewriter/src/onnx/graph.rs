@@ -549,3 +549,26 @@ impl GraphEdit {
         Some(bytes.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_with_another_type_keeps_its_other_fields() {
+        // name, type, and field 3 (doc_string), which the struct does not know.
+        let mut output = ValueInfoProto::tensor("out", 1, Some(vec![None])).encode_to_vec();
+        let doc = [&wire::header(3, 3)[..], b"why"].concat();
+        output.extend(&doc);
+        let wanted = ValueInfoProto::tensor("out", 1, Some(vec![Some(8)]));
+        let edit = GraphEdit {
+            retyped_outputs: HashMap::from([("out".into(), wanted.r#type.clone().unwrap())]),
+            ..GraphEdit::default()
+        };
+        let retyped = edit.retyped(&output.into()).unwrap();
+        assert_eq!(ValueInfoProto::decode(retyped.clone()).unwrap(), wanted);
+        assert!(retyped.windows(doc.len()).any(|part| part == doc));
+        let other = ValueInfoProto::tensor("other", 1, None).encode_to_vec();
+        assert!(edit.retyped(&other.into()).is_none());
+    }
+}
