@@ -3,14 +3,14 @@
     .venv/tests/bin/python tests/python/soak.py --minutes 60
 
 Threads share one session and take requests at random, with ids and without. Of each it is known what it computes alone and what dense
-attention computes; each answer must be the one or the other, up to
-rounding. Faults: generations that are abandoned, repeat or skip a
-step, change their shape in the middle, feed NaN, are terminated; they must be what they are in a session of their own, bit for bit.
-Other sessions come and go meanwhile. Ends with figures, and exit code 1 if anything was not as promised.
+attention computes; each answer must be the one or the other up to rounding, or what the same image gives if some steps before it were
+dense. Faults: generations that are abandoned, repeat or skip a step, change their shape in the middle, feed NaN, are terminated; they
+must be what they are in a session of their own, bit for bit. Other sessions come and go meanwhile. Ends with figures, and exit code 1 if anything was not as promised.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import resource
@@ -47,9 +47,9 @@ class Soak:
         self.planned = session(self.path)
         self.seconds, self.threads, self.seed = seconds, threads, seed
         self.lock, self.stop = threading.Lock(), threading.Event()
-        self.count = {"answers": 0, "as alone": 0, "near alone": 0, "dense": 0, "some windows full": 0, "images": 0, "finished images": 0, "abandoned images": 0, "terminated": 0, "sessions": 0}
+        self.count = {"answers": 0, "as alone": 0, "near alone": 0, "dense": 0, "more than planned": 0, "images": 0, "finished images": 0, "abandoned images": 0, "terminated": 0, "sessions": 0}
         self.count |= {f"with a fault ({fault})": 0 for fault in FAULTS}
-        self.wrong = []
+        self.wrong, self.variants = [], {}
 
     def add(self, what):
         with self.lock:
@@ -66,26 +66,28 @@ class Soak:
         elif np.abs(out - self.alone[image][step]).max() <= CLOSE * np.abs(expected).max():
             # What was cached was computed with more rows at a time than alone: the last bits differ.
             self.add("near alone")
-        elif any(np.array_equal(out, other) for other in self.with_less(image, step)):
-            self.add("some windows full")
+        elif any(np.abs(out - other).max() <= 2 * CLOSE * np.abs(expected).max() for other in self.histories(image, step)):
+            self.add("more than planned")
         else:
             self.complain(f"image {image}, step {step}: off by {np.abs(out - expected).max():.3g} from dense, by {np.abs(out - self.alone[image][step]).max():.3g} from alone")
 
-    def with_less(self, image, step):
-        """What the step computes if some of its windows have lost their residual, and so are full attention: a run that the host
-        left standing while another generation began and ended a step is taken for dead, and gives up its residuals."""
+    def histories(self, image, step):
+        """What an anonymous generation of this image, and of no other, may compute at the step among others: any step before it dense,
+        because the run was contested; windows of this step full, because the host left the run standing while another generation ended
+        a step, so that it was taken for dead and gave up its residuals."""
         full = {"wa-rs": "full", "wa-rs+asc": "asc"}
-        row = self.model.plan["steps"][step]
-        windows = [layer for layer, action in enumerate(row) if action in full]
-        for chosen in range(1, 1 << len(windows)):
-            rows = [list(r) for r in self.model.plan["steps"]]
-            for bit, layer in enumerate(windows):
-                if chosen >> bit & 1:
-                    rows[step][layer] = full[row[layer]]
+        plan = self.model.plan["steps"]
+        befores = sorted(itertools.product([False, True], repeat=step), key=sum)
+        for before, windows in itertools.product(befores, itertools.product([False, True], repeat=self.layers)):
+            rows = [["full"] * self.layers if dense else row for row, dense in zip(plan, before)]
+            rows.append([full.get(action, action) if lost else action for action, lost in zip(plan[step], windows)])
+            rows += plan[step + 1 :]
             with self.lock:
-                own = session(self.model.rewrite(self.model.plan | {"steps": rows}))
-            outputs = [self.images[image].run(own, s) for s in range(step + 1)]
-            yield outputs[-1]
+                if (key := str(rows)) not in self.variants:
+                    own = session(self.model.rewrite(self.model.plan | {"steps": rows}), threads=1)
+                    self.variants[key] = own
+                own = self.variants[key]
+                yield [self.images[image].run(own, s) for s in range(step + 1)][-1]
 
     def complain(self, what):
         with self.lock:
@@ -190,6 +192,7 @@ class Soak:
     def verdict(self, memory, seconds, died):
         during = stats()
         self.planned = None
+        self.variants.clear()
         gc.collect()
         after = stats()
         complaints = self.wrong[:10]
