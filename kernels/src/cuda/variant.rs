@@ -1,0 +1,223 @@
+//! Which kernels there are: every one is a source file and a set of macros.
+
+use crate::api::DType;
+
+/// What a kernel computes; [`Mode`](crate::Mode) without its tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Job {
+    Full,
+    Capture,
+    Window,
+}
+
+impl Job {
+    pub const ALL: [Job; 3] = [Job::Full, Job::Capture, Job::Window];
+
+    fn word(self) -> &'static str {
+        match self {
+            Job::Full => "full",
+            Job::Capture => "capture",
+            Job::Window => "window",
+        }
+    }
+}
+
+/// One compiled kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// `attention.cu`: float16 and bfloat16 on tensor cores.
+    TensorCore {
+        dtype: DType,
+        /// Head dimension: a multiple of 8, at most 128.
+        dim: usize,
+        /// Queries per block: 64 or 128.
+        queries: usize,
+        job: Job,
+        masked: bool,
+    },
+    /// `simple.cu`: any type and strides, head dimensions up to `max_dim`.
+    Simple {
+        dtype: DType,
+        max_dim: usize,
+        job: Job,
+    },
+    /// `dfa_copy_*` of `support.cu`.
+    Copy { dtype: DType },
+    /// `dfa_evidence` of `support.cu`.
+    Evidence,
+}
+
+/// Head dimensions that are compiled ahead of time; other multiples of 8 are compiled when they are met.
+pub const DIMS: [usize; 5] = [64, 72, 80, 96, 128];
+
+/// Sizes of [`Variant::Simple`].
+pub const SIMPLE_DIMS: [usize; 3] = [64, 128, 256];
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+fn dtype_word(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+    }
+}
+
+impl Variant {
+    /// All that are compiled ahead of time.
+    pub fn all() -> Vec<Variant> {
+        let mut all = vec![Variant::Evidence];
+        for dtype in DTYPES {
+            all.push(Variant::Copy { dtype });
+            for job in Job::ALL {
+                all.extend(SIMPLE_DIMS.map(|max_dim| Variant::Simple {
+                    dtype,
+                    max_dim,
+                    job,
+                }));
+                if dtype == DType::F32 {
+                    continue;
+                }
+                for dim in DIMS {
+                    for (queries, masked) in [(64, false), (64, true), (128, false)] {
+                        all.push(Variant::TensorCore {
+                            dtype,
+                            dim,
+                            queries,
+                            job,
+                            masked,
+                        });
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// The kernel's name in its module.
+    pub fn name(&self) -> String {
+        match *self {
+            Variant::TensorCore {
+                dtype,
+                dim,
+                queries,
+                job,
+                masked,
+            } => format!(
+                "dfa_attention_{}_d{dim}_m{queries}_{}{}",
+                dtype_word(dtype),
+                job.word(),
+                if masked { "_masked" } else { "" }
+            ),
+            Variant::Simple {
+                dtype,
+                max_dim,
+                job,
+            } => format!("dfa_simple_{}_d{max_dim}_{}", dtype_word(dtype), job.word()),
+            Variant::Copy { dtype } => format!("dfa_copy_{}", dtype_word(dtype)),
+            Variant::Evidence => "dfa_evidence".to_owned(),
+        }
+    }
+
+    /// The file to compile, in `kernels/cuda`.
+    pub fn file(&self) -> &'static str {
+        match self {
+            Variant::TensorCore { .. } => "attention.cu",
+            Variant::Simple { .. } => "simple.cu",
+            Variant::Copy { .. } | Variant::Evidence => "support.cu",
+        }
+    }
+
+    /// The module that the kernel is compiled into: kernels that a model needs together are in one.
+    pub fn module(&self) -> String {
+        match *self {
+            Variant::TensorCore { dtype, dim, .. } => {
+                format!("attention_{}_d{dim}", dtype_word(dtype))
+            }
+            Variant::Simple { dtype, .. } => format!("simple_{}", dtype_word(dtype)),
+            Variant::Copy { .. } | Variant::Evidence => "support".to_owned(),
+        }
+    }
+
+    /// The macros that choose it, name and value.
+    pub fn macros(&self) -> Vec<(&'static str, String)> {
+        let upper = |dtype| dtype_word(dtype).to_uppercase();
+        match *self {
+            Variant::TensorCore {
+                dtype,
+                dim,
+                queries,
+                job,
+                masked,
+            } => vec![
+                ("DFA_NAME", self.name()),
+                ("DFA_TYPE", upper(dtype)),
+                ("DFA_DIM", dim.to_string()),
+                ("DFA_BM", queries.to_string()),
+                ("DFA_MODE", job.word().to_uppercase()),
+                ("DFA_MASKED", masked.to_string()),
+                ("DFA_BLOCKS", self.blocks_per_processor().to_string()),
+            ],
+            Variant::Simple {
+                dtype,
+                max_dim,
+                job,
+            } => vec![
+                ("DFA_NAME", self.name()),
+                ("DFA_TYPE", upper(dtype)),
+                ("DFA_DIM", max_dim.to_string()),
+                ("DFA_MODE", job.word().to_uppercase()),
+            ],
+            Variant::Copy { .. } | Variant::Evidence => Vec::new(),
+        }
+    }
+
+    /// Threads of a block, as `Tile::THREADS` and its like say.
+    pub fn threads(&self) -> usize {
+        match *self {
+            Variant::TensorCore { dim, queries, .. } if queries == 128 && dim > 80 => 256,
+            Variant::TensorCore { .. } | Variant::Simple { .. } => 128,
+            Variant::Copy { .. } | Variant::Evidence => 256,
+        }
+    }
+
+    /// Queries of a block.
+    pub fn queries(&self) -> usize {
+        match *self {
+            Variant::TensorCore { queries, .. } => queries,
+            Variant::Simple { .. } => 32,
+            Variant::Copy { .. } | Variant::Evidence => 0,
+        }
+    }
+
+    /// Bytes of dynamic shared memory, as `Tile` and `SimpleKernel` lay it out.
+    pub fn shared_bytes(&self) -> usize {
+        match *self {
+            Variant::TensorCore {
+                dim, queries, job, ..
+            } => {
+                let row = dim.next_multiple_of(16) + 8;
+                let operands = (queries + 2 * 64) * row * 2;
+                let snapshot = if job == Job::Capture {
+                    queries * dim * 4
+                } else {
+                    0
+                };
+                operands + snapshot
+            }
+            Variant::Simple { max_dim, .. } => (2 * 32 * (max_dim + 1) + 32 * 33) * 4,
+            Variant::Copy { .. } | Variant::Evidence => 0,
+        }
+    }
+
+    /// Blocks per multiprocessor that its registers must leave room for.
+    fn blocks_per_processor(&self) -> usize {
+        1
+    }
+
+    /// The most registers that a thread may use, so that a multiprocessor (65536 registers) holds at least two blocks, or
+    /// one of 256 threads.
+    pub fn register_budget(&self) -> usize {
+        255
+    }
+}
