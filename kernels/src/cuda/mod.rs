@@ -3,10 +3,22 @@
 //! The kernels are CUDA C++ in `kernels/cuda`. Nothing here needs CUDA to be installed: the driver is loaded when it is
 //! first asked for.
 
+mod buffer;
 mod choose;
+mod device;
+mod driver;
+mod flags;
+mod image;
+mod nvrtc;
 mod params;
+mod run;
 mod variant;
 
+pub use buffer::Buffer;
 pub use choose::{Launch, Limits, Refusal, choose};
+pub use device::{Device, copy};
+pub use driver::{CudaError, Stream, is_available};
+pub use image::{MANIFEST, source_hash};
 pub use params::{AttentionParams, CopyParams, EvidenceParams, MaskOperand, Operand, Params};
+pub use run::Failure;
 pub use variant::{DIMS, Job, SIMPLE_DIMS, Variant};

@@ -94,6 +94,14 @@ impl Variant {
         all
     }
 
+    /// Whether it is compiled ahead of time.
+    pub fn is_common(&self) -> bool {
+        match self {
+            Variant::TensorCore { dim, .. } => DIMS.contains(dim),
+            _ => true,
+        }
+    }
+
     /// The kernel's name in its module.
     pub fn name(&self) -> String {
         match *self {
@@ -213,11 +221,5 @@ impl Variant {
     /// Blocks per multiprocessor that its registers must leave room for.
     fn blocks_per_processor(&self) -> usize {
         1
-    }
-
-    /// The most registers that a thread may use, so that a multiprocessor (65536 registers) holds at least two blocks, or
-    /// one of 256 threads.
-    pub fn register_budget(&self) -> usize {
-        255
     }
 }
