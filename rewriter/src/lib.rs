@@ -13,4 +13,5 @@ pub mod find;
 pub mod lower;
 pub mod onnx;
 pub mod report;
+pub mod run;
 pub mod shapes;

@@ -272,3 +272,25 @@ fn pictures_and_schema() {
     assert!(schema["properties"]["steps"].is_object());
     assert!(!workplace.run(&["completions", "bash"]).stdout.is_empty());
 }
+
+#[test]
+fn layers_can_be_left_out_by_index_and_by_name() {
+    let workplace = Workplace::new();
+    std::fs::copy(fixture("latte__ts17.onnx"), workplace.path("latte.onnx")).unwrap();
+    insta::assert_snapshot!(
+        "skip",
+        workplace.transcript(&["inspect", "latte.onnx", "--skip", "*temporal*"])
+    );
+    let layers = |choice: &[&str]| {
+        let output = workplace.run(&[&["inspect", "latte.onnx", "--json"], choice].concat());
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        report["model"]["layers"].as_u64().unwrap()
+    };
+    assert_eq!(layers(&[]), 2);
+    assert_eq!(layers(&["--only", "1"]), 1);
+    assert_eq!(layers(&["--only", "0-1", "--skip", "/blocks"]), 1);
+    insta::assert_snapshot!(
+        "skip_nothing",
+        workplace.transcript(&["inspect", "latte.onnx", "--skip", "0,spatial"])
+    );
+}

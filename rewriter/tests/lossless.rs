@@ -7,15 +7,36 @@ use ditfastattn_rewriter::onnx::{GraphEdit, ModelFile};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-fn fixtures() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
-    let mut models: Vec<_> = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|f| f.unwrap().path())
-        .filter(|p| p.extension().is_some_and(|e| e == "onnx"))
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
+/// Every export of the corpus that can be rewritten, with what the command line would have to be told.
+fn fixtures() -> Vec<(PathBuf, InputsRequest)> {
+    let text = std::fs::read_to_string(folder().join("corpus.json")).unwrap();
+    let corpus: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    let mut models: Vec<_> = corpus
+        .iter()
+        .filter(|entry| entry["expect"] == "rewritten")
+        .map(|entry| {
+            let flags = entry["flags"].as_array().unwrap();
+            let mut flags = flags.iter().map(|f| f.as_str().unwrap().to_owned());
+            let mut request = InputsRequest::default();
+            while let (Some(flag), Some(value)) = (flags.next(), flags.next()) {
+                match flag.as_str() {
+                    "--timestep-input" => request.timestep = Some(value),
+                    "--latents-input" => request.latents = Some(value),
+                    other => {
+                        panic!("corpus.json has the flag {other}, which this test does not know")
+                    }
+                }
+            }
+            (folder().join(entry["file"].as_str().unwrap()), request)
+        })
         .collect();
-    models.sort();
-    assert!(models.len() > 20, "the fixtures are missing");
+    models.sort_by(|a, b| a.0.cmp(&b.0));
+    models.dedup_by(|a, b| a.0 == b.0);
+    assert!(models.len() > 100, "the fixtures are missing");
     models
 }
 
@@ -23,9 +44,9 @@ fn joined(pieces: &[bytes::Bytes]) -> Vec<u8> {
     pieces.iter().flat_map(|p| p.to_vec()).collect()
 }
 
-fn rewritten(path: &Path) -> (ModelFile, ModelFile, HashSet<String>) {
+fn rewritten(path: &Path, request: &InputsRequest) -> (ModelFile, ModelFile, HashSet<String>) {
     let model = ModelFile::open(path).unwrap();
-    let survey = survey(&model.graph, &InputsRequest::default(), &Choice::default()).unwrap();
+    let survey = survey(&model.graph, request, &Choice::default()).unwrap();
     let plan = Plan::all_full(survey.layers().count(), 4);
     let lowered = lower(&model, &survey, &plan, RequestInputs::Optional).unwrap();
     let touched = survey
@@ -51,7 +72,7 @@ fn rewritten(path: &Path) -> (ModelFile, ModelFile, HashSet<String>) {
 
 #[test]
 fn an_empty_edit_changes_no_byte() {
-    for path in fixtures() {
+    for (path, _) in fixtures() {
         let model = ModelFile::open(&path).unwrap();
         let pieces = model.serialize(&GraphEdit::default(), None, &[]);
         assert_eq!(
@@ -65,8 +86,8 @@ fn an_empty_edit_changes_no_byte() {
 
 #[test]
 fn nodes_outside_the_modules_keep_their_bytes_and_their_order() {
-    for path in fixtures() {
-        let (before, after, touched) = rewritten(&path);
+    for (path, request) in fixtures() {
+        let (before, after, touched) = rewritten(&path, &request);
         let kept = after
             .graph
             .nodes
@@ -98,8 +119,8 @@ fn nodes_outside_the_modules_keep_their_bytes_and_their_order() {
 
 #[test]
 fn everything_else_of_the_file_is_kept() {
-    for path in fixtures() {
-        let (before, after, _) = rewritten(&path);
+    for (path, request) in fixtures() {
+        let (before, after, _) = rewritten(&path, &request);
         assert_eq!(after.ir_version, before.ir_version);
         assert_eq!(after.producer, before.producer);
         assert_eq!(after.graph.outputs, before.graph.outputs);
@@ -135,8 +156,8 @@ fn everything_else_of_the_file_is_kept() {
 
 #[test]
 fn custom_ops_are_annotated_with_their_type() {
-    for path in fixtures() {
-        let (_, after, _) = rewritten(&path);
+    for (path, request) in fixtures() {
+        let (_, after, _) = rewritten(&path, &request);
         for node in after
             .graph
             .nodes
@@ -156,7 +177,7 @@ fn custom_ops_are_annotated_with_their_type() {
 
 #[test]
 fn any_truncation_is_an_error_and_no_panic() {
-    let path = &fixtures()[0];
+    let (path, _) = &fixtures()[0];
     let bytes = std::fs::read(path).unwrap();
     // Every length near the ends, where the headers are, and a sample between.
     let near_ends = (0..200).chain(bytes.len() - 200..bytes.len());

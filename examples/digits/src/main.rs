@@ -1,13 +1,12 @@
 //! Draws handwritten digits twice from the same noise, dense and under a plan, and compares.
 //!
-//! Owns the command line and the report. The loop is in `model`, the sampler in `sampler`.
+//! Owns the command line and the report. The loop is in `model`, the scheduler is `dfa-rewrite`'s.
 
 mod counters;
 mod grid;
 mod model;
 mod quality;
 mod report;
-mod sampler;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -19,9 +18,9 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 
+use ditfastattn_rewriter::run::scheduler::{Betas, DpmSolver, Scheduler};
 use model::{CLASSES, Model, SIDE};
 use report::Report;
-use sampler::Sampler;
 
 /// Draws handwritten digits with ONNX Runtime, dense and under a plan, from the same noise
 #[derive(Parser)]
@@ -87,7 +86,10 @@ fn main() -> Result<()> {
     let terminal = std::io::stderr().is_terminal();
     let draw = |what: &str, path: &Path, library: Option<&Path>| -> Result<_> {
         let mut model = Model::open(&environment, path, library, args.threads)?;
-        model.warm_up(&labels, Sampler::new(steps).timesteps()[0])?;
+        model.warm_up(
+            &labels,
+            DpmSolver::new(&Betas::default(), steps).timesteps()[0] as i64,
+        )?;
         model.denoise(&noise, &labels, steps, args.guidance, |step| {
             if terminal {
                 let end = if step == steps { "\n" } else { "" };
@@ -135,12 +137,12 @@ fn read_plan(path: &Path) -> Result<Plan> {
         path.display(),
         plan.cfg.name()
     );
-    let fed = Sampler::new(plan.step_count());
+    let fed = DpmSolver::new(&Betas::default(), plan.step_count());
     if let Some(listed) = &plan.timesteps {
         let differs = listed
             .iter()
             .zip(fed.timesteps())
-            .position(|(&l, &f)| l != f as f64);
+            .position(|(&l, &f)| l != f);
         if let Some(step) = differs {
             anyhow::bail!(
                 "{}: `timesteps` has {} at step {step}, this example's sampler feeds {}; a plan belongs to one sampler",

@@ -11,7 +11,7 @@ use ort::environment::Environment;
 use ort::session::Session;
 use ort::value::TensorRef;
 
-use crate::sampler::Sampler;
+use ditfastattn_rewriter::run::scheduler::{Betas, DpmSolver, Scheduler};
 
 /// Columns and rows of an image.
 pub const SIDE: usize = 32;
@@ -79,12 +79,12 @@ impl Model {
         mut progress: impl FnMut(usize),
     ) -> Result<Generation> {
         let labels = guided(labels);
-        let mut sampler = Sampler::new(steps);
+        let mut sampler = DpmSolver::new(&Betas::default(), steps);
         let mut images = noise.to_vec();
         let mut times = Vec::with_capacity(steps);
         let start = Instant::now();
         for (step, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
-            let (seen, took) = self.predict(&images, &labels, timestep)?;
+            let (seen, took) = self.predict(&images, &labels, timestep as i64)?;
             times.push(took);
             let (with_class, without) = seen.split_at(images.len());
             let noise: Vec<f32> = with_class
@@ -92,7 +92,7 @@ impl Model {
                 .zip(without)
                 .map(|(&c, &u)| u + guidance * (c - u))
                 .collect();
-            sampler.step(&noise, &mut images);
+            sampler.step(&noise, None, &mut images);
             progress(step + 1);
         }
         let total = start.elapsed();

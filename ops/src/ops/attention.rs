@@ -6,21 +6,26 @@
 use std::sync::Arc;
 
 use ditfastattn_kernels::{self as kernels, Band, Input, Mode, Output, Shape, Strides};
+use ditfastattn_plans::Plan;
 
 use crate::abi::context::Context;
 use crate::abi::info::Info;
 use crate::abi::op::Kernel;
 use crate::abi::status::{Code, Error};
+use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Residual, Rows, Run, Work};
 
 use super::band::Text;
+use super::io::{self, Io};
 use super::layer::{ByType, all_finite, by_type, in_run, layer_of};
 use super::layout::{Layout, View};
 use super::mask::{MaskInput, Scores};
 use super::share::{keep, serve};
 use super::storage::{CachedTensor, Real, allocate, nothing, values};
 
-/// q, k, v, ticket, mask?, text? → softmax(scale · q kᵀ + mask) v, as the run's directive says.
+/// q, k, v, ticket, mask?, text?, past? → softmax(scale · q kᵀ + mask) v, as the run's directive says, and present?.
+///
+/// `past` and `present` are R `[B or B/2, H, N, D]` where the graph carries the state, `[0, H, N, D]` for none.
 ///
 /// `docs/architecture.md` says what it accepts.
 ///
@@ -35,6 +40,7 @@ pub(crate) struct DiTFastAttn {
     text: Text,
     /// Rows that the mask hides everything from give 0.
     guarded: bool,
+    io: Option<Io>,
 }
 
 #[derive(Debug)]
@@ -49,6 +55,9 @@ const DEFAULT_LAYOUT: &str = "BHSD";
 
 const MASK: usize = 4;
 const TEXT: usize = 5;
+const PAST: usize = 6;
+/// The output that holds R where the graph carries the state.
+const PRESENT: usize = 1;
 
 impl Kernel for DiTFastAttn {
     fn create(info: &Info<'_>) -> Result<Self, Error> {
@@ -84,6 +93,7 @@ impl Kernel for DiTFastAttn {
             layouts,
             text: Text::of(info)?,
             guarded: info.int("mask_guard").unwrap_or(0) != 0,
+            io: Io::of(info)?,
         })
     }
 
@@ -102,48 +112,108 @@ impl ByType for Call<'_> {
     fn call<T: Real>(self) -> Result<(), Error> {
         let (op, context) = (self.op, self.context);
         let ticket = context.input(3)?;
-        in_run(&ticket, op.layer, |run, directive| {
-            let operands = Operands::<T>::read(op, context)?;
-            let (q, k) = (&operands.q.1, &operands.k.1);
-            let halved = directive.rows == Rows::Half && !op.core;
-            let scores = Scores::new(
-                q,
-                k,
-                op.layouts.q.is_folded(),
-                halved.then(|| run.program().conditional_first()),
-            );
-            let mask = context
-                .optional_input(MASK)?
-                .map(|mask| MaskInput::read(&mask, &scores, op.guarded))
-                .transpose()?;
-            let text = context.optional_input(TEXT)?;
-            let band = op
-                .text
-                .band(run.program().plan(), text.as_ref(), q.tokens)?;
-            let o_dims = operands.output_dims(&op.layouts.o)?;
-            let mut out = context.output(0, &o_dims)?;
-            let out = out.as_mut_slice::<T>().unwrap_or_default();
-            let call = Layer {
-                op,
-                context,
-                run,
-                directive,
-                operands,
-                mask,
-                band,
-            };
-            if op.core {
-                call.whole_batch(out, &o_dims)
-            } else if directive.work == Work::Reuse {
-                Err(Error::graph(format!(
-                    "layer {} is served from the cache in this run, yet it was computed; \
-                     the If around it must take its condition from the skip output of the same run",
-                    op.layer
-                )))
-            } else {
-                call.compute(0, call.operands.q.1.batch, out)
-            }
-        })
+        match &op.io {
+            Some(io) => self.attend::<T>(Memory::Graph(io), io::directive(&ticket, op.layer)?),
+            None => in_run(&ticket, op.layer, |run, directive| {
+                self.attend::<T>(Memory::Run(run), directive)
+            }),
+        }
+    }
+}
+
+impl Call<'_> {
+    fn attend<T: Real>(&self, memory: Memory<'_>, directive: Directive) -> Result<(), Error> {
+        let (op, context) = (self.op, self.context);
+        let operands = Operands::<T>::read(op, context)?;
+        let (q, k) = (&operands.q.1, &operands.k.1);
+        let halved = directive.rows == Rows::Half && !op.core;
+        let scores = Scores::new(
+            q,
+            k,
+            op.layouts.q.is_folded(),
+            halved.then(|| memory.conditional_first()),
+        );
+        let mask = context
+            .optional_input(MASK)?
+            .map(|mask| MaskInput::read(&mask, &scores, op.guarded))
+            .transpose()?;
+        let text = context.optional_input(TEXT)?;
+        let band = op.text.band(memory.plan(), text.as_ref(), q.tokens)?;
+        let o_dims = operands.output_dims(&op.layouts.o)?;
+        let mut out = context.output(0, &o_dims)?;
+        let out = out.as_mut_slice::<T>().unwrap_or_default();
+        let call = Layer {
+            op,
+            context,
+            memory,
+            directive,
+            operands,
+            mask,
+            band,
+        };
+        let served = match memory {
+            Memory::Run(_) => directive.work == Work::Reuse && !op.core,
+            Memory::Graph(_) => directive.work == Work::Reuse,
+        };
+        if served {
+            return Err(Error::graph(format!(
+                "layer {} is served from the cache in this run, yet it was computed; \
+                 the If around it must take its condition from the skip output of the same run",
+                op.layer
+            )));
+        }
+        if op.core {
+            call.whole_batch(out, &o_dims)
+        } else {
+            call.compute(0, call.operands.q.1.batch, out)
+        }
+    }
+}
+
+/// Who remembers what the layer left at earlier steps.
+#[derive(Clone, Copy)]
+enum Memory<'a> {
+    /// The run's request.
+    Run(&'a Arc<Run<CachedTensor>>),
+    /// The graph: R is an input and an output.
+    Graph(&'a Io),
+}
+
+impl<'a> Memory<'a> {
+    fn plan(&self) -> &'a Plan {
+        match self {
+            Memory::Run(run) => run.program().plan(),
+            Memory::Graph(io) => io.plan(),
+        }
+    }
+
+    fn conditional_first(&self) -> bool {
+        match self {
+            Memory::Run(run) => run.program().conditional_first(),
+            Memory::Graph(io) => io.conditional_first(),
+        }
+    }
+}
+
+/// R of an earlier step.
+enum Earlier<'a> {
+    Cached(Residual<CachedTensor>),
+    Given(Tensor<'a>),
+}
+
+impl Earlier<'_> {
+    fn dims(&self) -> &[usize] {
+        match self {
+            Earlier::Cached(residual) => residual.tensor.dims(),
+            Earlier::Given(tensor) => tensor.dims(),
+        }
+    }
+
+    fn values<T: Real>(&self) -> Option<&[T]> {
+        match self {
+            Earlier::Cached(residual) => residual.tensor.values::<T>(),
+            Earlier::Given(tensor) => tensor.as_slice::<T>(),
+        }
     }
 }
 
@@ -207,7 +277,7 @@ impl<'a, T: Real> Operands<'a, T> {
 struct Layer<'a, T> {
     op: &'a DiTFastAttn,
     context: &'a Context<'a>,
-    run: &'a Arc<Run<CachedTensor>>,
+    memory: Memory<'a>,
     directive: Directive,
     operands: Operands<'a, T>,
     mask: Option<MaskInput<'a>>,
@@ -217,50 +287,63 @@ struct Layer<'a, T> {
 impl<T: Real> Layer<'_, T> {
     /// The core form: selects, computes, shares, keeps, reuses.
     fn whole_batch(&self, out: &mut [T], o_dims: &[usize]) -> Result<(), Error> {
-        let layer = self.op.layer;
-        if self.directive.work == Work::Reuse {
-            let kept = self.run.output(layer, 0).ok_or_else(|| {
-                Error::new(
-                    Code::RuntimeException,
-                    format!("layer {layer} has lost its cached output"),
-                )
-            })?;
-            let dims = super::share::rows_of_both(kept.dims(), kept.rows());
-            if dims != o_dims || serve(self.context, &kept, out).is_none() {
-                return Err(Error::new(
-                    Code::RuntimeException,
-                    format!(
-                        "layer {layer} has a cached output of shape {dims:?} where {o_dims:?} is needed; \
-                         the latents did not show the change, so feed dfa_start when shapes change"
-                    ),
-                ));
-            }
-            self.run.finish(layer, 0, 1, None);
-            return Ok(());
-        }
         let batch = self.operands.q.1.batch;
-        let kept = match self.directive.rows {
+        if self.directive.work == Work::Reuse {
+            return self.serve_kept(out, o_dims);
+        }
+        match self.directive.rows {
             Rows::All => {
                 self.compute(0, batch, out)?;
-                keep(self.context, self.run, self.directive, out, o_dims)
+                self.finish(out, o_dims);
             }
             Rows::Half => {
                 let mut half_dims = o_dims.to_vec();
                 super::select::halve(&mut half_dims)?;
-                let conditional_first = self.run.program().conditional_first();
                 let (first, second) = out.split_at_mut(out.len() / 2);
-                let (from, to, start) = if conditional_first {
+                let (from, to, start) = if self.memory.conditional_first() {
                     (first, second, 0)
                 } else {
                     (second, first, batch / 2)
                 };
                 self.compute(start, batch / 2, from)?;
                 super::layer::copy(self.context, from, to);
-                keep(self.context, self.run, self.directive, from, &half_dims)
+                self.finish(from, &half_dims);
             }
-        };
-        self.run.finish(layer, 0, 1, kept);
+        }
         Ok(())
+    }
+
+    fn serve_kept(&self, out: &mut [T], o_dims: &[usize]) -> Result<(), Error> {
+        let layer = self.op.layer;
+        let Memory::Run(run) = self.memory else {
+            return Ok(());
+        };
+        let kept = run.output(layer, 0).ok_or_else(|| {
+            Error::new(
+                Code::RuntimeException,
+                format!("layer {layer} has lost its cached output"),
+            )
+        })?;
+        let dims = super::share::rows_of_both(kept.dims(), kept.rows());
+        if dims != o_dims || serve(self.context, &kept, out).is_none() {
+            return Err(Error::new(
+                Code::RuntimeException,
+                format!(
+                    "layer {layer} has a cached output of shape {dims:?} where {o_dims:?} is needed; \
+                     the latents did not show the change, so feed dfa_start when shapes change"
+                ),
+            ));
+        }
+        run.finish(layer, 0, 1, None);
+        Ok(())
+    }
+
+    /// The core form's end: what `DiTFastAttnShare` does around a module.
+    fn finish(&self, computed: &[T], dims: &[usize]) {
+        if let Memory::Run(run) = self.memory {
+            let kept = keep(self.context, run, self.directive, computed, dims);
+            run.finish(self.op.layer, 0, 1, kept);
+        }
     }
 
     /// Attention of rows `start..start + rows` of the operands into `out`, which holds just those rows.
@@ -269,62 +352,165 @@ impl<T: Real> Layer<'_, T> {
         match self.directive.work {
             Work::Full if self.directive.capture && whole => {
                 self.attention(start, rows, out, Mode::Full)?;
-                if let Some(zero) = nothing(self.run, self.directive.rows) {
-                    self.run.capture(self.op.layer, zero, self.directive.rows);
-                }
-                Ok(())
+                self.capture_nothing()
             }
             Work::Full if self.directive.capture => self.capture(start, rows, out),
             Work::Window if whole => {
-                self.run.count_window_as_full();
-                self.attention(start, rows, out, Mode::Full)
-            }
-            Work::Window => match self.residual(rows) {
-                Some((residual, offset)) => self.window(start, rows, out, &residual, offset),
-                None => {
-                    self.run.discard_residual(self.op.layer);
-                    self.attention(start, rows, out, Mode::Full)
+                if let Memory::Run(run) = self.memory {
+                    run.count_window_as_full();
                 }
+                self.attention(start, rows, out, Mode::Full)?;
+                self.no_present()
+            }
+            Work::Window => match self.residual(rows)? {
+                Some((residual, place)) => {
+                    self.window(start, rows, out, &residual, place)?;
+                    match self.directive.capture {
+                        true => self.pass_on(&residual),
+                        false => self.no_present(),
+                    }
+                }
+                None => self.without_residual(start, rows, out),
             },
-            Work::Full | Work::Reuse => self.attention(start, rows, out, Mode::Full),
+            Work::Full | Work::Reuse => {
+                self.attention(start, rows, out, Mode::Full)?;
+                self.no_present()
+            }
         }
     }
 
+    /// Window attention whose R is missing: full attention, which leaves another one where the graph asks for it.
+    fn without_residual(&self, start: usize, rows: usize, out: &mut [T]) -> Result<(), Error> {
+        match self.memory {
+            Memory::Run(run) => {
+                run.discard_residual(self.op.layer);
+                self.attention(start, rows, out, Mode::Full)
+            }
+            Memory::Graph(_) if self.directive.capture => self.capture(start, rows, out),
+            Memory::Graph(_) => {
+                self.attention(start, rows, out, Mode::Full)?;
+                self.no_present()
+            }
+        }
+    }
+
+    /// Full attention that leaves R.
     fn capture(&self, start: usize, rows: usize, out: &mut [T]) -> Result<(), Error> {
         let dims = self.residual_dims(rows);
         let len = dims.iter().product();
-        let Some(mut room) = allocate::<T>(self.run, len) else {
+        let run = match self.memory {
+            Memory::Run(run) => run,
+            Memory::Graph(_) if self.wants_present()? => {
+                let mut present = self.context.output(PRESENT, &dims)?;
+                let residual = present.as_mut_slice::<T>().unwrap_or_default();
+                return self.attend_and_capture(start, rows, out, residual);
+            }
+            Memory::Graph(_) => return self.attention(start, rows, out, Mode::Full),
+        };
+        let Some(mut room) = allocate::<T>(run, len) else {
             return self.attention(start, rows, out, Mode::Full);
         };
         room.values.resize(len, T::default());
-        let mode = Mode::FullCapture {
-            band: self.band,
-            residual: Output::from_slice(&mut room.values, self.residual_strides()),
-        };
-        self.attention(start, rows, out, mode)?;
+        self.attend_and_capture(start, rows, out, &mut room.values)?;
         if all_finite(self.context, &room.values) {
             let tensor = room.store(&dims, self.directive.rows);
-            self.run.capture(self.op.layer, tensor, self.directive.rows);
+            run.capture(self.op.layer, tensor, self.directive.rows);
         } else {
-            self.run.refuse_non_finite();
+            run.refuse_non_finite();
         }
         Ok(())
     }
 
-    /// The residual for the `rows` rows at hand, and the row at which they start in it; `None` if it does not fit.
-    fn residual(&self, rows: usize) -> Option<(Residual<CachedTensor>, usize)> {
-        let residual = self.run.residual(self.op.layer)?;
-        let conditional_first = self.run.program().conditional_first();
-        let (stored, offset) = match (self.directive.rows, residual.rows) {
-            (Rows::All, Rows::All) | (Rows::Half, Rows::Half) => (rows, 0),
-            // R of the conditional half stands for both halves.
-            (Rows::All, Rows::Half) if rows.is_multiple_of(2) => (rows / 2, 0),
-            (Rows::All, Rows::Half) => return None,
-            (Rows::Half, Rows::All) => (rows * 2, if conditional_first { 0 } else { rows }),
+    fn attend_and_capture(
+        &self,
+        start: usize,
+        rows: usize,
+        out: &mut [T],
+        residual: &mut [T],
+    ) -> Result<(), Error> {
+        let mode = Mode::FullCapture {
+            band: self.band,
+            residual: Output::from_slice(residual, self.residual_strides()),
         };
-        let fits = residual.tensor.dims() == self.residual_dims(stored)
-            && residual.tensor.values::<T>().is_some();
-        fits.then_some((residual, offset))
+        self.attention(start, rows, out, mode)
+    }
+
+    /// R is known to be zero and nobody will read it.
+    fn capture_nothing(&self) -> Result<(), Error> {
+        let Memory::Run(run) = self.memory else {
+            return self.no_present();
+        };
+        if let Some(zero) = nothing(run, self.directive.rows) {
+            run.capture(self.op.layer, zero, self.directive.rows);
+        }
+        Ok(())
+    }
+
+    fn wants_present(&self) -> Result<bool, Error> {
+        Ok(self.context.output_count()? > PRESENT)
+    }
+
+    /// Explicit state: there is no R after this step.
+    fn no_present(&self) -> Result<(), Error> {
+        if matches!(self.memory, Memory::Graph(_)) && self.wants_present()? {
+            self.context.output(PRESENT, &self.residual_dims(0))?;
+        }
+        Ok(())
+    }
+
+    /// Explicit state: R is after this step what it was before.
+    fn pass_on(&self, residual: &Earlier<'_>) -> Result<(), Error> {
+        if matches!(self.memory, Memory::Run(_)) || !self.wants_present()? {
+            return Ok(());
+        }
+        let mut present = self.context.output(PRESENT, residual.dims())?;
+        let to = present.as_mut_slice::<T>().unwrap_or_default();
+        let from = residual.values::<T>().unwrap_or_default();
+        super::layer::copy(self.context, from, to);
+        Ok(())
+    }
+
+    /// R for the `rows` rows at hand and where they are in it; `None` if there is none that fits.
+    fn residual(&self, rows: usize) -> Result<Option<(Earlier<'_>, Stored)>, Error> {
+        let (residual, all) = match self.memory {
+            Memory::Run(run) => match run.residual(self.op.layer) {
+                Some(residual) => {
+                    let all = residual.rows == Rows::All;
+                    (Earlier::Cached(residual), all)
+                }
+                None => return Ok(None),
+            },
+            Memory::Graph(_) => match self.context.optional_input(PAST)? {
+                Some(past) => {
+                    let whole = match self.directive.rows {
+                        Rows::All => rows,
+                        Rows::Half => rows * 2,
+                    };
+                    let all = past.dims().first() == Some(&whole);
+                    // What is not finite would poison every step that adds it, as a run's R would.
+                    let finite = |past: &[T]| all_finite(self.context, past);
+                    if !past.as_slice::<T>().is_some_and(finite) {
+                        return Ok(None);
+                    }
+                    (Earlier::Given(past), all)
+                }
+                None => return Ok(None),
+            },
+        };
+        let place = match (self.directive.rows, all) {
+            (Rows::All, true) | (Rows::Half, false) => Stored::at(rows, 0),
+            // R of the conditional half stands for both halves.
+            (Rows::All, false) if rows.is_multiple_of(2) => Stored {
+                twice: true,
+                ..Stored::at(rows / 2, 0)
+            },
+            (Rows::All, false) => return Ok(None),
+            (Rows::Half, true) if self.memory.conditional_first() => Stored::at(rows * 2, 0),
+            (Rows::Half, true) => Stored::at(rows * 2, rows),
+        };
+        let fits =
+            residual.dims() == self.residual_dims(place.rows) && residual.values::<T>().is_some();
+        Ok(fits.then_some((residual, place)))
     }
 
     /// Window attention plus residual. A residual of half the rows is used twice.
@@ -333,19 +519,19 @@ impl<T: Real> Layer<'_, T> {
         start: usize,
         rows: usize,
         out: &mut [T],
-        residual: &Residual<CachedTensor>,
-        offset: usize,
+        residual: &Earlier<'_>,
+        place: Stored,
     ) -> Result<(), Error> {
         let strides = self.residual_strides();
-        let values = residual.tensor.values::<T>().unwrap_or_default();
+        let values = residual.values::<T>().unwrap_or_default();
         let values = values
-            .get(offset * strides.batch.unsigned_abs()..)
+            .get(place.offset * strides.batch.unsigned_abs()..)
             .unwrap_or_default();
         let mode = || Mode::Window {
             band: self.band,
             residual: Some(Input::from_slice(values, strides)),
         };
-        if self.directive.rows == Rows::All && residual.rows == Rows::Half {
+        if place.twice {
             self.attention(start, rows / 2, out, mode())?;
             let row = self.output_view()?.strides.batch.unsigned_abs();
             let second = out.get_mut(rows / 2 * row..).unwrap_or_default();
@@ -409,6 +595,27 @@ impl<T: Real> Layer<'_, T> {
     fn residual_strides(&self) -> Strides {
         let (q, v) = (&self.operands.q.1, &self.operands.v.1);
         Strides::bhsd(q.heads, q.tokens, v.channels)
+    }
+}
+
+/// Where the rows at hand are in a stored R.
+#[derive(Clone, Copy)]
+struct Stored {
+    /// Rows that R must have.
+    rows: usize,
+    /// The row at which those at hand start.
+    offset: usize,
+    /// R has half of the rows at hand, and each half uses it.
+    twice: bool,
+}
+
+impl Stored {
+    fn at(rows: usize, offset: usize) -> Self {
+        Stored {
+            rows,
+            offset,
+            twice: false,
+        }
     }
 }
 

@@ -4,15 +4,16 @@
 //! |---|---|---|
 //! | `DiTFastAttnStep` | timestep, request id, start, end, latents, conditioning… → ticket, skip per layer | decides |
 //! | `DiTFastAttnSelect` | x, ticket → x' | the rows a layer computes |
-//! | `DiTFastAttn` | q, k, v, ticket, mask?, text? → o | attention: full, full with capture, window with residual |
+//! | `DiTFastAttn` | q, k, v, ticket, mask?, text?, past? → o, present? | attention: full, full with capture, window with residual |
 //! | `DiTFastAttnShare` | y', ticket → y | all rows again; keeps the output |
-//! | `DiTFastAttnReuse` | x, ticket → y | the kept output |
+//! | `DiTFastAttnReuse` | x, ticket, past? → y | the kept output |
 //!
 //! Owns their registration and what they share. Nothing here decides what a layer does: that is `state`.
 
 mod attention;
 mod band;
 mod environment;
+mod io;
 mod layer;
 mod layout;
 mod mask;
@@ -56,20 +57,21 @@ static STEP: Spec = Spec {
 
 /// One [`Spec`] per element type: hosts pick the kernel by type.
 macro_rules! typed {
-    ($($name:ident = $op:literal ($($input:expr),*);)*) => {
-        $(static $name: [Spec; 3] = [typed!(@ Type::F32, $op, [$($input),*]),
-                                     typed!(@ Type::F16, $op, [$($input),*]),
-                                     typed!(@ Type::BF16, $op, [$($input),*])];)*
+    ($($name:ident = $op:literal ($($input:expr),*) -> ($($output:expr),*);)*) => {
+        $(static $name: [Spec; 3] = [typed!(@ Type::F32, $op, [$($input),*], [$($output),*]),
+                                     typed!(@ Type::F16, $op, [$($input),*], [$($output),*]),
+                                     typed!(@ Type::BF16, $op, [$($input),*], [$($output),*])];)*
     };
-    (@ $ty:expr, $op:literal, [$($input:expr),*]) => {
-        Spec { name: $op, inputs: &[$($input.port($ty)),*], outputs: &[Port::one($ty)] }
+    (@ $ty:expr, $op:literal, [$($input:expr),*], [$($output:expr),*]) => {
+        Spec { name: $op, inputs: &[$($input.port($ty)),*], outputs: &[$($output.port($ty)),*] }
     };
 }
 
-/// An input of a typed operator.
+/// A port of a typed operator.
 enum In {
     Typed,
     Ticket,
+    OptionalTyped,
     OptionalAny,
     OptionalI64,
 }
@@ -79,6 +81,7 @@ impl In {
         match self {
             In::Typed => Port::one(ty),
             In::Ticket => Port::one(Type::I64),
+            In::OptionalTyped => Port::optional(ty),
             In::OptionalAny => Port::optional(Type::Any),
             In::OptionalI64 => Port::optional(Type::I64),
         }
@@ -86,10 +89,11 @@ impl In {
 }
 
 typed! {
-    SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket);
-    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalAny, In::OptionalI64);
-    SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket);
-    REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket);
+    SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket) -> (In::Typed);
+    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalAny, In::OptionalI64, In::OptionalTyped)
+        -> (In::Typed, In::OptionalTyped);
+    SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket) -> (In::Typed);
+    REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket, In::OptionalTyped) -> (In::Typed);
 }
 
 /// The operators as registered with one host.

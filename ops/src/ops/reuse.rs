@@ -6,11 +6,13 @@ use crate::abi::op::Kernel;
 use crate::abi::status::{Code, Error};
 use crate::state::Work;
 
-use super::layer::{ByType, Sink, by_type, in_run, layer_of};
+use super::io::Io;
+use super::layer::{ByType, Sink, by_type, copy, in_run, layer_of};
 use super::share::{rows_of_both, serve};
-use super::storage::Real;
+use super::storage::{Real, values};
 
-/// x (the region's input: gives the element type and the batch), ticket → y. Finishes the layer.
+/// x (the region's input: gives the element type and the batch), ticket, past? → y. Finishes the layer. The past output is an
+/// input where the graph carries the state.
 #[derive(Debug)]
 pub(crate) struct Reuse {
     layer: usize,
@@ -18,6 +20,7 @@ pub(crate) struct Reuse {
     /// Leading rows of y for each leading row of x: more than one where y has heads or tokens folded into the batch. 0: not
     /// comparable.
     fold: usize,
+    io: Option<Io>,
 }
 
 impl Kernel for Reuse {
@@ -26,6 +29,7 @@ impl Kernel for Reuse {
             layer: layer_of(info)?,
             sink: Sink::of(info)?,
             fold: usize::try_from(info.int("fold").unwrap_or(1)).unwrap_or(0),
+            io: Io::of(info)?,
         })
     }
 
@@ -48,8 +52,11 @@ struct Call<'a> {
 
 impl ByType for Call<'_> {
     fn call<T: Real>(self) -> Result<(), Error> {
-        let (context, Reuse { layer, sink, fold }) = (self.context, self.reuse);
-        let (x, ticket) = (context.input(0)?, context.input(1)?);
+        let (context, Reuse { layer, sink, .. }) = (self.context, self.reuse);
+        if self.reuse.io.is_some() {
+            return self.past::<T>();
+        }
+        let ticket = context.input(1)?;
         in_run(&ticket, *layer, |run, directive| {
             let kept = run
                 .output(*layer, sink.index)
@@ -61,17 +68,10 @@ impl ByType for Call<'_> {
                     ))
                 })?;
             let dims = rows_of_both(kept.dims(), kept.rows());
-            let expected = x.dims().first().and_then(|rows| rows.checked_mul(*fold));
-            if *fold != 0 && expected.as_ref() != dims.first() {
-                return Err(Error::new(
-                    Code::RuntimeException,
-                    format!(
-                        "layer {layer} has a cached output of shape {dims:?} for an input of shape {:?}; \
-                         the latents did not show the change of batch, so feed dfa_start when it changes",
-                        x.dims()
-                    ),
-                ));
-            }
+            self.check_rows(
+                &dims,
+                "the latents did not show the change of batch, so feed dfa_start when it changes",
+            )?;
             let mut out = context.output(0, &dims)?;
             let to = out.as_mut_slice::<T>().unwrap_or_default();
             serve(context, &kept, to).ok_or_else(|| {
@@ -80,5 +80,41 @@ impl ByType for Call<'_> {
             run.finish(*layer, sink.index, sink.count, None);
             Ok(())
         })
+    }
+}
+
+impl Call<'_> {
+    /// Explicit state: the output is the past one that was fed.
+    fn past<T: Real>(&self) -> Result<(), Error> {
+        let past = self.context.input(2)?;
+        self.check_rows(
+            past.dims(),
+            "feed the present output that an earlier step of this generation returned, or another directive than ast",
+        )?;
+        let from = values::<T>(&past, "the past output")?;
+        let mut out = self.context.output(0, past.dims())?;
+        copy(
+            self.context,
+            from,
+            out.as_mut_slice::<T>().unwrap_or_default(),
+        );
+        Ok(())
+    }
+
+    fn check_rows(&self, dims: &[usize], help: &str) -> Result<(), Error> {
+        let x = self.context.input(0)?;
+        let fold = self.reuse.fold;
+        let expected = x.dims().first().and_then(|rows| rows.checked_mul(fold));
+        if fold != 0 && expected.as_ref() != dims.first() {
+            return Err(Error::new(
+                Code::RuntimeException,
+                format!(
+                    "layer {} has a cached output of shape {dims:?} for an input of shape {:?}; {help}",
+                    self.reuse.layer,
+                    x.dims()
+                ),
+            ));
+        }
+        Ok(())
     }
 }

@@ -4,8 +4,9 @@ use crate::abi::context::Context;
 use crate::abi::info::Info;
 use crate::abi::op::Kernel;
 use crate::abi::status::Error;
-use crate::state::{Rows, Work};
+use crate::state::{Directive, Rows, Work};
 
+use super::io::{self, Io};
 use super::layer::{ByType, by_type, copy, in_run, layer_of};
 use super::storage::{Real, values};
 
@@ -13,12 +14,14 @@ use super::storage::{Real, values};
 #[derive(Debug)]
 pub(crate) struct Select {
     layer: usize,
+    io: Option<Io>,
 }
 
 impl Kernel for Select {
     fn create(info: &Info<'_>) -> Result<Self, Error> {
         Ok(Select {
             layer: layer_of(info)?,
+            io: Io::of(info)?,
         })
     }
 
@@ -41,30 +44,41 @@ struct Call<'a> {
 
 impl ByType for Call<'_> {
     fn call<T: Real>(self) -> Result<(), Error> {
-        let context = self.context;
-        let (x, ticket) = (context.input(0)?, context.input(1)?);
-        in_run(&ticket, self.select.layer, |run, directive| {
-            if directive.work == Work::Reuse && !run.program().is_core(self.select.layer) {
+        let ticket = self.context.input(1)?;
+        let layer = self.select.layer;
+        if let Some(io) = &self.select.io {
+            let directive = io::directive(&ticket, layer)?;
+            return self.rows::<T>(directive, io.conditional_first());
+        }
+        in_run(&ticket, layer, |run, directive| {
+            if directive.work == Work::Reuse && !run.program().is_core(layer) {
                 return Err(Error::graph(format!(
-                    "layer {} is served from the cache in this run, yet its inputs are selected; \
-                     the If around it must take its condition from the skip output of the same run",
-                    self.select.layer
+                    "layer {layer} is served from the cache in this run, yet its inputs are selected; \
+                     the If around it must take its condition from the skip output of the same run"
                 )));
             }
-            let from = values::<T>(&x, "x")?;
-            let mut dims = x.dims().to_vec();
-            let from = match directive.rows {
-                Rows::All => from,
-                Rows::Half => {
-                    halve(&mut dims)?;
-                    half_of(from, run.program().conditional_first())
-                }
-            };
-            let mut out = context.output(0, &dims)?;
-            let to = out.as_mut_slice::<T>().unwrap_or_default();
-            copy(context, from, to);
-            Ok(())
+            self.rows::<T>(directive, run.program().conditional_first())
         })
+    }
+}
+
+impl Call<'_> {
+    fn rows<T: Real>(&self, directive: Directive, conditional_first: bool) -> Result<(), Error> {
+        let context = self.context;
+        let x = context.input(0)?;
+        let from = values::<T>(&x, "x")?;
+        let mut dims = x.dims().to_vec();
+        let from = match directive.rows {
+            Rows::All => from,
+            Rows::Half => {
+                halve(&mut dims)?;
+                half_of(from, conditional_first)
+            }
+        };
+        let mut out = context.output(0, &dims)?;
+        let to = out.as_mut_slice::<T>().unwrap_or_default();
+        copy(context, from, to);
+        Ok(())
     }
 }
 

@@ -7,8 +7,10 @@ use crate::abi::context::Context;
 use crate::abi::info::Info;
 use crate::abi::op::Kernel;
 use crate::abi::status::Error;
+use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Run, Work};
 
+use super::io::{self, Io};
 use super::layer::{ByType, Sink, all_finite, by_type, copy, in_run, layer_of};
 use super::storage::{CachedTensor, Real, allocate, values};
 
@@ -17,6 +19,7 @@ use super::storage::{CachedTensor, Real, allocate, values};
 pub(crate) struct Share {
     layer: usize,
     sink: Sink,
+    io: Option<Io>,
 }
 
 impl Kernel for Share {
@@ -24,6 +27,7 @@ impl Kernel for Share {
         Ok(Share {
             layer: layer_of(info)?,
             sink: Sink::of(info)?,
+            io: Io::of(info)?,
         })
     }
 
@@ -46,27 +50,38 @@ struct Call<'a> {
 
 impl ByType for Call<'_> {
     fn call<T: Real>(self) -> Result<(), Error> {
-        let (context, Share { layer, sink }) = (self.context, self.share);
+        let (context, Share { layer, sink, io }) = (self.context, self.share);
         let (y, ticket) = (context.input(0)?, context.input(1)?);
+        if io.is_some() {
+            return self.all_rows::<T>(&y, io::directive(&ticket, *layer)?);
+        }
         in_run(&ticket, *layer, |run, directive| {
-            if directive.work == Work::Reuse {
-                return Err(Error::graph(format!(
-                    "layer {layer} is served from the cache in this run, yet it was computed; \
-                     the If around it must take its condition from the skip output of the same run"
-                )));
-            }
-            let from = values::<T>(&y, "y'")?;
-            let dims = rows_of_both(y.dims(), directive.rows);
-            let mut out = context.output(0, &dims)?;
-            let to = out.as_mut_slice::<T>().unwrap_or_default();
-            match directive.rows {
-                Rows::All => copy(context, from, to),
-                Rows::Half => double(context, from, to),
-            }
-            let kept = keep(context, run, directive, from, y.dims());
+            self.all_rows::<T>(&y, directive)?;
+            let kept = keep(context, run, directive, values::<T>(&y, "y'")?, y.dims());
             run.finish(*layer, sink.index, sink.count, kept);
             Ok(())
         })
+    }
+}
+
+impl Call<'_> {
+    fn all_rows<T: Real>(&self, y: &Tensor<'_>, directive: Directive) -> Result<(), Error> {
+        if directive.work == Work::Reuse {
+            return Err(Error::graph(format!(
+                "layer {} is served from the cache in this run, yet it was computed; \
+                 the If around it must take its condition from the skip output of the same run",
+                self.share.layer
+            )));
+        }
+        let from = values::<T>(y, "y'")?;
+        let dims = rows_of_both(y.dims(), directive.rows);
+        let mut out = self.context.output(0, &dims)?;
+        let to = out.as_mut_slice::<T>().unwrap_or_default();
+        match directive.rows {
+            Rows::All => copy(self.context, from, to),
+            Rows::Half => double(self.context, from, to),
+        }
+        Ok(())
     }
 }
 

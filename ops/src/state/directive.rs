@@ -45,6 +45,21 @@ pub struct Directive {
     pub(super) first_output_live: bool,
 }
 
+impl Directive {
+    /// What the caller of a graph with explicit state asks for; nothing is kept between runs.
+    pub fn explicit(work: Work, rows: Rows, capture: bool) -> Self {
+        Directive {
+            work,
+            rows,
+            capture,
+            keep: false,
+            residual_live: false,
+            spare_residual: false,
+            first_output_live: false,
+        }
+    }
+}
+
 /// How a run follows the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {

@@ -7,6 +7,7 @@ mod args;
 mod inspect;
 mod plot;
 mod rewrite;
+mod search;
 
 use crate::find::InputsError;
 use crate::onnx::write_atomically;
@@ -48,7 +49,9 @@ fn write(path: &Path, pieces: &[Bytes]) -> Result<(), Failure> {
 /// Inputs that cannot be told apart are an answer; a name that does not exist is a mistake.
 fn inputs_failure(error: InputsError) -> Failure {
     match error {
-        InputsError::NoSuchInput { .. } => Failure::Bad(error.into()),
+        InputsError::NoSuchInput { .. } | InputsError::NoSuchLayer { .. } => {
+            Failure::Bad(error.into())
+        }
         _ => Failure::No(error.into()),
     }
 }
@@ -65,6 +68,7 @@ pub fn run(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> u8 {
     let result = match cli.command {
         None => rewrite::run(&cli.rewrite),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Search(args)) => search::run(&args),
         Some(Command::Plot(args)) => plot::run(&args),
         Some(Command::Schema) => {
             let schema =

@@ -1,12 +1,13 @@
 //! `dfa-rewrite MODEL --plan PLAN`: read, find, lower, write.
 
-use super::args::RewriteArgs;
+use super::args::{RewriteArgs, StateArg};
 use super::{Failure, inputs_failure, print, read_plan, write};
 use crate::find::survey;
-use crate::lower::lower;
+use crate::lower::{State, Told, lower};
 use crate::onnx::ModelFile;
 use crate::report::Report;
 use anyhow::anyhow;
+use ditfastattn_plans::Cfg;
 use std::path::{Path, PathBuf};
 
 pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
@@ -21,8 +22,16 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
     refuse_bad_output(&model, path, &output, args.force)?;
     let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
         .map_err(inputs_failure)?;
-    let lowered = lower(&model, &survey, &plan, args.request_inputs.into())
-        .map_err(|e| Failure::No(e.into()))?;
+    let state = match args.state {
+        StateArg::Hidden => State::Hidden(args.request_inputs.into()),
+        StateArg::Io => State::Io(Told::Step),
+    };
+    if args.state == StateArg::Io && plan.cfg == Cfg::Separate {
+        return Err(Failure::No(anyhow!(
+            "the plan's cfg is separate, in which one run of a step reads what the other left; explicit state has one state per run: use a plan with cond-first or uncond-first, or --state hidden"
+        )));
+    }
+    let lowered = lower(&model, &survey, &plan, state).map_err(|e| Failure::No(e.into()))?;
     if !args.dry_run {
         write(&output, &lowered.pieces)?;
     }

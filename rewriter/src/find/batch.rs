@@ -60,11 +60,12 @@ impl Batch {
     /// Whether the rows of the batch lie one after the other in `value`, all of them. A leading axis that is the batch and
     /// nothing else shows it; one that is folded from several must have been followed all the way from the inputs.
     pub fn is_outermost(&self, facts: &Facts, value: &str) -> bool {
-        let whole = facts
+        let depends = facts
             .shape(value)
-            .and_then(|s| s.first()?.over(&BATCH.into()))
-            .is_some_and(|rest| rest.is_whole());
-        is_batch(facts, value) || (whole && self.places.get(value).and_then(Dim::known) == Some(1))
+            .and_then(<[Dim]>::first)
+            .is_some_and(|d| d.depends_on(BATCH));
+        is_batch(facts, value)
+            || (depends && self.places.get(value).and_then(Dim::known) == Some(1))
     }
 }
 

@@ -85,6 +85,19 @@ fn wildcard(pattern: &str, name: &str) -> bool {
 }
 
 impl Choice {
+    /// The first pattern that means none of these layers, and the option it was given to.
+    pub fn unmatched(&self, layers: &[String]) -> Option<(&'static str, &Pattern)> {
+        let all = [("--only", &self.only), ("--skip", &self.skip)];
+        all.into_iter()
+            .flat_map(|(option, patterns)| patterns.iter().map(move |p| (option, p)))
+            .find(|(_, p)| {
+                !layers
+                    .iter()
+                    .enumerate()
+                    .any(|(i, name)| p.matches(i, name))
+            })
+    }
+
     /// Whether the layer is to be rewritten; else the option that excludes it.
     pub fn excludes(&self, index: usize, name: &str) -> Option<String> {
         let any = |patterns: &[Pattern]| patterns.iter().any(|p| p.matches(index, name));

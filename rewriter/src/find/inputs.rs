@@ -37,6 +37,14 @@ pub enum InputsError {
         "no latents input found: expected a floating-point input of rank 3 or more among {inputs}; name it with --latents-input"
     )]
     NoLatents { inputs: String },
+    #[error(
+        "{option} {pattern}: no such layer; the model has {layers} self-attention layer(s), indices from 0; `dfa-rewrite inspect` lists them with their names"
+    )]
+    NoSuchLayer {
+        option: &'static str,
+        pattern: String,
+        layers: usize,
+    },
 }
 
 /// Finds the inputs by structure first and by customary names only to break ties.

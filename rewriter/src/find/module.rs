@@ -87,10 +87,16 @@ pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module,
     let region = match check(scene, &inside, &sources, core, &retargeted) {
         Ok(region) => region,
         Err(_) => {
-            // Second try: every shape that can be written without the batch is.
+            // Second try: every shape from outside that can be written without the batch is.
+            let from_outside = |i: &&usize| {
+                let shape = graph.nodes[**i].input(1);
+                let producer = shape.and_then(|s| graph.producer_index(s));
+                producer.is_none_or(|(p, _)| !inside.contains(&p))
+            };
             retargeted = inside
                 .iter()
                 .filter(|&&i| graph.nodes[i].is("Reshape") || graph.nodes[i].is("Expand"))
+                .filter(from_outside)
                 .filter_map(|&i| Some((i, target::batch_free(facts, i, &graph.nodes[i])?)))
                 .collect();
             inside = self::region(graph, core, &sources, &sinks.values, &retargeted);
@@ -219,6 +225,17 @@ fn check(
         |v: &str| v == core.out.value || produced.contains(v) || sources.iter().any(|s| s == v);
     let mut selected = BTreeSet::new();
     for operand in [&core.q, &core.k, &core.v] {
+        let rows = operand.size(facts, 'B');
+        if rows.is_none_or(|d| !d.depends_on(BATCH)) && !batch_is_one(graph, facts) {
+            return Err(Reason::new(
+                format!(
+                    "`{}` {} of the attention core is not known to have the rows of the batch",
+                    operand.value,
+                    facts.show(&operand.value)
+                ),
+                [graph.nodes[core.anchor].label()],
+            ));
+        }
         if !is_inside(&operand.value) {
             return Err(Reason::new(
                 format!(
@@ -247,8 +264,13 @@ fn check(
                 selected.insert(value.to_owned());
             }
         }
-        if facts.static_batch.is_some() && !retargeted.contains_key(&index) {
+        if retargeted.contains_key(&index) {
+            continue;
+        }
+        if facts.static_batch.is_some() {
             batch_not_baked_in(facts, index, node)?;
+        } else if traced_rows(facts, node) {
+            return Err(baked(node));
         }
     }
     // The op halves a mask with the batch by itself.
@@ -309,12 +331,37 @@ fn batch_not_baked_in(facts: &Facts, index: usize, node: &Node) -> Result<(), Re
         _ => false,
     };
     if baked {
-        return Err(Reason::new(
-            "the exporter baked the batch into a constant here",
-            [node.label()],
-        ));
+        Err(self::baked(node))
+    } else {
+        Ok(())
     }
-    Ok(())
+}
+
+fn baked(node: &Node) -> Reason {
+    Reason::new(
+        "the exporter baked the batch into a constant here",
+        [node.label()],
+    )
+}
+
+/// For graphs whose batch is said to be dynamic: a `Reshape` that turns the batch into a literal number of rows all the same,
+/// as TorchScript does with shapes that Python computed.
+fn traced_rows(facts: &Facts, node: &Node) -> bool {
+    let first = |v: &str| facts.shape(v).and_then(|s| s.first().cloned());
+    let rows_in = node
+        .input(0)
+        .and_then(first)
+        .is_some_and(|d| d.depends_on(BATCH));
+    let literal_out = first(node.output(0))
+        .and_then(|d| d.known())
+        .is_some_and(|n| n > 1);
+    // Elsewhere in the result the batch is whole: it only lies behind other axes.
+    let whole = facts.shape(node.output(0)).is_some_and(|s| {
+        s.iter().any(|d| {
+            d.depends_on(BATCH) && d.over(&BATCH.into()).is_some_and(|rest| rest.is_whole())
+        })
+    });
+    node.is("Reshape") && rows_in && literal_out && !whole
 }
 
 /// Nodes `inside` that the outside still needs: cheap ones may run twice.

@@ -19,7 +19,7 @@ pub struct Operand {
 /// One step from a value of the graph to what the op reads. Of the op's result it is read backwards.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Prep {
-    /// [B, S, C] · weights [C, W] (+ bias [W]): a projection inside a fused operator.
+    /// `[B, S, C]` · weights `[C, W]` (+ bias `[W]`): a projection inside a fused operator.
     Project {
         weights: String,
         bias: Option<String>,

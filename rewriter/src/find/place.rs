@@ -215,7 +215,6 @@ pub fn follow(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize
             let picked = negative(node.int("axis").unwrap_or(0), rank)?;
             let indices = facts.shape(node.input(1)?)?.len();
             match picked.cmp(&axis) {
-                std::cmp::Ordering::Equal if indices == 1 => moved(axis),
                 std::cmp::Ordering::Equal => None,
                 std::cmp::Ordering::Greater => moved(axis),
                 std::cmp::Ordering::Less => moved((axis + indices).checked_sub(1)?),

@@ -46,6 +46,17 @@ pub enum Text {
     Scattered,
 }
 
+impl Text {
+    /// How many tokens are text, if that is a number.
+    pub fn known(&self) -> Option<i64> {
+        match self {
+            Self::None => Some(0),
+            Self::Known { pieces, .. } => pieces.iter().map(|p| p.tokens.known()).sum(),
+            Self::Scattered => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct Streams {
     flows: HashMap<String, Flow>,

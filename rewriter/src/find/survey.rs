@@ -136,7 +136,19 @@ pub fn survey(
             (index, found)
         })
         .collect();
-    set_decoders_aside(graph, &dependence, choice, &mut found);
+    set_decoders_aside(graph, choice, &mut found);
+    let layers: Vec<String> = found
+        .iter()
+        .filter(|(_, f)| matches!(f, Found::Candidate(_)))
+        .map(|(node, _)| graph.nodes[*node].label().to_owned())
+        .collect();
+    if let Some((option, pattern)) = choice.unmatched(&layers) {
+        return Err(InputsError::NoSuchLayer {
+            option,
+            pattern: pattern.to_string(),
+            layers: layers.len(),
+        });
+    }
     let kinds = into_kinds(graph, &facts, &inputs, choice, found);
     let mut sites: Vec<Site> = kinds
         .into_iter()
@@ -215,13 +227,7 @@ fn quantized_sources(graph: &Graph, sources: BTreeSet<String>) -> BTreeSet<Strin
 
 /// An image decoder behind the transformer in the same file has attention that depends on latents and timestep too. It
 /// stands alone: fewer sites of another shape, all after the transformer's and fed by them.
-fn set_decoders_aside(
-    graph: &Graph,
-    dependence: &Dependence,
-    choice: &Choice,
-    found: &mut [(usize, Found)],
-) {
-    let _ = dependence;
+fn set_decoders_aside(graph: &Graph, choice: &Choice, found: &mut [(usize, Found)]) {
     let shape = |c: &Candidate| (c.core.heads, c.core.head_dim);
     let mut groups: HashMap<_, Vec<usize>> = HashMap::new();
     for (at, (_, found)) in found.iter().enumerate() {

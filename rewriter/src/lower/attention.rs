@@ -13,6 +13,8 @@ pub struct Attention<'a> {
     pub layer: &'a Layer,
     pub ticket: &'a str,
     pub text: &'a TextTokens,
+    /// Explicit state: attributes, and where R comes from and goes to.
+    pub io: Option<(&'a [AttributeProto], &'a str, &'a str)>,
     /// What the names of this layer's new values and nodes begin with.
     pub prefix: &'a str,
     /// Values that have another name where the op stands.
@@ -57,6 +59,13 @@ impl Attention<'_> {
             (None, Some(text)) => inputs.extend(["", text]),
             (None, None) => {}
         }
+        let mut outputs = Vec::new();
+        if let Some((state, past, present)) = self.io {
+            inputs.resize(6, "");
+            inputs.push(past);
+            outputs.push(present);
+            attributes.extend_from_slice(state);
+        }
         let result = self.name_here(&core.out.value).to_owned();
         let merged = matches!(core.out.prep.as_slice(), [Prep::SplitHeads(_)]);
         let out = if merged {
@@ -64,13 +73,14 @@ impl Attention<'_> {
         } else {
             result.clone()
         };
+        outputs.insert(0, &out);
         let name = w.names.fresh(&format!("{prefix}/attention"));
         w.nodes.push(build::node(
             DOMAIN,
             "DiTFastAttn",
             name,
             &inputs,
-            &[&out],
+            &outputs,
             &attributes,
         ));
         if merged {

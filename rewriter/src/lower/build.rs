@@ -1,10 +1,7 @@
 //! Pieces that every patch is made of: fresh names, nodes, type annotations, subgraphs.
 
-use crate::onnx::{
-    AttributeProto, DimensionProto, Graph, NodeProto, TensorProto, TensorShapeProto,
-    TensorTypeProto, TypeProto, ValueInfoProto, elem_type,
-};
-use crate::shapes::Fact;
+use crate::onnx::{AttributeProto, Graph, NodeProto, TensorProto, ValueInfoProto, elem_type};
+use crate::shapes::{Dim, Fact};
 use bytes::Bytes;
 use prost::Message;
 use std::collections::HashSet;
@@ -62,27 +59,31 @@ pub fn node(
 
 /// A type annotation with known sizes only; symbolic sizes stay open, and so does the batch that ASC halves.
 pub fn value_info(name: &str, fact: &Fact) -> Bytes {
-    let shape = fact.shape.as_ref().map(|dims| TensorShapeProto {
-        dim: dims
-            .iter()
-            .map(|d| DimensionProto {
-                dim_value: d.known(),
-                dim_param: None,
-            })
-            .collect(),
+    let sizes = |dims: &Vec<Dim>| dims.iter().map(Dim::known).collect();
+    annotation(name, fact.elem_type, fact.shape.as_ref().map(sizes))
+}
+
+/// As [`value_info`], with any number of rows: those of a state, of which there are none at the start.
+pub fn any_rows(name: &str, fact: &Fact) -> Bytes {
+    let sizes = fact.shape.as_ref().map(|dims| {
+        let mut sizes: Vec<_> = dims.iter().map(Dim::known).collect();
+        if let Some(rows) = sizes.first_mut() {
+            *rows = None;
+        }
+        sizes
     });
-    let tensor_type = TensorTypeProto {
-        elem_type: fact.elem_type,
-        shape,
-    };
-    ValueInfoProto {
-        name: name.into(),
-        r#type: Some(TypeProto {
-            tensor_type: Some(tensor_type),
-        }),
-    }
-    .encode_to_vec()
-    .into()
+    annotation(name, fact.elem_type, sizes)
+}
+
+/// A type annotation with these sizes, `None` for an open one.
+pub fn sized(name: &str, elem_type: i32, sizes: &[Option<i64>]) -> Bytes {
+    annotation(name, elem_type, Some(sizes.to_vec()))
+}
+
+fn annotation(name: &str, elem_type: i32, sizes: Option<Vec<Option<i64>>>) -> Bytes {
+    ValueInfoProto::tensor(name, elem_type, sizes)
+        .encode_to_vec()
+        .into()
 }
 
 /// Nodes in the making: every helper appends to them and returns the name of its result.
@@ -122,8 +123,13 @@ impl Writer<'_> {
 
     /// A vector of integers, such as a shape.
     pub fn ints(&mut self, near: &str, values: &[i64]) -> String {
-        let raw: Vec<u8> = values.iter().flat_map(|i| i.to_le_bytes()).collect();
-        self.constant(near, elem_type::INT64, vec![values.len() as i64], raw)
+        self.int_tensor(near, vec![values.len() as i64], values)
+    }
+
+    /// Integers of any shape.
+    pub fn int_tensor(&mut self, near: &str, dims: Vec<i64>, values: &[i64]) -> String {
+        let raw = values.iter().flat_map(|i| i.to_le_bytes()).collect();
+        self.constant(near, elem_type::INT64, dims, raw)
     }
 
     /// One integer without axes.

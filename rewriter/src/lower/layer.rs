@@ -5,7 +5,7 @@ use super::attention::Attention;
 use super::build::{self, Names, Writer};
 use super::step::Step;
 use super::text::TextTokens;
-use super::{DOMAIN, LowerError};
+use super::{DOMAIN, LowerError, io};
 use crate::find::{Layer, Module, Survey, Target};
 use crate::onnx::{AttributeProto, Graph, Node, NodeProto};
 use crate::shapes::Fact;
@@ -70,33 +70,51 @@ impl Lowering<'_> {
         fact
     }
 
-    fn attention<'a>(&'a self, renamed: &'a HashMap<String, String>) -> Attention<'a> {
+    fn attention<'a>(
+        &'a self,
+        renamed: &'a HashMap<String, String>,
+        present: &'a str,
+    ) -> Attention<'a> {
+        let io = self.step.io.as_ref().map(|io| {
+            let state = &io.layers[self.layer.index];
+            (
+                io.attributes.as_slice(),
+                state.past_residual.as_str(),
+                present,
+            )
+        });
         Attention {
             survey: self.survey,
             layer: self.layer,
             ticket: &self.step.ticket,
             text: self.text,
+            io,
             prefix: self.prefix,
             renamed,
         }
     }
 
-    /// One of the ops around the attention: `x`, ticket → result.
+    /// One of the ops around the attention: `x`, ticket, past output if any → result.
     fn around(
         &self,
         w: &mut Writer<'_>,
         op: &str,
-        x: &str,
+        (x, past): (&str, Option<&str>),
         result: &str,
         mut attributes: Vec<AttributeProto>,
     ) {
         attributes.insert(0, AttributeProto::int("layer", self.layer.index as i64));
         let name = w.names.fresh(&format!("{result}/op"));
+        let mut inputs = vec![x, &self.step.ticket];
+        inputs.extend(past);
+        if let Some(io) = &self.step.io {
+            attributes.extend_from_slice(&io.attributes);
+        }
         w.nodes.push(build::node(
             DOMAIN,
             op,
             name,
-            &[x, &self.step.ticket],
+            &inputs,
             &[result],
             &attributes,
         ));
@@ -123,14 +141,18 @@ impl Lowering<'_> {
     }
 
     fn core_form(&self, names: &mut Names) -> Patch {
-        let core = &self.layer.core;
+        let out = &self.layer.core.out.value;
         let mut w = Writer {
             nodes: Vec::new(),
             names,
         };
-        self.attention(&HashMap::new()).write(&mut w);
-        let out = &core.out.value;
-        let annotate = core.out.prep.is_empty() && !self.graph.value_info.contains_key(out);
+        if self.step.io.is_some() {
+            self.core_with_state(&mut w);
+        } else {
+            self.attention(&HashMap::new(), "").write(&mut w);
+        }
+        let annotate = (self.step.io.is_some() || self.layer.core.out.prep.is_empty())
+            && !self.graph.value_info.contains_key(out);
         Patch {
             position: self.position(out),
             nodes: w.nodes,
@@ -140,6 +162,24 @@ impl Lowering<'_> {
                 .into_iter()
                 .collect(),
         }
+    }
+
+    /// The core form where the graph carries the state: without a memory of its own the op cannot serve `ast`, so an `If` does.
+    fn core_with_state(&self, w: &mut Writer<'_>) {
+        let core = &self.layer.core;
+        let computed = w.names.fresh(&format!("{}/computed", self.prefix));
+        let renamed = HashMap::from([(core.out.value.clone(), computed.clone())]);
+        let present = w.names.fresh(&format!("{}/residual", self.prefix));
+        let outside = std::mem::take(&mut w.nodes);
+        self.attention(&renamed, &present).write(w);
+        let fact = self.fact(&core.out.value);
+        let outputs = vec![build::value_info(&computed, &fact)];
+        let sinks = std::slice::from_ref(&core.out.value);
+        let compute = std::mem::replace(&mut w.nodes, outside);
+        let if_node = self.either(w, compute, (outputs, Vec::new()), &present, sinks, |_| {
+            core.q.value.as_str()
+        });
+        w.nodes.push(if_node);
     }
 
     fn module_form(&self, module: &Module, names: &mut Names) -> Result<Patch, LowerError> {
@@ -153,10 +193,17 @@ impl Lowering<'_> {
         let mut inner_info = Vec::new();
         for value in module.sources.iter().chain(&module.selected) {
             let selected = &renamed[value];
-            self.around(&mut w, "DiTFastAttnSelect", value, selected, Vec::new());
+            self.around(
+                &mut w,
+                "DiTFastAttnSelect",
+                (value, None),
+                selected,
+                Vec::new(),
+            );
             inner_info.push(build::value_info(selected, &self.fact(value)));
         }
-        self.inside(module, &renamed, &mut w)?;
+        let present = w.names.fresh(&format!("{prefix}/residual"));
+        self.inside(module, &renamed, &present, &mut w)?;
         let core = &self.layer.core;
         let result = renamed.get(&core.out.value).unwrap_or(&core.out.value);
         if core.out.prep.is_empty() && !module.sinks.contains(&core.out.value) {
@@ -166,35 +213,15 @@ impl Lowering<'_> {
         for (sink, value) in module.sinks.iter().enumerate() {
             let shared = w.names.fresh(&format!("{prefix}/shared"));
             let place = Self::place(sink, sinks);
-            self.around(&mut w, "DiTFastAttnShare", &renamed[value], &shared, place);
+            let computed = (renamed[value].as_str(), None);
+            self.around(&mut w, "DiTFastAttnShare", computed, &shared, place);
             outputs.push(build::value_info(&shared, &self.fact(value)));
         }
-        let nodes = std::mem::take(&mut w.nodes);
-        let full = build::branch(format!("{prefix}/compute"), nodes, outputs, inner_info);
-
-        let mut outputs = Vec::new();
-        for (sink, value) in module.sinks.iter().enumerate() {
-            let reused = w.names.fresh(&format!("{prefix}/reused"));
-            let source = &module.sources[sink.min(module.sources.len() - 1)];
-            let mut attributes = Self::place(sink, sinks);
-            let fold = self.fold(source, value);
-            if fold != 1 {
-                attributes.push(AttributeProto::int("fold", fold));
-            }
-            self.around(&mut w, "DiTFastAttnReuse", source, &reused, attributes);
-            outputs.push(build::value_info(&reused, &self.fact(value)));
-        }
-        let nodes = std::mem::take(&mut w.nodes);
-        let cached = build::branch(format!("{prefix}/cached"), nodes, outputs, Vec::new());
-
-        let branches = [
-            AttributeProto::graph("then_branch", cached),
-            AttributeProto::graph("else_branch", full),
-        ];
-        let name = w.names.fresh(&format!("{prefix}/if"));
-        let results: Vec<&str> = module.sinks.iter().map(String::as_str).collect();
-        let skip = &self.step.skip[self.layer.index];
-        let node = build::node("", "If", name, &[skip], &results, &branches);
+        let compute = std::mem::take(&mut w.nodes);
+        let inner = (outputs, inner_info);
+        let node = self.either(&mut w, compute, inner, &present, &module.sinks, |sink| {
+            &module.sources[sink.min(module.sources.len() - 1)]
+        });
         Ok(Patch {
             position: module
                 .sinks
@@ -215,6 +242,65 @@ impl Lowering<'_> {
                 .map(|s| build::value_info(s, &self.fact(s)))
                 .collect(),
         })
+    }
+
+    /// The `If` of a layer: served from the cache, or computed by the nodes `compute`, whose outputs and annotations are `inner`.
+    /// Where the graph carries the state, `present` is R after the computation. `source` gives the input that a sink is like.
+    fn either<'s>(
+        &self,
+        w: &mut Writer<'_>,
+        compute: Vec<Bytes>,
+        inner: (Vec<Bytes>, Vec<Bytes>),
+        present: &str,
+        sinks: &[String],
+        source: impl Fn(usize) -> &'s str,
+    ) -> Bytes {
+        let prefix = self.prefix;
+        let state = self.step.io.as_ref().map(|io| &io.layers[self.layer.index]);
+        let residual = |name: &str| {
+            build::sized(
+                name,
+                self.layer.core.elem_type,
+                &[None, self.layer.core.heads, None, None],
+            )
+        };
+        let (mut outputs, inner_info) = inner;
+        outputs.extend(state.map(|_| residual(present)));
+        let full = build::branch(format!("{prefix}/compute"), compute, outputs, inner_info);
+
+        let before = std::mem::take(&mut w.nodes);
+        let mut outputs = Vec::new();
+        for (sink, value) in sinks.iter().enumerate() {
+            let reused = w.names.fresh(&format!("{prefix}/reused"));
+            let mut attributes = Self::place(sink, sinks.len());
+            let fold = self.fold(source(sink), value);
+            if fold != 1 {
+                attributes.push(AttributeProto::int("fold", fold));
+            }
+            let past = state.map(|s| s.past_outputs[sink].as_str());
+            let from = (source(sink), past);
+            self.around(w, "DiTFastAttnReuse", from, &reused, attributes);
+            outputs.push(build::value_info(&reused, &self.fact(value)));
+        }
+        if let Some(state) = state {
+            let handed_on = w.names.fresh(&format!("{prefix}/residual_kept"));
+            io::rows(w, &state.past_residual, &state.residual_rows, &handed_on);
+            outputs.push(residual(&handed_on));
+        }
+        let nodes = std::mem::replace(&mut w.nodes, before);
+        let cached = build::branch(format!("{prefix}/cached"), nodes, outputs, Vec::new());
+
+        let branches = [
+            AttributeProto::graph("then_branch", cached),
+            AttributeProto::graph("else_branch", full),
+        ];
+        let name = w.names.fresh(&format!("{prefix}/if"));
+        let results = sinks.iter().map(String::as_str);
+        let results: Vec<&str> = results
+            .chain(state.map(|s| s.present_residual.as_str()))
+            .collect();
+        let skip = &self.step.skip[self.layer.index];
+        build::node("", "If", name, &[skip], &results, &branches)
     }
 
     /// Inside, sources are the selected rows, sinks are not yet doubled, and duplicates need names of their own.
@@ -242,10 +328,11 @@ impl Lowering<'_> {
         &self,
         module: &Module,
         renamed: &HashMap<String, String>,
+        present: &str,
         w: &mut Writer<'_>,
     ) -> Result<(), LowerError> {
         let op_at = self.position(&self.layer.core.out.value);
-        let attention = self.attention(renamed);
+        let attention = self.attention(renamed, present);
         let mut attended = false;
         for &index in &module.inside {
             if index > op_at && !attended {

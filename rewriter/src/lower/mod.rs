@@ -5,6 +5,7 @@
 
 mod attention;
 mod build;
+mod io;
 mod layer;
 mod order;
 mod step;
@@ -12,7 +13,7 @@ mod text;
 
 use crate::find::{Kind, Survey, Target, dead_without};
 use crate::onnx::{GraphEdit, ModelFile};
-use build::Names;
+use build::{Names, Writer};
 use bytes::Bytes;
 use ditfastattn_plans::{Cfg, Plan};
 use sha2::{Digest, Sha256};
@@ -22,6 +23,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 pub const DOMAIN: &str = "ai.ditfastattn";
 pub const DOMAIN_VERSION: i64 = 1;
 
+pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
+
 /// How the optional request inputs are declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RequestInputs {
@@ -30,6 +33,30 @@ pub enum RequestInputs {
     Optional,
     /// Ordinary inputs that every run must feed, as Triton's sequence batcher does.
     Required,
+}
+
+/// How layers with explicit state are told what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The input `dfa_step` (int64, one number): the step's place in the plan, which the graph holds.
+    Step,
+    /// The input `dfa_directives` (int64, one number per layer, see [`directives`]): the plan stays with the caller.
+    Directives,
+}
+
+/// Where layers remember what they leave for later steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// In the library, per request.
+    Hidden(RequestInputs),
+    /// In inputs `past.…` and outputs `present.…` of the graph: no hidden memory at all.
+    Io(Told),
+}
+
+impl From<RequestInputs> for State {
+    fn from(request: RequestInputs) -> Self {
+        Self::Hidden(request)
+    }
 }
 
 /// Why a model and a plan do not go together. Nothing has been written.
@@ -92,6 +119,10 @@ pub enum Form {
 pub struct Lowered {
     pub pieces: Vec<Bytes>,
     pub forms: Vec<Form>,
+    /// Per layer the value that says whether it is served from the cache.
+    pub skip: Vec<String>,
+    /// Per layer the names of its state, where the graph carries it.
+    pub state: Vec<LayerState>,
 }
 
 /// Rewrites `model` for `plan`.
@@ -102,18 +133,22 @@ pub fn lower(
     model: &ModelFile,
     survey: &Survey,
     plan: &Plan,
-    request: RequestInputs,
+    state: impl Into<State>,
 ) -> Result<Lowered, LowerError> {
     refuse_rewritten(model)?;
     check_fit(survey, plan)?;
-    if request == RequestInputs::Optional && model.ir_version < 4 {
+    let state = state.into();
+    if state == State::Hidden(RequestInputs::Optional) && model.ir_version < 4 {
         return Err(LowerError::IrTooOld {
             found: model.ir_version,
         });
     }
     let graph = &model.graph;
     let mut names = Names::new(graph);
-    let step = step::build(survey, plan, request, &mut names)?;
+    let step = match state {
+        State::Hidden(request) => step::build(survey, plan, request, &mut names)?,
+        State::Io(told) => io::build(survey, plan, told, &mut names)?,
+    };
     let mut edit = GraphEdit::default();
     let mut insert: BTreeMap<usize, Vec<Bytes>> = BTreeMap::new();
     let mut moved = BTreeSet::new();
@@ -122,12 +157,21 @@ pub fn lower(
     let mut forms = Vec::new();
     let texts = text::Texts::new(graph, survey);
     for layer in survey.layers() {
-        let text = texts.of(layer, plan)?;
+        let text = match state {
+            State::Hidden(_) => texts.of(layer, plan)?,
+            State::Io(_) => texts.of(layer, plan)?.settled(plan),
+        };
         let patch = layer::build(graph, survey, layer, &step, &text, &mut names)?;
-        insert
-            .entry(patch.position)
-            .or_default()
-            .extend(patch.nodes);
+        let nodes = insert.entry(patch.position).or_default();
+        nodes.extend(patch.nodes);
+        if let Some(io) = &step.io {
+            let mut w = Writer {
+                nodes: Vec::new(),
+                names: &mut names,
+            };
+            io.layers[layer.index].hand_on_outputs(&mut w);
+            nodes.extend(w.nodes);
+        }
         edit.added_value_info.extend(patch.value_info);
         moved.extend(patch.moved);
         dead.extend(dead_without(graph, &layer.core));
@@ -140,7 +184,7 @@ pub fn lower(
     }
     // A constant shared by several layers dies only once all its users have.
     crate::find::sweep_dead(graph, &mut dead, &kept, &step.retargeted(survey));
-    let mut nodes = vec![step.node];
+    let mut nodes = step.nodes;
     for (index, node) in graph.nodes.iter().enumerate() {
         if !moved.contains(&index) && !dead.contains(&index) {
             nodes.push(node.raw.clone());
@@ -149,6 +193,7 @@ pub fn lower(
     }
     edit.nodes = Some(order::topological(nodes));
     edit.added_inputs = step.inputs;
+    edit.added_outputs = step.outputs;
     edit.added_initializers = step.initializers;
     edit.added_value_info.extend(step.value_info);
     for &index in moved.iter().chain(&dead) {
@@ -158,9 +203,14 @@ pub fn lower(
             .extend(outputs.filter(|o| !survives(survey, o)).cloned());
     }
     edit.removed_initializers = unused_initializers(model, &moved, &dead, survey);
-    let metadata = metadata(plan);
+    let metadata = metadata(plan, state);
     let pieces = model.serialize(&edit, Some((DOMAIN, DOMAIN_VERSION)), &metadata);
-    Ok(Lowered { pieces, forms })
+    Ok(Lowered {
+        pieces,
+        forms,
+        skip: step.skip,
+        state: step.io.map_or_else(Vec::new, |io| io.layers),
+    })
 }
 
 /// Values that keep their name and place although their producer moved: the modules' results.
@@ -282,16 +332,20 @@ fn unused_initializers(
 }
 
 /// What tools can read off the file: who wrote it, and the plan itself.
-fn metadata(plan: &Plan) -> Vec<(String, String)> {
+fn metadata(plan: &Plan, state: State) -> Vec<(String, String)> {
     let json = plan.to_json();
     let digest = Sha256::digest(json.as_bytes());
     let hex: String = digest.iter().map(|b| format!("{b:02x}")).collect();
-    vec![
+    let mut metadata = vec![
         (
             "ditfastattn.version".into(),
             env!("CARGO_PKG_VERSION").into(),
         ),
         ("ditfastattn.plan_sha256".into(), hex),
         ("ditfastattn.plan".into(), json),
-    ]
+    ];
+    if matches!(state, State::Io(_)) {
+        metadata.push(("ditfastattn.state".into(), "io".into()));
+    }
+    metadata
 }

@@ -1,6 +1,7 @@
 //! The step op: one per model, in front of everything, with the inputs that say whose step it is.
 
 use super::build::{self, Names};
+use super::io::Io;
 use super::{DOMAIN, LowerError, RequestInputs};
 use crate::find::{Survey, Target};
 use crate::onnx::{AttributeProto, TensorProto, elem_type};
@@ -13,15 +14,18 @@ use std::collections::BTreeMap;
 /// Version of the ops' graph contract; the library refuses a model of another version.
 const CONTRACT: i64 = 1;
 
-/// The step node and the names its outputs have.
+/// The nodes in front of everything, what they add to the graph, and the names that layers read.
 pub struct Step {
-    pub node: Bytes,
+    pub nodes: Vec<Bytes>,
     pub ticket: String,
     /// Per layer: whether AST serves it from the cache.
     pub skip: Vec<String>,
     pub inputs: Vec<Bytes>,
+    pub outputs: Vec<Bytes>,
     pub initializers: Vec<Bytes>,
     pub value_info: Vec<Bytes>,
+    /// The state of a graph that carries it.
+    pub io: Option<Io>,
 }
 
 impl Step {
@@ -118,11 +122,13 @@ pub fn build(
             .map(|s| build::value_info(s, &Fact::of(elem_type::BOOL, Some(vec![])))),
     );
     Ok(Step {
-        node,
+        nodes: vec![node],
         ticket,
         skip,
         inputs,
+        outputs: Vec::new(),
         initializers,
         value_info,
+        io: None,
     })
 }

@@ -3,7 +3,7 @@
 use super::LowerError;
 use crate::find::{Layer, Piece, Survey, Text};
 use crate::onnx::Graph;
-use ditfastattn_plans::Plan;
+use ditfastattn_plans::{Plan, Side};
 use std::collections::BTreeSet;
 
 /// What the op is told about text.
@@ -20,6 +20,20 @@ pub enum TextTokens {
         axes: Vec<(String, usize)>,
         at_start: bool,
     },
+}
+
+impl TextTokens {
+    /// The same without a plan at hand when the model runs: the plan's word, where it has one, is fixed now.
+    pub fn settled(self, plan: &Plan) -> Self {
+        match (self, plan.text) {
+            (Self::Never, _) => Self::Never,
+            (_, Some(text)) => Self::Fixed {
+                tokens: text.tokens as i64,
+                at_start: text.side == Side::Start,
+            },
+            (told, None) => told,
+        }
+    }
 }
 
 /// Text of all layers of a model.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 const FIELD_IR_VERSION: u32 = 1;
 const FIELD_PRODUCER: u32 = 2;
-const FIELD_GRAPH: u32 = 7;
+pub(super) const FIELD_GRAPH: u32 = 7;
 const FIELD_OPSET_IMPORT: u32 = 8;
 const FIELD_METADATA: u32 = 14;
 const FIELD_FUNCTIONS: u32 = 25;
@@ -132,6 +132,10 @@ impl ModelFile {
             functions,
             fields,
         })
+    }
+
+    pub(super) fn fields(&self) -> &[Field] {
+        &self.fields
     }
 
     /// The opset version of the ONNX domain, 0 if it is not imported.

@@ -10,11 +10,11 @@ use bytes::Bytes;
 use prost::Message;
 use std::collections::{HashMap, HashSet};
 
-const FIELD_NODE: u32 = 1;
-const FIELD_INITIALIZER: u32 = 5;
-const FIELD_INPUT: u32 = 11;
-const FIELD_OUTPUT: u32 = 12;
-const FIELD_VALUE_INFO: u32 = 13;
+pub(super) const FIELD_NODE: u32 = 1;
+pub(super) const FIELD_INITIALIZER: u32 = 5;
+pub(super) const FIELD_INPUT: u32 = 11;
+pub(super) const FIELD_OUTPUT: u32 = 12;
+pub(super) const FIELD_VALUE_INFO: u32 = 13;
 
 /// A node: decoded, and the bytes it came from.
 #[derive(Clone, Debug)]
@@ -92,6 +92,19 @@ impl Node {
         self.attributes
             .iter()
             .any(|a| a.g.is_some() || !a.graphs.is_empty())
+    }
+
+    /// The nodes of its subgraphs, of which those that cannot be read are left out.
+    pub fn inner(&self) -> Vec<Node> {
+        let graphs = self
+            .attributes
+            .iter()
+            .flat_map(|a| a.g.iter().chain(&a.graphs));
+        let fields = graphs.filter_map(|g| wire::split(g).ok()).flatten();
+        fields
+            .filter(|f| f.number == FIELD_NODE)
+            .filter_map(|f| Self::read(f.payload?))
+            .collect()
     }
 
     /// Reads a serialized node; `None` if it is none.
@@ -239,6 +252,11 @@ pub struct Graph {
 }
 
 impl Graph {
+    /// Reads the graph of a branch; `None` if it is none.
+    pub fn read(graph: &Bytes) -> Option<Self> {
+        Self::parse(graph).ok()
+    }
+
     pub(super) fn parse(graph: &Bytes) -> Result<Self, String> {
         let fields = wire::split(graph).map_err(|e| format!("bad graph: {e}"))?;
         let mut nodes = Vec::new();
@@ -412,6 +430,10 @@ impl Graph {
         names
     }
 
+    pub(super) fn fields(&self) -> &[Field] {
+        &self.fields
+    }
+
     pub(super) fn initializer_payloads(&self) -> impl Iterator<Item = Bytes> + '_ {
         self.fields
             .iter()
@@ -453,6 +475,7 @@ impl Graph {
         for (number, messages) in [
             (FIELD_INITIALIZER, &edit.added_initializers),
             (FIELD_INPUT, &edit.added_inputs),
+            (FIELD_OUTPUT, &edit.added_outputs),
             (FIELD_VALUE_INFO, &edit.added_value_info),
         ] {
             for message in messages {
@@ -472,5 +495,6 @@ pub struct GraphEdit {
     pub removed_value_info: HashSet<String>,
     pub added_initializers: Vec<Bytes>,
     pub added_inputs: Vec<Bytes>,
+    pub added_outputs: Vec<Bytes>,
     pub added_value_info: Vec<Bytes>,
 }

@@ -7,6 +7,7 @@
 mod constant;
 mod file;
 mod graph;
+mod part;
 mod proto;
 mod wire;
 

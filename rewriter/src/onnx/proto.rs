@@ -222,6 +222,24 @@ pub struct ValueInfoProto {
     pub r#type: Option<TypeProto>,
 }
 
+impl ValueInfoProto {
+    /// A tensor of these sizes, `None` for an open one; without `sizes` of any rank.
+    pub fn tensor(name: &str, elem_type: i32, sizes: Option<Vec<Option<i64>>>) -> Self {
+        let dimension = |dim_value| DimensionProto {
+            dim_value,
+            dim_param: None,
+        };
+        let shape = sizes.map(|sizes| TensorShapeProto {
+            dim: sizes.into_iter().map(dimension).collect(),
+        });
+        let tensor_type = Some(TensorTypeProto { elem_type, shape });
+        Self {
+            name: name.into(),
+            r#type: Some(TypeProto { tensor_type }),
+        }
+    }
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct TypeProto {
     #[prost(message, optional, tag = "1")]

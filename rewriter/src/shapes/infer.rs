@@ -2,7 +2,7 @@
 
 use super::dim::{Dim, Symbol, Symbols};
 use super::ops;
-use crate::onnx::{Constant, Data, Graph, TypeProto};
+use crate::onnx::{Constant, Data, Graph, Node, TypeProto};
 use std::collections::{HashMap, HashSet};
 
 /// The batch dimension of the latents; with classifier-free guidance in one run, both halves.
@@ -103,6 +103,20 @@ impl Facts {
         self.facts.get(value)?.shape.as_deref()
     }
 
+    /// The node at which the shape of `value` was lost: its operands have one, its result has none.
+    pub fn lost_at<'g>(&self, graph: &'g Graph, value: &str) -> Option<&'g Node> {
+        let mut at = value;
+        for _ in 0..graph.nodes.len() {
+            let (node, _) = graph.producer(at)?;
+            let inputs = node.proto.input.iter().filter(|i| !i.is_empty());
+            match inputs.into_iter().find(|i| self.shape(i).is_none()) {
+                Some(unknown) => at = unknown,
+                None => return Some(node),
+            }
+        }
+        None
+    }
+
     /// `[batch, 64, 72]`, or `unknown`.
     pub fn show(&self, value: &str) -> String {
         match self.shape(value) {
@@ -148,6 +162,14 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         .map(String::as_str)
         .filter(|name| !name.is_empty())
         .collect();
+    // Where the latents' name for the batch is used elsewhere too, the exporter was told that the batch is shared.
+    let is_shared = latents.is_some_and(|latents| {
+        graph.inputs.iter().any(|i| {
+            i.name != latents
+                && i.dims.as_ref().and_then(|d| d.first()) == latent_dims.as_ref()
+                && matches!(latent_dims, Some(Err(_)))
+        })
+    });
     let mut facts = HashMap::new();
     for input in &graph.inputs {
         let is_position_table = input.name.to_ascii_lowercase().ends_with("_ids");
@@ -164,6 +186,7 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
                     Err(name)
                         if axis == 0
                             && matches!(latent_dims, Some(Err(_)))
+                            && !is_shared
                             && !is_position_table
                             && !other_axes.contains(name.as_str()) =>
                     {
@@ -185,46 +208,110 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         Some(Err(name)) if !name.is_empty() => Some(name),
         _ => None,
     };
-    let mut batch_literals = HashMap::new();
-    for (index, node) in graph.nodes.iter().enumerate() {
-        let inputs: Vec<Fact> = node
-            .proto
-            .input
-            .iter()
-            .map(|name| facts.get(name).cloned().unwrap_or_default())
-            .collect();
-        let mut context = ops::Context {
-            graph,
-            node,
-            inputs: &inputs,
-            symbols: &mut symbols,
-            static_batch,
-            repaired: None,
-        };
-        let inferred = ops::outputs(&mut context);
-        if let Some(target) = context.repaired {
-            batch_literals.insert(index, target);
-        }
-        for (slot, name) in node.proto.output.iter().enumerate() {
-            let mut fact = inferred.get(slot).cloned().unwrap_or_default();
-            if let Some(annotated) = graph.value_info.get(name) {
-                let annotated =
-                    from_annotation(annotated, &mut symbols, batch_name.as_deref(), static_batch);
-                if fact.elem_type == 0 {
-                    fact.elem_type = annotated.elem_type;
-                }
-                if fact.shape.is_none() {
-                    fact.shape = annotated.shape;
-                }
-            }
-            facts.insert(name.clone(), fact);
-        }
-    }
-    Facts {
+    let mut walk = Walk {
         symbols,
         static_batch,
+        batch_name,
         facts,
-        batch_literals,
+        batch_literals: HashMap::new(),
+    };
+    walk.nodes(graph, 0);
+    Facts {
+        symbols: walk.symbols,
+        static_batch,
+        facts: walk.facts,
+        batch_literals: walk.batch_literals,
+    }
+}
+
+/// What is known so far.
+struct Walk {
+    symbols: Symbols,
+    static_batch: Option<i64>,
+    batch_name: Option<String>,
+    facts: HashMap<String, Fact>,
+    batch_literals: HashMap<usize, Vec<i64>>,
+}
+
+/// Exporters nest conditions one or two deep.
+const MAX_DEPTH: usize = 4;
+
+impl Walk {
+    /// Goes through `graph`, which lies inside `depth` conditions.
+    fn nodes(&mut self, graph: &Graph, depth: usize) {
+        for (index, node) in graph.nodes.iter().enumerate() {
+            let inferred = if node.is("If") {
+                self.condition(node, depth)
+            } else {
+                let inputs: Vec<Fact> = node
+                    .proto
+                    .input
+                    .iter()
+                    .map(|name| self.facts.get(name).cloned().unwrap_or_default())
+                    .collect();
+                let mut context = ops::Context {
+                    graph,
+                    node,
+                    inputs: &inputs,
+                    symbols: &mut self.symbols,
+                    static_batch: self.static_batch,
+                    repaired: None,
+                };
+                let inferred = ops::outputs(&mut context);
+                if let Some(target) = context.repaired
+                    && depth == 0
+                {
+                    self.batch_literals.insert(index, target);
+                }
+                inferred
+            };
+            for (slot, name) in node.proto.output.iter().enumerate() {
+                let mut fact = inferred.get(slot).cloned().unwrap_or_default();
+                if let Some(annotated) = graph.value_info.get(name) {
+                    let annotated = from_annotation(
+                        annotated,
+                        &mut self.symbols,
+                        self.batch_name.as_deref(),
+                        self.static_batch,
+                    );
+                    if fact.elem_type == 0 {
+                        fact.elem_type = annotated.elem_type;
+                    }
+                    if fact.shape.is_none() {
+                        fact.shape = annotated.shape;
+                    }
+                }
+                self.facts.insert(name.clone(), fact);
+            }
+        }
+    }
+
+    /// TorchScript exports `squeeze` as a condition on a size: the branch that is taken, or what both agree on.
+    fn condition(&mut self, node: &Node, depth: usize) -> Vec<Fact> {
+        let taken = node
+            .input(0)
+            .and_then(|c| self.facts.get(c)?.known_ints()?.first().copied());
+        let branches: &[&str] = match taken {
+            Some(0) => &["else_branch"],
+            Some(_) => &["then_branch"],
+            None => &["then_branch", "else_branch"],
+        };
+        let mut results = branches.iter().map(|branch| {
+            let body = node.attribute(branch)?.g.as_ref()?;
+            let body = (depth < MAX_DEPTH).then(|| Graph::read(body))??;
+            self.nodes(&body, depth + 1);
+            let facts = body.outputs.iter();
+            Some(
+                facts
+                    .map(|o| self.facts.get(o).cloned().unwrap_or_default())
+                    .collect::<Vec<_>>(),
+            )
+        });
+        let first = results.next().flatten().unwrap_or_default();
+        match results.next() {
+            Some(second) if second.as_ref() != Some(&first) => Vec::new(),
+            _ => first,
+        }
     }
 }
 

@@ -148,6 +148,17 @@ fn onnx(c: &mut Context, op: &str) -> Option<Fact> {
         "MatMulInteger" => matmul(c.shape(0)?, c.shape(1)?, elem_type::INT32),
         "Gemm" => gemm(c),
         "Conv" => conv(c),
+        "ConvTranspose" => conv_transpose(c),
+        "MaxPool" | "AveragePool" | "LpPool" => pool(c),
+        "GlobalAveragePool" | "GlobalMaxPool" => {
+            let dims = c.shape(0)?;
+            let kept = dims.iter().take(2).cloned();
+            let ones = dims.iter().skip(2).map(|_| Dim::from(1));
+            Some(Fact::of(c.ty(0), Some(kept.chain(ones).collect())))
+        }
+        "Resize" | "Upsample" => resize(c),
+        "Pad" => pad(c),
+        "DepthToSpace" | "SpaceToDepth" => blocks(c, op),
         "Einsum" => einsum(c),
         "Attention" => attention(c),
         "ConstantOfShape" => constant_of_shape(c),
@@ -803,6 +814,123 @@ fn conv(c: &mut Context) -> Option<Fact> {
         });
     }
     Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+/// Sizes as they come out of a transposed convolution; unusual padding leaves them open.
+fn conv_transpose(c: &mut Context) -> Option<Fact> {
+    let (x, w) = (c.shape(0)?.to_vec(), c.shape(1)?.to_vec());
+    if x.len() < 3 || x.len() != w.len() {
+        return None;
+    }
+    let spatial = x.len() - 2;
+    let channels = w[1].times(&c.node.int("group").unwrap_or(1).into())?;
+    let mut dims = vec![x[0].clone(), channels];
+    let list = |name: &str, default: i64, len: usize| {
+        let given = c.node.ints(name).filter(|v| v.len() == len);
+        given.map_or_else(|| vec![default; len], <[i64]>::to_vec)
+    };
+    let (strides, dilations) = (list("strides", 1, spatial), list("dilations", 1, spatial));
+    let (pads, extra) = (
+        list("pads", 0, 2 * spatial),
+        list("output_padding", 0, spatial),
+    );
+    let plain =
+        c.node.attribute("auto_pad").is_none() && c.node.attribute("output_shape").is_none();
+    for i in 0..spatial {
+        let size = (|| {
+            let (input, kernel) = (x[i + 2].known()?, w[i + 2].known()?);
+            let reach = dilations[i].checked_mul(kernel - 1)?.checked_add(1)?;
+            let grown = strides[i].checked_mul(input - 1)?.checked_add(reach)?;
+            let size = grown.checked_add(extra[i])?;
+            plain.then(|| size - pads[i] - pads[i + spatial])
+        })();
+        dims.push(size.map_or_else(|| c.fresh(), Dim::from));
+    }
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+/// Pooling keeps the rank, the batch and the channels; its sizes matter to no attention.
+fn pool(c: &mut Context) -> Option<Fact> {
+    let dims = c.shape(0)?.to_vec();
+    let dims = dims
+        .into_iter()
+        .enumerate()
+        .map(|(axis, d)| if axis < 2 { d } else { c.fresh() })
+        .collect();
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+/// Interpolation: sizes given, or each the input's times a whole scale.
+fn resize(c: &mut Context) -> Option<Fact> {
+    let dims = c.shape(0)?.to_vec();
+    if let Some(sizes) = c.value(3).and_then(ints_value) {
+        let sizes = (sizes.len() == dims.len()).then(|| sizes.to_vec());
+        return Some(Fact::of(c.ty(0), Some(sizes?)));
+    }
+    let slot = if c.node.is("Upsample") { 1 } else { 2 };
+    let scales = match c.value(slot) {
+        Some(Value::Floats(v)) if v.len() == dims.len() => Some(v.clone()),
+        _ => None,
+    };
+    let dims = dims
+        .into_iter()
+        .enumerate()
+        .map(|(axis, dim)| match scales.as_ref().map(|s| s[axis]) {
+            Some(scale) if scale == scale.trunc() && scale >= 1.0 => {
+                dim.times(&(scale as i64).into())
+            }
+            // An image is scaled in its last axes.
+            None if axis < 2 => Some(dim),
+            _ => None,
+        })
+        .map(|dim| dim.unwrap_or_else(|| c.fresh()))
+        .collect();
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+fn pad(c: &mut Context) -> Option<Fact> {
+    let dims = c.shape(0)?.to_vec();
+    let rank = dims.len();
+    let pads = match c.node.ints("pads") {
+        Some(pads) => Some(pads.to_vec()),
+        None => c.ints(1),
+    }
+    .filter(|p| p.len() == 2 * rank && c.input(3).is_none());
+    let dims = dims
+        .into_iter()
+        .enumerate()
+        .map(|(axis, dim)| {
+            let more = pads.as_ref().map(|p| p[axis] + p[axis + rank]);
+            more.and_then(|more| c.symbols.sum(&dim, &more.into(), false))
+                .unwrap_or_else(|| c.fresh())
+        })
+        .collect();
+    Some(Fact::of(c.ty(0), Some(dims)))
+}
+
+/// Blocks of pixels become channels, or the reverse.
+fn blocks(c: &Context, op: &str) -> Option<Fact> {
+    let [batch, channels, height, width] = c.shape(0)? else {
+        return None;
+    };
+    let size = Dim::from(c.node.int("blocksize")?);
+    let area = size.times(&size)?;
+    let dims = if op == "DepthToSpace" {
+        [
+            batch.clone(),
+            channels.over(&area)?,
+            height.times(&size)?,
+            width.times(&size)?,
+        ]
+    } else {
+        [
+            batch.clone(),
+            channels.times(&area)?,
+            height.over(&size)?,
+            width.over(&size)?,
+        ]
+    };
+    Some(Fact::of(c.ty(0), Some(dims.to_vec())))
 }
 
 fn einsum(c: &Context) -> Option<Fact> {

@@ -2,7 +2,7 @@
 
 use crate::find::Reason;
 use crate::find::operand::Operand;
-use crate::onnx::{Graph, Node};
+use crate::onnx::Node;
 use crate::shapes::Facts;
 use std::collections::HashMap;
 
@@ -112,8 +112,7 @@ pub fn weighted(node: &Node, p: &str, rank: usize) -> Result<Weighted, Reason> {
 }
 
 /// The rank of the scores that `node` computes, where an operand's rank shows it.
-pub fn rank(graph: &Graph, facts: &Facts, node: &Node) -> Option<usize> {
-    let _ = graph;
+pub fn rank(facts: &Facts, node: &Node) -> Option<usize> {
     if node.is("Einsum") {
         return equation(node).ok().map(|[_, _, result]| result.len());
     }

@@ -86,10 +86,17 @@ pub fn around(
     let Some(rank) = facts
         .of(softmax.scores)
         .rank()
-        .or_else(|| product::rank(graph, facts, upstream.product))
+        .or_else(|| product::rank(facts, upstream.product))
     else {
+        let lost = facts.lost_at(graph, softmax.scores);
+        let at = lost.map_or(String::new(), |n| {
+            format!(": it is lost at {} `{}`", n.op(), n.label())
+        });
         return Err(Reason::new(
-            "the rank of q, k and the scores is unknown; run shape inference on the model first",
+            format!(
+                "the shape of the scores `{}` is unknown{at}; run shape inference on the model first",
+                softmax.scores
+            ),
             [node.label()],
         ));
     };

@@ -1,17 +1,13 @@
-//! DPM-Solver++ (2M, midpoint): from noise to an image in a few dozen steps.
+//! DPM-Solver++ (2M, midpoint): from noise to an image in a few dozen steps. Lu et al. 2022, arXiv 2211.01095.
 //!
-//! The numbers are those of diffusers' `DPMSolverMultistepScheduler` with its defaults and the
-//! training schedule of `train.py`: linear betas 1e-4 … 0.02 over 1000 steps, noise prediction,
-//! linspace spacing, first order in the first and the last step. Lu et al. 2022, arXiv 2211.01095.
-//! Knows nothing of models; it is handed their predictions.
+//! The numbers are those of diffusers' `DPMSolverMultistepScheduler` with its defaults: noise prediction, linspace spacing, first
+//! order in the first and the last step.
 
-const TRAIN_STEPS: usize = 1000;
-const BETA_START: f64 = 1e-4;
-const BETA_END: f64 = 0.02;
+use super::{Betas, Scheduler};
 
-/// One generation's sampler.
-pub struct Sampler {
-    timesteps: Vec<i64>,
+/// One generation of DPM-Solver++.
+pub struct DpmSolver {
+    timesteps: Vec<f64>,
     /// √(1−ᾱ)/√ᾱ at every timestep, then 0 for the finished image.
     sigmas: Vec<f64>,
     /// The clean image as the previous step saw it.
@@ -19,34 +15,31 @@ pub struct Sampler {
     step: usize,
 }
 
-impl Sampler {
-    /// A sampler that takes `steps` steps.
-    pub fn new(steps: usize) -> Sampler {
-        let mut kept = 1.0;
-        let mut all = Vec::with_capacity(TRAIN_STEPS);
-        for i in 0..TRAIN_STEPS {
-            let beta = BETA_START + (BETA_END - BETA_START) * i as f64 / (TRAIN_STEPS - 1) as f64;
-            kept *= 1.0 - beta;
-            all.push(((1.0 - kept) / kept).sqrt());
-        }
+impl DpmSolver {
+    /// `steps` steps.
+    pub fn new(betas: &Betas, steps: usize) -> Self {
         let timesteps = timesteps(steps);
-        let mut sigmas: Vec<f64> = timesteps.iter().map(|&t| all[t as usize]).collect();
+        let sigma = |&t: &usize| {
+            let kept = betas.kept(t);
+            ((1.0 - kept) / kept).sqrt()
+        };
+        let mut sigmas: Vec<f64> = timesteps.iter().map(sigma).collect();
         sigmas.push(0.0);
-        Sampler {
-            timesteps,
+        Self {
+            timesteps: timesteps.into_iter().map(|t| t as f64).collect(),
             sigmas,
             previous: None,
             step: 0,
         }
     }
+}
 
-    /// What the model is fed at each step, first to last.
-    pub fn timesteps(&self) -> &[i64] {
+impl Scheduler for DpmSolver {
+    fn timesteps(&self) -> &[f64] {
         &self.timesteps
     }
 
-    /// Moves `sample` one step on, given the noise the model sees in it. Same lengths.
-    pub fn step(&mut self, noise: &[f32], sample: &mut [f32]) {
+    fn step(&mut self, noise: &[f32], _: Option<&[f32]>, sample: &mut [f32]) {
         let (now, next) = (self.sigmas[self.step], self.sigmas[self.step + 1]);
         let (alpha, alpha_next) = (alpha(now), alpha(next));
         let clean: Vec<f64> = sample
@@ -76,11 +69,11 @@ impl Sampler {
 }
 
 /// `round(linspace(0, 999, steps + 1))` from the end, without the 0; ties to even, as NumPy does.
-fn timesteps(steps: usize) -> Vec<i64> {
-    let width = (TRAIN_STEPS - 1) as f64 / steps as f64;
+fn timesteps(steps: usize) -> Vec<usize> {
+    let width = (Betas::STEPS - 1) as f64 / steps as f64;
     (1..=steps)
         .rev()
-        .map(|i| (i as f64 * width).round_ties_even() as i64)
+        .map(|i| (i as f64 * width).round_ties_even() as usize)
         .collect()
 }
 
@@ -92,34 +85,16 @@ fn alpha(sigma: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::scheduler::tests::{follow, near};
 
-    /// `DPMSolverMultistepScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)` of
-    /// diffusers 0.42.1 on x = [0.5, -1.25, 2.0] with the prediction x·t/1000 + 0.1.
-    fn follow(steps: usize) -> Vec<[f32; 3]> {
-        let mut sampler = Sampler::new(steps);
-        let mut x = [0.5f32, -1.25, 2.0];
-        let mut path = Vec::new();
-        for t in sampler.timesteps().to_vec() {
-            let noise = x.map(|v| v * (t as f32 / 1000.0) + 0.1);
-            sampler.step(&noise, &mut x);
-            path.push(x);
-        }
-        path
-    }
-
-    #[track_caller]
-    fn near(found: [f32; 3], expected: [f64; 3]) {
-        for (&f, e) in found.iter().zip(expected) {
-            assert!(
-                (f64::from(f) - e).abs() <= 2e-4 * e.abs().max(1.0),
-                "{found:?}, expected {expected:?}"
-            );
-        }
+    /// `DPMSolverMultistepScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)` of diffusers 0.42.1.
+    fn path(steps: usize) -> Vec<[f32; 3]> {
+        follow(&mut DpmSolver::new(&Betas::default(), steps))
     }
 
     #[test]
     fn fifty_steps_follow_diffusers() {
-        let path = follow(50);
+        let path = path(50);
         near(path[0], [0.4779554307, -1.2724226713, 1.9782794714]);
         near(path[1], [0.4618185163, -1.3001804352, 1.9721033573]);
         near(path[2], [0.4475976527, -1.3325246572, 1.9734168053]);
@@ -130,7 +105,7 @@ mod tests {
 
     #[test]
     fn five_steps_follow_diffusers() {
-        let path = follow(5);
+        let path = path(5);
         near(path[0], [-0.0139388589, -1.7718485594, 1.4928408861]);
         near(path[1], [0.2898031771, -2.9732978344, 3.0867469311]);
         near(path[2], [0.6111158729, -4.7060089111, 5.1686511040]);
@@ -140,19 +115,19 @@ mod tests {
 
     #[test]
     fn timesteps_are_those_of_diffusers() {
-        let fifty = Sampler::new(50).timesteps().to_vec();
+        let fifty = timesteps(50);
         assert_eq!(fifty[..4], [999, 979, 959, 939]);
         // 499.5 goes to the even neighbour.
         assert_eq!(fifty[24..27], [519, 500, 480]);
         assert_eq!(fifty[47..], [60, 40, 20]);
-        assert_eq!(Sampler::new(5).timesteps(), [999, 799, 599, 400, 200]);
+        assert_eq!(timesteps(5), [999, 799, 599, 400, 200]);
     }
 
     #[test]
     fn the_last_step_returns_the_clean_image() {
-        let mut sampler = Sampler::new(1);
+        let mut sampler = DpmSolver::new(&Betas::default(), 1);
         let mut x = [1.0f32];
-        sampler.step(&[0.5], &mut x);
+        sampler.step(&[0.5], None, &mut x);
         let sigma = 157.407_27_f64;
         let expected = (1.0 - 0.5 * sigma * alpha(sigma)) / alpha(sigma);
         assert!((f64::from(x[0]) / expected - 1.0).abs() < 1e-4);
