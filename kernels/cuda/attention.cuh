@@ -291,7 +291,7 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
                 }
             }
         }
-        if (MODE == CAPTURE && !finite) *p.non_finite = 1;
+        if (MODE == CAPTURE && !finite && p.non_finite) *p.non_finite = 1;
     }
 
     DEVICE void run() {

@@ -142,6 +142,6 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
                 if (MODE == CAPTURE) finite = is_finite(Element<T>::store(p.residual.data, at, x - w[c])) && finite;
             }
         }
-        if (MODE == CAPTURE && !finite) *p.non_finite = 1;
+        if (MODE == CAPTURE && !finite && p.non_finite) *p.non_finite = 1;
     }
 };

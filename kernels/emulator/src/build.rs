@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use ditfastattn_kernels::cuda::Variant;
+use ditfastattn_kernels::cuda::{self, Variant};
 
 /// The kernels' sources, perhaps changed, and which kernels to compile.
 #[derive(Clone, Debug)]
@@ -198,6 +198,7 @@ pub fn image_folder() -> PathBuf {
             "emulated",
         );
     }
+    write(&folder.join(cuda::MANIFEST), &cuda::source_hash());
     folder
 }
 

@@ -33,31 +33,76 @@ use super::storage::{CachedTensor, Real, allocate, nothing, values};
 /// the whole batch, and so does the output.
 #[derive(Debug)]
 pub(crate) struct DiTFastAttn {
-    layer: usize,
+    pub(super) layer: usize,
     scale: f32,
-    core: bool,
-    layouts: Layouts,
-    text: Text,
+    pub(super) core: bool,
+    pub(super) layouts: Layouts,
+    pub(super) text: Text,
     /// Rows that the mask hides everything from give 0.
-    guarded: bool,
-    io: Option<Io>,
+    pub(super) guarded: bool,
+    pub(super) io: Option<Io>,
 }
 
 #[derive(Debug)]
-struct Layouts {
-    q: Layout,
-    k: Layout,
-    v: Layout,
-    o: Layout,
+pub(super) struct Layouts {
+    pub q: Layout,
+    pub k: Layout,
+    pub v: Layout,
+    pub o: Layout,
+}
+
+impl Layouts {
+    /// q, k and v of these shapes as batch, heads, tokens and channels.
+    ///
+    /// # Errors
+    /// If they are not of their layouts, or do not belong together.
+    pub fn views(&self, q: &[usize], k: &[usize], v: &[usize]) -> Result<[View; 3], Error> {
+        // Operands of rank 3 have as many heads as those of rank 4; if all are of rank 3, their heads are batch rows.
+        let kv_heads = self
+            .k
+            .heads(k)
+            .or(self.v.heads(v))
+            .or(self.q.heads(q))
+            .unwrap_or(1);
+        let q_heads = self.q.heads(q).unwrap_or(kv_heads);
+        let views = [
+            self.q.view(q, q_heads, "q")?,
+            self.k.view(k, kv_heads, "k")?,
+            self.v.view(v, kv_heads, "v")?,
+        ];
+        let [q_view, k_view, v_view] = &views;
+        if q_view.batch != k_view.batch
+            || k_view.batch != v_view.batch
+            || q_view.channels != k_view.channels
+            || k_view.tokens != v_view.tokens
+            || k_view.heads != v_view.heads
+        {
+            return Err(Error::invalid(format!(
+                "q {q:?}, k {k:?} and v {v:?} do not belong together; expected one batch, q and k of one head size, \
+                 k and v of one length and number of heads"
+            )));
+        }
+        Ok(views)
+    }
+
+    /// The output's shape.
+    pub fn output_dims(&self, q: &View, v: &View) -> Result<Vec<usize>, Error> {
+        self.o
+            .dims([q.batch, q.heads, q.tokens, v.channels], |b, h| {
+                b.checked_mul(h)
+            })
+            .ok_or_else(|| Error::invalid("the output's shape overflows"))
+    }
 }
 
 const DEFAULT_LAYOUT: &str = "BHSD";
 
-const MASK: usize = 4;
-const TEXT: usize = 5;
-const PAST: usize = 6;
+pub(super) const TICKET: usize = 3;
+pub(super) const MASK: usize = 4;
+pub(super) const TEXT: usize = 5;
+pub(super) const PAST: usize = 6;
 /// The output that holds R where the graph carries the state.
-const PRESENT: usize = 1;
+pub(super) const PRESENT: usize = 1;
 
 impl Kernel for DiTFastAttn {
     fn create(info: &Info<'_>) -> Result<Self, Error> {
@@ -111,7 +156,7 @@ struct Call<'a> {
 impl ByType for Call<'_> {
     fn call<T: Real>(self) -> Result<(), Error> {
         let (op, context) = (self.op, self.context);
-        let ticket = context.input(3)?;
+        let ticket = context.input(TICKET)?;
         match &op.io {
             Some(io) => self.attend::<T>(Memory::Graph(io), io::directive(&ticket, op.layer)?),
             None => in_run(&ticket, op.layer, |run, directive| {
@@ -139,7 +184,7 @@ impl Call<'_> {
             .transpose()?;
         let text = context.optional_input(TEXT)?;
         let band = op.text.band(memory.plan(), text.as_ref(), q.tokens)?;
-        let o_dims = operands.output_dims(&op.layouts.o)?;
+        let o_dims = op.layouts.output_dims(q, &operands.v.1)?;
         let mut out = context.output(0, &o_dims)?;
         let out = out.as_mut_slice::<T>().unwrap_or_default();
         let call = Layer {
@@ -151,17 +196,7 @@ impl Call<'_> {
             mask,
             band,
         };
-        let served = match memory {
-            Memory::Run(_) => directive.work == Work::Reuse && !op.core,
-            Memory::Graph(_) => directive.work == Work::Reuse,
-        };
-        if served {
-            return Err(Error::graph(format!(
-                "layer {} is served from the cache in this run, yet it was computed; \
-                 the If around it must take its condition from the skip output of the same run",
-                op.layer
-            )));
-        }
+        op.refuse_if_served(&memory, directive)?;
         if op.core {
             call.whole_batch(out, &o_dims)
         } else {
@@ -170,9 +205,68 @@ impl Call<'_> {
     }
 }
 
+impl DiTFastAttn {
+    /// What scores are multiplied by.
+    pub(super) fn scale_of(&self, channels: usize) -> f32 {
+        if self.scale == 0.0 {
+            1.0 / (channels as f32).sqrt()
+        } else {
+            self.scale
+        }
+    }
+
+    /// The core form's kept output, for an output of shape `o_dims`.
+    pub(super) fn kept(
+        &self,
+        run: &Run<CachedTensor>,
+        o_dims: &[usize],
+    ) -> Result<CachedTensor, Error> {
+        let kept = run.output(self.layer, 0).ok_or_else(|| {
+            Error::new(
+                Code::RuntimeException,
+                format!("layer {} has lost its cached output", self.layer),
+            )
+        })?;
+        if super::share::rows_of_both(kept.dims(), kept.rows()) == o_dims {
+            Ok(kept)
+        } else {
+            Err(self.does_not_fit(&kept, o_dims))
+        }
+    }
+
+    pub(super) fn does_not_fit(&self, kept: &CachedTensor, o_dims: &[usize]) -> Error {
+        let dims = super::share::rows_of_both(kept.dims(), kept.rows());
+        Error::new(
+            Code::RuntimeException,
+            format!(
+                "layer {} has a cached output of shape {dims:?} where {o_dims:?} is needed; \
+                 the latents did not show the change, so feed dfa_start when shapes change",
+                self.layer
+            ),
+        )
+    }
+
+    /// A layer that is served from the cache must not get here, unless it serves itself.
+    pub(super) fn refuse_if_served(
+        &self,
+        memory: &Memory<'_>,
+        directive: Directive,
+    ) -> Result<(), Error> {
+        let serves_itself = self.core && matches!(memory, Memory::Run(_));
+        if directive.work == Work::Reuse && !serves_itself {
+            return Err(Error::graph(format!(
+                "layer {} is served from the cache in this run, yet it was computed; \
+                 the If around it must take its condition from the skip output of the same run",
+                self.layer
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// Who remembers what the layer left at earlier steps.
 #[derive(Clone, Copy)]
-enum Memory<'a> {
+pub(super) enum Memory<'a> {
     /// The run's request.
     Run(&'a Arc<Run<CachedTensor>>),
     /// The graph: R is an input and an output.
@@ -180,14 +274,14 @@ enum Memory<'a> {
 }
 
 impl<'a> Memory<'a> {
-    fn plan(&self) -> &'a Plan {
+    pub fn plan(&self) -> &'a Plan {
         match self {
             Memory::Run(run) => run.program().plan(),
             Memory::Graph(io) => io.plan(),
         }
     }
 
-    fn conditional_first(&self) -> bool {
+    pub fn conditional_first(&self) -> bool {
         match self {
             Memory::Run(run) => run.program().conditional_first(),
             Memory::Graph(io) => io.conditional_first(),
@@ -227,49 +321,12 @@ struct Operands<'a, T> {
 impl<'a, T: Real> Operands<'a, T> {
     fn read(op: &DiTFastAttn, context: &Context<'a>) -> Result<Self, Error> {
         let (q, k, v) = (context.input(0)?, context.input(1)?, context.input(2)?);
-        let Layouts {
-            q: q_layout,
-            k: k_layout,
-            v: v_layout,
-            ..
-        } = &op.layouts;
-        // Operands of rank 3 have as many heads as those of rank 4; if all are of rank 3, their heads are batch rows.
-        let kv_heads = k_layout
-            .heads(k.dims())
-            .or(v_layout.heads(v.dims()))
-            .or(q_layout.heads(q.dims()))
-            .unwrap_or(1);
-        let q_heads = q_layout.heads(q.dims()).unwrap_or(kv_heads);
-        let operands = Operands {
-            q: (values(&q, "q")?, q_layout.view(q.dims(), q_heads, "q")?),
-            k: (values(&k, "k")?, k_layout.view(k.dims(), kv_heads, "k")?),
-            v: (values(&v, "v")?, v_layout.view(v.dims(), kv_heads, "v")?),
-        };
-        let (q_view, k_view, v_view) = (operands.q.1, operands.k.1, operands.v.1);
-        if q_view.batch != k_view.batch
-            || k_view.batch != v_view.batch
-            || q_view.channels != k_view.channels
-            || k_view.tokens != v_view.tokens
-            || k_view.heads != v_view.heads
-        {
-            return Err(Error::invalid(format!(
-                "q {:?}, k {:?} and v {:?} do not belong together; expected one batch, q and k of one head size, \
-                 k and v of one length and number of heads",
-                q.dims(),
-                k.dims(),
-                v.dims()
-            )));
-        }
-        Ok(operands)
-    }
-
-    fn output_dims(&self, layout: &Layout) -> Result<Vec<usize>, Error> {
-        let (q, v) = (&self.q.1, &self.v.1);
-        layout
-            .dims([q.batch, q.heads, q.tokens, v.channels], |b, h| {
-                b.checked_mul(h)
-            })
-            .ok_or_else(|| Error::invalid("the output's shape overflows"))
+        let views = op.layouts.views(q.dims(), k.dims(), v.dims())?;
+        Ok(Operands {
+            q: (values(&q, "q")?, views[0]),
+            k: (values(&k, "k")?, views[1]),
+            v: (values(&v, "v")?, views[2]),
+        })
     }
 }
 
@@ -318,22 +375,8 @@ impl<T: Real> Layer<'_, T> {
         let Memory::Run(run) = self.memory else {
             return Ok(());
         };
-        let kept = run.output(layer, 0).ok_or_else(|| {
-            Error::new(
-                Code::RuntimeException,
-                format!("layer {layer} has lost its cached output"),
-            )
-        })?;
-        let dims = super::share::rows_of_both(kept.dims(), kept.rows());
-        if dims != o_dims || serve(self.context, &kept, out).is_none() {
-            return Err(Error::new(
-                Code::RuntimeException,
-                format!(
-                    "layer {layer} has a cached output of shape {dims:?} where {o_dims:?} is needed; \
-                     the latents did not show the change, so feed dfa_start when shapes change"
-                ),
-            ));
-        }
+        let kept = self.op.kept(run, o_dims)?;
+        serve(self.context, &kept, out).ok_or_else(|| self.op.does_not_fit(&kept, o_dims))?;
         run.finish(layer, 0, 1, None);
         Ok(())
     }
@@ -497,16 +540,9 @@ impl<T: Real> Layer<'_, T> {
                 None => return Ok(None),
             },
         };
-        let place = match (self.directive.rows, all) {
-            (Rows::All, true) | (Rows::Half, false) => Stored::at(rows, 0),
-            // R of the conditional half stands for both halves.
-            (Rows::All, false) if rows.is_multiple_of(2) => Stored {
-                twice: true,
-                ..Stored::at(rows / 2, 0)
-            },
-            (Rows::All, false) => return Ok(None),
-            (Rows::Half, true) if self.memory.conditional_first() => Stored::at(rows * 2, 0),
-            (Rows::Half, true) => Stored::at(rows * 2, rows),
+        let conditional_first = self.memory.conditional_first();
+        let Some(place) = Stored::find(self.directive.rows, all, rows, conditional_first) else {
+            return Ok(None);
         };
         let fits =
             residual.dims() == self.residual_dims(place.rows) && residual.values::<T>().is_some();
@@ -559,11 +595,7 @@ impl<T: Real> Layer<'_, T> {
             head_dim: q.1.channels,
             v_dim: v.1.channels,
         };
-        let scale = if self.op.scale == 0.0 {
-            1.0 / (q.1.channels as f32).sqrt()
-        } else {
-            self.op.scale
-        };
+        let scale = self.op.scale_of(q.1.channels);
         kernels::attention(
             &kernels::Attention {
                 shape,
@@ -582,9 +614,12 @@ impl<T: Real> Layer<'_, T> {
 
     /// The output as batch, heads, tokens and channels. Its strides hold for parts of the batch too.
     fn output_view(&self) -> Result<View, Error> {
-        let layout = &self.op.layouts.o;
-        let dims = self.operands.output_dims(layout)?;
-        layout.view(&dims, self.operands.q.1.heads, "the output")
+        let Operands { q, v, .. } = &self.operands;
+        let dims = self.op.layouts.output_dims(&q.1, &v.1)?;
+        self.op
+            .layouts
+            .o
+            .view(&dims, self.operands.q.1.heads, "the output")
     }
 
     fn residual_dims(&self, rows: usize) -> [usize; 4] {
@@ -600,16 +635,32 @@ impl<T: Real> Layer<'_, T> {
 
 /// Where the rows at hand are in a stored R.
 #[derive(Clone, Copy)]
-struct Stored {
+pub(super) struct Stored {
     /// Rows that R must have.
-    rows: usize,
+    pub rows: usize,
     /// The row at which those at hand start.
-    offset: usize,
+    pub offset: usize,
     /// R has half of the rows at hand, and each half uses it.
-    twice: bool,
+    pub twice: bool,
 }
 
 impl Stored {
+    /// Where `rows` rows at hand, which are all or the conditional half, are in an R of `all` rows or of half of them; `None`
+    /// if it has nothing to say about them.
+    pub fn find(at_hand: Rows, all: bool, rows: usize, conditional_first: bool) -> Option<Stored> {
+        match (at_hand, all) {
+            (Rows::All, true) | (Rows::Half, false) => Some(Stored::at(rows, 0)),
+            // R of the conditional half stands for both halves.
+            (Rows::All, false) if rows.is_multiple_of(2) => Some(Stored {
+                twice: true,
+                ..Stored::at(rows / 2, 0)
+            }),
+            (Rows::All, false) => None,
+            (Rows::Half, true) if conditional_first => Some(Stored::at(rows * 2, 0)),
+            (Rows::Half, true) => Some(Stored::at(rows * 2, rows)),
+        }
+    }
+
     fn at(rows: usize, offset: usize) -> Self {
         Stored {
             rows,

@@ -2,15 +2,26 @@
 
 use std::sync::Arc;
 
-use ditfastattn_kernels::Element;
+use ditfastattn_kernels::cuda::{Buffer, Device, Stream};
+use ditfastattn_kernels::{DType, Element};
 use half::{bf16, f16};
 
 use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
-use crate::state::{Lease, Rows, Run};
+use crate::state::{Cached, Lease, Rows, Run};
 
 /// A cached tensor: a cheap handle on immutable numbers.
 pub type CachedTensor = Arc<Stored>;
+
+impl Cached for CachedTensor {
+    fn is_sound(&self) -> bool {
+        match &self.data {
+            Data::Device(_, buffer) => buffer.is_finite(),
+            // Looked at before they were stored.
+            Data::F32(_) | Data::F16(_) | Data::BF16(_) | Data::Nothing => true,
+        }
+    }
+}
 
 /// The numbers, their shape, and the part of the budget that they hold.
 #[derive(Debug)]
@@ -27,6 +38,8 @@ enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
+    /// In a CUDA device's memory.
+    Device(DType, Buffer),
     /// Zeros, of which nobody wants to read any.
     Nothing,
 }
@@ -74,6 +87,14 @@ impl Stored {
     pub(super) fn values<T: Real>(&self) -> Option<&[T]> {
         T::unwrap(self)
     }
+
+    /// The numbers in device memory, if they are there and of type `dtype`.
+    pub(super) fn on_device(&self, dtype: DType) -> Option<&Buffer> {
+        match &self.data {
+            Data::Device(stored, buffer) if *stored == dtype => Some(buffer),
+            _ => None,
+        }
+    }
 }
 
 /// Room for a tensor that a run wants to keep; `None` if the budget or the machine has none.
@@ -83,6 +104,40 @@ pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<R
     // The tensor is only a cache: where the system has no memory for it, the layer goes without.
     values.try_reserve_exact(len).ok()?;
     Some(Room { values, lease })
+}
+
+/// Room in device memory for a tensor that a run wants to keep; `None` if the budget or the device has none.
+pub(super) fn allocate_on_device(
+    run: &Run<CachedTensor>,
+    device: &'static Device,
+    stream: Stream,
+    bytes: usize,
+) -> Option<DeviceRoom> {
+    let lease = run.reserve(bytes)?;
+    let buffer = Buffer::allocate(device, stream, bytes)?;
+    Some(DeviceRoom { buffer, lease })
+}
+
+/// Device memory for a cached tensor that is still being written.
+pub(super) struct DeviceRoom {
+    pub buffer: Buffer,
+    lease: Lease,
+}
+
+impl DeviceRoom {
+    /// The tensor, whose writing has been enqueued.
+    pub fn store(self, dtype: DType, dims: &[usize], rows: Rows) -> CachedTensor {
+        debug_assert_eq!(
+            self.buffer.bytes(),
+            dims.iter().product::<usize>() * dtype.size()
+        );
+        Arc::new(Stored {
+            dims: dims.to_vec(),
+            rows,
+            data: Data::Device(dtype, self.buffer),
+            _lease: self.lease,
+        })
+    }
 }
 
 /// Stands for a residual that is known to be zero, and takes no memory; `None` if the run may not keep anything.
