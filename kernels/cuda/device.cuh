@@ -11,6 +11,7 @@
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
+#define UNROLL_BY_4 _Pragma("unroll 4")
 
 struct F32 {};
 struct F16 {};

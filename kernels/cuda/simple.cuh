@@ -40,7 +40,7 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
 
     /// 32 rows of `dim` channels, as float32; zeros beyond `limit`.
     DEVICE void fetch(float *to, const Operand &from, i64 at, int first, int limit, int dim) const {
-        for (int i = thread_index(); i < 32 * dim; i += THREADS) {
+        ROLLED for (int i = thread_index(); i < 32 * dim; i += THREADS) {
             const int row = i / dim, channel = i % dim;
             float x = 0.f;
             if (first + row < limit) {
@@ -60,7 +60,7 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
         if (bias == negative_infinity()) return bias;
         const float *a = q_shared + own_query * ROW, *b = kv_shared + key % BN * ROW;
         float dot = 0.f;
-        for (int c = 0; c < p.head_dim; c++) dot += a[c] * b[c];
+        UNROLL_BY_4 for (int c = 0; c < p.head_dim; c++) dot += a[c] * b[c];
         return dot * p.scale_log2 + bias;
     }
 
@@ -70,7 +70,7 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
         sync_block();
         float *s = s_shared + own_query * (BN + 1);
         float most = maximum;
-        for (int j = quarter; j < BN; j += 4) {
+        ROLLED for (int j = quarter; j < BN; j += 4) {
             s[j] = score<SIGHT>(k0 + j);
             most = max_of(most, s[j]);
         }
@@ -80,7 +80,7 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
         const float shrink = exp2_fast(maximum - reference);
         maximum = most;
         float total = 0.f;
-        for (int j = quarter; j < BN; j += 4) {
+        ROLLED for (int j = quarter; j < BN; j += 4) {
             s[j] = exp2_fast(s[j] - reference);
             total += s[j];
         }
@@ -90,15 +90,12 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
         sync_block();
         fetch(kv_shared, p.v, v_at, k0, p.kv_tokens, p.v_dim);
         sync_block();
-        UNROLL for (int c = 0; c < OWN; c++) {
-            if (c * 4 + quarter < p.v_dim) {
-                float x = o[c] * shrink;
-                for (int j = 0; j < BN; j++) {
-                    // What is hidden takes no part, whatever its value.
-                    if (s[j] != 0.f) x += s[j] * kv_shared[j * ROW + c * 4 + quarter];
-                }
-                o[c] = x;
-            }
+        UNROLL for (int c = 0; c < OWN; c++) o[c] *= shrink;
+        ROLLED for (int j = 0; j < BN; j++) {
+            // What is hidden takes no part, whatever its value. Beyond v_dim there is garbage, which nobody reads.
+            if (s[j] == 0.f) continue;
+            const float *row = kv_shared + j * ROW + quarter;
+            UNROLL for (int c = 0; c < OWN; c++) o[c] += s[j] * row[c * 4];
         }
     }
 

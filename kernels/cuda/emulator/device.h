@@ -16,6 +16,7 @@
 #define SHARED_MEMORY(name) unsigned char *name = emulator::shared_memory()
 #define UNROLL
 #define ROLLED
+#define UNROLL_BY_4
 
 struct F32 {};
 struct F16 {};
@@ -122,8 +123,9 @@ template <int MATRICES, bool TRANSPOSED> void load_matrix(const Lane *in, Lane *
     }
 }
 
-/// c[16×8] += a[16×16] · b[16×8]; a in words 0 to 3, b in words 4 and 5.
-template <class T> void multiply(const Lane *in, Lane *out) {
+/// c[16×8] += a[16×16] · b[16×8]; a in words 0 to 3, b in words 4 and 5. Not sanitized, for speed: it touches nothing of a
+/// kernel's.
+template <class T> __attribute__((no_sanitize("address", "undefined"))) void multiply(const Lane *in, Lane *out) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; lane++) {
         for (int e = 0; e < 2; e++) {

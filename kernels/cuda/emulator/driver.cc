@@ -98,6 +98,14 @@ API cuDeviceGet(int *device, int ordinal) {
     *device = ordinal;
     return ordinal == 0 ? SUCCESS : INVALID_VALUE;
 }
+API cuDeviceGetName(char *name, int size, int) {
+    strncpy(name, "emulator", size);
+    return SUCCESS;
+}
+API cuDriverGetVersion(int *version) {
+    *version = 0;
+    return SUCCESS;
+}
 API cuDeviceGetAttribute(int *value, int which, int) {
     *value = attribute(which);
     return SUCCESS;
@@ -238,6 +246,11 @@ API cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t bytes, Stream *stream) {
 API cuMemsetD8Async(u64 to, unsigned char value, size_t bytes, Stream *stream) {
     Lock lock(mutex);
     enqueue(stream, [=] { memset((void *)(uintptr_t)to, value, bytes); });
+    return SUCCESS;
+}
+API cuMemAllocManaged(u64 *address, size_t bytes, unsigned) { return cuMemAllocFromPoolAsync(address, bytes, nullptr, nullptr); }
+API cuMemFree_v2(u64 address) {
+    free((void *)(uintptr_t)address);
     return SUCCESS;
 }
 API cuMemHostAlloc(void **memory, size_t bytes, unsigned) {

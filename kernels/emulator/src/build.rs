@@ -90,7 +90,7 @@ impl Sources {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-        let units = self.units();
+        let units = cuda::translation_units(&self.variants);
         let key = BuildHasherDefault::<DefaultHasher>::default().hash_one((
             &self.files,
             &units,
@@ -157,27 +157,6 @@ impl Sources {
             let _ = std::fs::remove_dir_all(&work);
         }
         built
-    }
-
-    /// Source text by name: one file per module.
-    fn units(&self) -> BTreeMap<String, String> {
-        let mut units = BTreeMap::<String, String>::new();
-        for variant in &self.variants {
-            let text = units.entry(variant.module()).or_default();
-            let include = format!("#include \"{}\"\n", variant.file());
-            let macros = variant.macros();
-            if macros.is_empty() && text.contains(&include) {
-                continue;
-            }
-            for (name, value) in &macros {
-                *text += &format!("#define {name} {value}\n");
-            }
-            *text += &include;
-            for (name, _) in &macros {
-                *text += &format!("#undef {name}\n");
-            }
-        }
-        units
     }
 }
 

@@ -11,7 +11,7 @@ use super::nvrtc;
 use super::variant::Variant;
 
 /// The kernels' text, by file name. The run-time compiler gets it as it is.
-pub(super) const SOURCES: [(&str, &str); 8] = [
+pub const SOURCES: [(&str, &str); 8] = [
     ("params.cuh", include_str!("../../cuda/params.cuh")),
     ("device.cuh", include_str!("../../cuda/device.cuh")),
     ("band.cuh", include_str!("../../cuda/band.cuh")),

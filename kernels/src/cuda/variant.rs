@@ -1,5 +1,7 @@
 //! Which kernels there are: every one is a source file and a set of macros.
 
+use std::collections::BTreeMap;
+
 use crate::api::DType;
 
 /// What a kernel computes; [`Mode`](crate::Mode) without its tensors.
@@ -222,4 +224,38 @@ impl Variant {
     fn blocks_per_processor(&self) -> usize {
         1
     }
+
+    /// The most registers that a thread may use: blocks of 64 queries are for short sequences, where two or three of them
+    /// must fit a multiprocessor to keep it busy.
+    pub fn register_budget(&self) -> usize {
+        match *self {
+            Variant::TensorCore {
+                queries: 64, dim, ..
+            } if dim <= 80 => 168,
+            Variant::TensorCore { .. } => 255,
+            Variant::Simple { .. } => 255,
+            Variant::Copy { .. } | Variant::Evidence => 64,
+        }
+    }
+}
+
+/// The text of one source file per module that contains these kernels; by the module's name.
+pub fn translation_units(variants: &[Variant]) -> BTreeMap<String, String> {
+    let mut units = BTreeMap::<String, String>::new();
+    for variant in variants {
+        let text = units.entry(variant.module()).or_default();
+        let include = format!("#include \"{}\"\n", variant.file());
+        let macros = variant.macros();
+        if macros.is_empty() && text.contains(&include) {
+            continue;
+        }
+        for (name, value) in &macros {
+            *text += &format!("#define {name} {value}\n");
+        }
+        *text += &include;
+        for (name, _) in &macros {
+            *text += &format!("#undef {name}\n");
+        }
+    }
+    units
 }
