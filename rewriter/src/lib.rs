@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod account;
 pub mod cli;
 pub mod find;
 pub mod lower;
@@ -15,3 +16,4 @@ pub mod onnx;
 pub mod report;
 pub mod run;
 pub mod shapes;
+pub mod sizes;

@@ -1,10 +1,12 @@
 //! What `inspect` and a rewrite tell: the same facts as a table for people and as JSON for programs.
 
+use crate::account::Account;
 use crate::find::{Kind, Layer, Survey, Text};
 use crate::onnx::{ModelFile, elem_type};
 use crate::shapes::Facts;
+use crate::sizes::{self, Given};
 use comfy_table::{ContentArrangement, Table, presets};
-use ditfastattn_plans::{Action, CacheShape, Cfg, Plan, Workload};
+use ditfastattn_plans::{Action, Plan};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -90,19 +92,12 @@ pub struct PlanReport {
     pub cfg: String,
     pub window: f64,
     pub counts: Vec<(String, usize)>,
-    /// Shares of the dense cost that the plan leaves out; absent where the tokens are known at run time only.
+    /// What the plan saves; absent where a size is known at run time only.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub saved: Option<Saved>,
-}
-
-#[derive(Debug, Serialize)]
-pub struct Saved {
-    pub tokens: usize,
-    pub width: usize,
-    pub rows: usize,
-    pub module_flops: f64,
-    pub attention_flops: f64,
-    pub peak_cache_bytes: u64,
+    pub saved: Option<Account>,
+    /// Why it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unknown: Option<String>,
 }
 
 impl Report {
@@ -137,48 +132,33 @@ impl Report {
         }
     }
 
-    /// Adds what `plan` does. `survey` must be the one this report was made of.
-    pub fn with_plan(mut self, plan: &Plan, survey: &Survey) -> Self {
+    /// Adds what `plan` does, for a model of the sizes `given` where the graph leaves them open. `survey` must be the one this
+    /// report was made of, and the plan must fit it. `attention_share`: see [`Account::new`].
+    pub fn with_plan(
+        mut self,
+        plan: &Plan,
+        survey: &Survey,
+        given: &Given,
+        attention_share: Option<f64>,
+    ) -> Self {
         let counts = plan.counts();
-        let fingerprint = survey.fingerprint();
-        // CFG in one batch, or as two runs of one row each; without CFG one row. An exported batch is what it is.
-        let per_image = if plan.cfg == Cfg::None { 1 } else { 2 };
-        let rows = survey
-            .facts
-            .static_batch
-            .and_then(|b| usize::try_from(b).ok())
-            .unwrap_or(per_image);
-        let element_bytes = match survey.layers().next().map(|l| l.core.elem_type) {
-            Some(elem_type::FLOAT16 | elem_type::BFLOAT16) => 2,
-            _ => 4,
-        };
-        let saved = (|| {
-            let (tokens, width) = (
-                fingerprint.tokens?,
-                fingerprint.heads? * fingerprint.head_dim?,
-            );
-            let text = plan.text.map_or(0, |t| t.tokens);
-            let cost = plan.cost(&Workload {
-                tokens,
-                text,
-                width,
-                rows,
-            });
-            let peak = plan.liveness().peak_bytes(&CacheShape {
-                rows,
-                tokens,
-                width,
-                element_bytes,
-            });
-            Some(Saved {
-                tokens,
-                width,
-                rows,
-                module_flops: cost.module_saved(),
-                attention_flops: cost.matmul_saved(),
-                peak_cache_bytes: peak.bytes,
-            })
-        })();
+        let works = sizes::layers(survey, plan, given);
+        let unknown = works.as_ref().err().map(|unknown| {
+            format!(
+                "the {} of layer {} are known at run time only; say them with {}",
+                unknown.what,
+                unknown.layer,
+                if unknown.what == "text tokens" {
+                    "--text-tokens"
+                } else {
+                    "--tokens"
+                }
+            )
+        });
+        let saved = works.ok().and_then(|works| {
+            let caches = sizes::caches(survey, &works);
+            Account::new(plan, &works, &caches, attention_share).ok()
+        });
         self.plan = Some(PlanReport {
             name: plan.name.clone(),
             steps: plan.step_count(),
@@ -192,6 +172,7 @@ impl Report {
                 .map(|&a| (a.to_string(), counts.of(a)))
                 .collect(),
             saved,
+            unknown,
         });
         self
     }
@@ -308,25 +289,14 @@ impl Report {
                 plan.window,
                 counts.join(", ")
             );
-            match &plan.saved {
-                Some(s) => {
-                    let _ = writeln!(
-                        text,
-                        "attention FLOPs saved: {:.1} % (module: {:.1} %); peak cache {} per image ({} tokens × {}, {} row(s))",
-                        100.0 * s.attention_flops,
-                        100.0 * s.module_flops,
-                        bytes(s.peak_cache_bytes),
-                        s.tokens,
-                        s.width,
-                        s.rows
-                    );
+            match (&plan.saved, &plan.unknown) {
+                (Some(account), _) => {
+                    let _ = write!(text, "{account}");
                 }
-                None => {
-                    let _ = writeln!(
-                        text,
-                        "attention FLOPs saved and peak cache: known at run time (the token count is dynamic or differs between layers)"
-                    );
+                (None, Some(why)) => {
+                    let _ = writeln!(text, "attention FLOPs saved and peak cache: {why}");
                 }
+                (None, None) => {}
             }
         }
         if let Some(output) = &self.output {

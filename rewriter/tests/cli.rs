@@ -65,7 +65,41 @@ const REWRITE: [&str; 3] = ["model.onnx", "--plan", "plan.json"];
 fn help() {
     let workplace = Workplace::new();
     insta::assert_snapshot!("help", workplace.transcript(&["--help"]));
-    insta::assert_snapshot!("help_inspect", workplace.transcript(&["inspect", "--help"]));
+    for command in ["inspect", "search", "study", "import"] {
+        let transcript = workplace.transcript(&[command, "--help"]);
+        insta::assert_snapshot!(format!("help_{command}"), transcript);
+    }
+}
+
+#[test]
+fn a_search_that_cannot_begin_says_what_is_missing() {
+    let workplace = Workplace::new();
+    workplace.write("calib.npz", "no archive");
+    let search = |more: &[&str]| {
+        let mut all = vec!["search", "model.onnx", "-o", "new.json"];
+        all.extend(more);
+        workplace.transcript(&all)
+    };
+    let calib = [
+        "--calib",
+        "calib.npz",
+        "--scheduler",
+        "ddim",
+        "--steps",
+        "4",
+        "--onnxruntime",
+        "nowhere",
+    ];
+    let with = |more: &[&'static str]| search(&[more, &calib[..]].concat());
+    let transcripts = [
+        search(&["--preset", "d3"]),
+        with(&[]),
+        with(&["--delta", "0.1", "--cfg", "separate"]),
+        with(&["--delta", "0.1"]),
+        with(&["--delta", "0.1", "--window", "2"]),
+    ];
+    insta::assert_snapshot!("search_refused", transcripts.join("\n\n"));
+    assert_eq!(workplace.files(), ["calib.npz", "model.onnx", "plan.json"]);
 }
 
 #[test]

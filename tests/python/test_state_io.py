@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import session
+from conftest import HOST, session
 
 
 def empty(value):
@@ -35,6 +35,8 @@ def follow(model, plan, extra=()):
     ["dit__ts17", "dit__dyn18", "pixart__ts17", "fbdit__dyn18", "sd3__ts17", "flux__ts17-static-slim", "dit__ts17-fp16", "mask-bias__ts17", "latte__ts17"],
 )
 def test_the_numbers_are_those_of_the_hidden_state(load, name):
+    if HOST < (1, 18) and name.startswith("flux"):
+        pytest.skip("onnxruntime 1.17 does not infer the type of an operator without its optional mask (docs/operations.md)")
     model = load(name)
     expected, actual, state = follow(model, model.plan)
     for step, (hidden, explicit) in enumerate(zip(expected, actual)):

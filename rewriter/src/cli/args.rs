@@ -1,9 +1,10 @@
 //! Every flag, once: help, usage errors and completions come from here.
 
+use super::run_args::{CfgArg, SearchArgs, StudyArgs};
 use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
+use crate::sizes::Given;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ditfastattn_plans::{Action, Cfg, Metric};
 use std::path::PathBuf;
 
 /// Rewrites an exported ONNX diffusion transformer so that its self-attention follows a DiTFastAttn plan.
@@ -29,10 +30,14 @@ pub struct Cli {
 pub enum Command {
     /// List every attention of a model: what it is, which form it would get, or why it does not match
     Inspect(InspectArgs),
-    /// Search a plan for a model: Algorithm 1 of the paper, on calibration inputs
+    /// Find a plan: run a model on calibration inputs and choose, by the paper's greedy method, what each layer does at each step
     Search(Box<SearchArgs>),
+    /// Measure how similar attention is between steps and between the halves of guidance, on calibration inputs
+    Study(Box<StudyArgs>),
     /// Draw plans as layers × steps heat maps
     Plot(PlotArgs),
+    /// Turn a plan of xDiT or of the authors into one of ours
+    Import(ImportArgs),
     /// Print the JSON Schema of plan files
     Schema,
     /// Print shell completions
@@ -69,12 +74,48 @@ pub struct RewriteArgs {
     pub inputs: InputsArgs,
     #[command(flatten)]
     pub choice: ChoiceArgs,
+    #[command(flatten)]
+    pub sizes: SizesArgs,
     /// Print the report as JSON
     #[arg(long)]
     pub json: bool,
     /// Print nothing but errors
     #[arg(short, long, conflicts_with = "json")]
     pub quiet: bool,
+}
+
+/// Sizes that the graph leaves open, for the accounting.
+#[derive(Debug, Default, Args)]
+pub struct SizesArgs {
+    /// Tokens of a sequence, text included, for the accounting of layers where the graph does not fix them
+    #[arg(long, value_name = "N")]
+    pub tokens: Option<usize>,
+    /// How many of them are text, for the accounting of layers where neither graph nor plan say so
+    #[arg(long, value_name = "N")]
+    pub text_tokens: Option<usize>,
+    /// Batch rows of a step, for the accounting [default: the exported batch, else those of one image]
+    #[arg(long, value_name = "N")]
+    pub rows: Option<usize>,
+    /// Part of a dense step's time that the attention modules take (measured), to predict the time of a step
+    #[arg(long, value_name = "0…1", value_parser = share)]
+    pub attention_share: Option<f64>,
+}
+
+/// A part of a whole.
+fn share(value: &str) -> Result<f64, String> {
+    let number = value.parse().ok().filter(|x| (0.0..=1.0).contains(x));
+    number.ok_or_else(|| format!("expected a number from 0 to 1, found `{value}`"))
+}
+
+impl From<&SizesArgs> for Given {
+    fn from(args: &SizesArgs) -> Self {
+        Self {
+            tokens: args.tokens,
+            text: args.text_tokens,
+            rows: args.rows,
+            ..Self::default()
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -152,127 +193,11 @@ pub struct InspectArgs {
     pub inputs: InputsArgs,
     #[command(flatten)]
     pub choice: ChoiceArgs,
+    #[command(flatten)]
+    pub sizes: SizesArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct SearchArgs {
-    /// The exported model
-    #[arg(value_name = "MODEL")]
-    pub model: PathBuf,
-    /// The plan to write
-    #[arg(short, long, value_name = "PLAN")]
-    pub output: PathBuf,
-    /// The threshold δ: how much the model's output may change, from 0
-    #[arg(
-        long,
-        value_name = "DELTA",
-        required_unless_present = "preset",
-        conflicts_with = "preset"
-    )]
-    pub delta: Option<f64>,
-    /// δ of the paper's configurations: d1 (0.025) to d6 (0.15)
-    #[arg(long, value_name = "D")]
-    pub preset: Option<String>,
-    /// The loss: mrae (the paper's), authors (their code's), cosine, mse
-    #[arg(long, value_name = "METRIC", default_value = "mrae")]
-    pub metric: Metric,
-    /// Actions to try, in this order [default: by ascending cost for the model's token count]
-    #[arg(long, value_name = "ACTION", value_delimiter = ',')]
-    pub candidates: Vec<Action>,
-    /// Half-width of the band as a fraction of the image tokens
-    #[arg(long, value_name = "FRACTION", default_value_t = 0.125)]
-    pub window: f64,
-    /// How the two halves of guidance reach the model
-    #[arg(long, value_enum, value_name = "HOW", default_value = "none")]
-    pub cfg: CfgArg,
-    /// What a pipeline fed, per input an array of its shape or with one leading axis of steps (npz)
-    #[arg(long, value_name = "NPZ", conflicts_with_all = ["calib", "scheduler"])]
-    pub trajectory: Option<PathBuf>,
-    /// Initial noise, a row per sample, and conditioning, named like the model's inputs (npz)
-    #[arg(long, value_name = "NPZ", requires = "scheduler")]
-    pub calib: Option<PathBuf>,
-    /// The scheduler that moves the latents of --calib on
-    #[arg(long, value_enum, value_name = "NAME", requires = "steps")]
-    pub scheduler: Option<SchedulerArg>,
-    /// Steps of the scheduler
-    #[arg(long, value_name = "N")]
-    pub steps: Option<usize>,
-    /// Guidance scale
-    #[arg(long, value_name = "G", default_value_t = 4.0)]
-    pub guidance: f32,
-    /// euler-flow: shift of the noise levels
-    #[arg(long, value_name = "S", default_value_t = 1.0)]
-    pub shift: f64,
-    /// euler-flow: what a noise level of 1 is fed as (1000: SD3; 1: Flux)
-    #[arg(long, value_name = "T", default_value_t = 1000.0)]
-    pub timestep_scale: f64,
-    /// Where decisions are recorded as they are made [default: PLAN with .search.jsonl]
-    #[arg(long, value_name = "FILE")]
-    pub journal: Option<PathBuf>,
-    /// Continue the search of the journal
-    #[arg(long)]
-    pub resume: bool,
-    /// Overwrite PLAN if it exists, and begin the journal anew unless --resume
-    #[arg(long)]
-    pub force: bool,
-    /// libonnxruntime.so, or a folder with it [default: $ORT_DYLIB_PATH, else python3's onnxruntime]
-    #[arg(long, value_name = "PATH")]
-    pub onnxruntime: Option<PathBuf>,
-    /// libditfastattn.so [default: beside this program]
-    #[arg(long, value_name = "PATH")]
-    pub library: Option<PathBuf>,
-    /// Threads (0: all cores)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub threads: usize,
-    #[command(flatten)]
-    pub inputs: InputsArgs,
-    #[command(flatten)]
-    pub choice: ChoiceArgs,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// Print nothing but errors
-    #[arg(short, long, conflicts_with = "json")]
-    pub quiet: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum CfgArg {
-    /// One batch, conditional half first
-    CondFirst,
-    /// One batch, unconditional half first
-    UncondFirst,
-    /// Two runs per step
-    Separate,
-    /// No guidance, or inside the model
-    None,
-}
-
-impl From<CfgArg> for Cfg {
-    fn from(arg: CfgArg) -> Self {
-        match arg {
-            CfgArg::CondFirst => Self::CondFirst,
-            CfgArg::UncondFirst => Self::UncondFirst,
-            CfgArg::Separate => Self::Separate,
-            CfgArg::None => Self::None,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum SchedulerArg {
-    /// DDIM, η = 0
-    Ddim,
-    /// DPM-Solver++ 2M
-    #[value(name = "dpm++2m")]
-    Dpm,
-    /// Improved DDPM, with learnt variances
-    Iddpm,
-    /// Euler steps of a rectified flow
-    EulerFlow,
 }
 
 #[derive(Debug, Args)]
@@ -284,6 +209,28 @@ pub struct PlotArgs {
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
     /// Overwrite OUT if it exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// xDiT's JSON, or the authors' pickle (which is read, not run)
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Half-width of its window as a fraction of the image tokens: its width in tokens over their number
+    #[arg(long, value_name = "W")]
+    pub window: f64,
+    /// How guidance reached its model
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub cfg: CfgArg,
+    /// Where to write the plan
+    #[arg(short, long, value_name = "PLAN")]
+    pub output: PathBuf,
+    /// The plan's name
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Overwrite PLAN if it exists
     #[arg(long)]
     pub force: bool,
 }

@@ -15,7 +15,12 @@ pub fn run(args: &InspectArgs) -> Result<(), Failure> {
     let mut report = Report::new(&model, &survey);
     if let Some(plan) = &plan {
         check_fit(&survey, plan).map_err(|e| Failure::No(e.into()))?;
-        report = report.with_plan(plan, &survey);
+        report = report.with_plan(
+            plan,
+            &survey,
+            &(&args.sizes).into(),
+            args.sizes.attention_share,
+        );
     }
     if args.json {
         print(&(serde_json::to_string_pretty(&report)? + "\n"))

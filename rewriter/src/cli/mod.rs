@@ -4,10 +4,14 @@
 //! plan does not fit). Exit 2: bad input, usage or I/O. Nothing is written unless the exit code is 0.
 
 mod args;
+mod import;
 mod inspect;
+mod load;
 mod plot;
 mod rewrite;
+mod run_args;
 mod search;
+mod study;
 
 use crate::find::InputsError;
 use crate::onnx::write_atomically;
@@ -34,16 +38,21 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
-/// Set by Ctrl-C; looked at while writing.
+/// Set by Ctrl-C; looked at while writing and searching.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Writes a result file, or removes what it had begun when Ctrl-C comes.
 fn write(path: &Path, pieces: &[Bytes]) -> Result<(), Failure> {
-    // Without a handler Ctrl-C still ends the program, only less tidily.
-    let _ = ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed));
+    watch_interrupts();
     Ok(write_atomically(path, pieces, &|| {
         INTERRUPTED.load(Ordering::Relaxed)
     })?)
+}
+
+/// From now on Ctrl-C sets [`INTERRUPTED`].
+fn watch_interrupts() {
+    // Without a handler, or with the one of an earlier call, all is well: Ctrl-C ends the program, at worst less tidily.
+    let _ = ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed));
 }
 
 /// Inputs that cannot be told apart are an answer; a name that does not exist is a mistake.
@@ -68,8 +77,10 @@ pub fn run(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> u8 {
     let result = match cli.command {
         None => rewrite::run(&cli.rewrite),
         Some(Command::Inspect(args)) => inspect::run(&args),
-        Some(Command::Search(args)) => search::run(&args),
+        Some(Command::Study(args)) => study::run(&args),
         Some(Command::Plot(args)) => plot::run(&args),
+        Some(Command::Import(args)) => import::run(&args),
+        Some(Command::Search(args)) => search::run(&args),
         Some(Command::Schema) => {
             let schema =
                 serde_json::to_string_pretty(&ditfastattn_plans::json_schema()).map(|s| s + "\n");

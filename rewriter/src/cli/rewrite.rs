@@ -35,7 +35,12 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
     if !args.dry_run {
         write(&output, &lowered.pieces)?;
     }
-    let mut report = Report::new(&model, &survey).with_plan(&plan, &survey);
+    let mut report = Report::new(&model, &survey).with_plan(
+        &plan,
+        &survey,
+        &(&args.sizes).into(),
+        args.sizes.attention_share,
+    );
     report.output = (!args.dry_run).then(|| output.display().to_string());
     match (args.quiet, args.json) {
         (true, _) => Ok(()),

@@ -1,296 +1,274 @@
-//! `dfa-rewrite search`: from a model and calibration inputs to a plan (Algorithm 1).
+//! `dfa-rewrite search`: from a model to a plan, by the paper's Algorithm 1.
 
-use super::args::SearchArgs;
+use super::load::{self, Loaded};
 use super::rewrite::refuse_existing;
-use super::{Failure, inputs_failure, print, write};
-use crate::find::{Survey, survey};
-use crate::lower::check_fit;
-use crate::onnx::ModelFile;
-use crate::run::array::read_npz;
-use crate::run::engine::Engine;
-use crate::run::feed::{Feed, Loop, Recording};
-use crate::run::host::Host;
-use crate::run::scheduler::{Betas, Ddim, DpmSolver, EulerFlow, Iddpm, Scheduler};
-use crate::run::trials::Trials;
+use super::run_args::SearchArgs;
+use super::{Failure, INTERRUPTED, print, write};
+use crate::account::Account;
+use crate::run::prepare::measure;
+use crate::sizes;
 use anyhow::{Context, anyhow};
 use ditfastattn_plans::{
-    Action, Cfg, Journal, LayerWork, PAPER_ORDER, Plan, Progress, SearchError, Settings, Workload,
+    Action, Journal, LayerWork, LossTable, Plan, Progress, SearchError, Settings,
     candidates_by_cost, candidates_in_order, search,
 };
-use sha2::{Digest, Sha256};
-use std::io::{IsTerminal, Write};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use std::fmt::Write;
+use std::fs::File;
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-/// δ of the paper's configurations D1 to D6 (§4.1).
-const PRESETS: [f64; 6] = [0.025, 0.05, 0.075, 0.1, 0.125, 0.15];
+/// What a search tells.
+#[derive(Serialize)]
+struct Outcome {
+    output: String,
+    journal: String,
+    name: Option<String>,
+    delta: f64,
+    metric: String,
+    steps: usize,
+    layers: usize,
+    counts: Vec<(String, usize)>,
+    account: Option<Account>,
+    /// Trials, dense runs and steps, each one forward pass for a loop that resumes nowhere.
+    naive_forwards: f64,
+    /// Forward passes that this process has run.
+    forwards: f64,
+    seconds: f64,
+}
 
 pub fn run(args: &SearchArgs) -> Result<(), Failure> {
-    let (name, delta) = threshold(args)?;
+    let delta = args.delta.or(args.preset.map(|p| p.delta()));
+    let delta = delta.context("expected --delta or --preset; see --help")?;
     refuse_existing(&args.output, args.force)?;
-    let journal = args.journal.clone().unwrap_or_else(|| beside(&args.output));
-    refuse_journal(&journal, args)?;
-    let model = ModelFile::open(&args.model)?;
-    let survey = survey(&model.graph, &(&args.inputs).into(), &(&args.choice).into())
-        .map_err(inputs_failure)?;
-    let template = template(&survey, args);
-    check_fit(&survey, &template).map_err(|e| Failure::No(e.into()))?;
-    let feed = feed(&model, &survey, args)?;
-    let settings = Settings {
-        model_hash: file_digest(&args.model)?,
-        inputs_hash: inputs_digest(args)?,
-        model: Some(survey.fingerprint()),
-        steps: feed.steps(),
-        delta,
-        metric: args.metric,
-        window: args.window,
-        cfg: args.cfg.into(),
-        timesteps: feed.timesteps(),
-        text: None,
-        candidates: candidates(&survey, args),
+    let journal_path = journal_path(args);
+    refuse_journal(&journal_path, args)?;
+    let mut loaded = load::load(&args.run)?;
+    let plan = loaded.plan.clone();
+    let works = measure(&mut loaded.prepared, &loaded.survey, &plan)?.map_err(|unknown| {
+        let (layer, what) = (unknown.layer, unknown.what);
+        Failure::No(anyhow!(
+            "layer {layer}: its {what} cannot be told from the graph"
+        ))
+    })?;
+    let settings = settings(args, &loaded, &works, delta)?;
+    let journal = open_journal(&journal_path, args)?;
+    let (mut journal, mut table) =
+        Journal::open(journal, &settings).with_context(|| format!("{}", journal_path.display()))?;
+    if let Some(path) = &args.reuse {
+        table = reuse(path, &settings, args.quiet)?;
+    }
+    let started = Instant::now();
+    let bar = progress_bar(&table, args);
+    let mut observe = |progress: &Progress<'_>| {
+        bar.set_position(progress.decided as u64);
+        bar.set_message(format!(
+            "step {}, layer {}: {}",
+            progress.cell.step, progress.cell.layer, progress.cell.action
+        ));
+        match INTERRUPTED.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
     };
-    settings.validate().map_err(|e| Failure::Bad(e.into()))?;
-    let host = Host::load(
-        args.onnxruntime.as_deref(),
-        args.library.as_deref(),
-        args.threads,
-    )
-    .map_err(|e| Failure::Bad(e.into()))?;
-    let engine = Engine::load(&host, &model, &survey, &template)
-        .map_err(|e| Failure::Bad(anyhow!(e).context("the model cannot be run")))?;
-    let mut trials = Trials::new(engine, feed, args.cfg.into());
+    super::watch_interrupts();
+    let found = search(&mut loaded.prepared, table, &mut journal, &mut observe);
+    bar.finish_and_clear();
+    let found = found.map_err(|error| match error {
+        SearchError::Stopped(table) => Failure::No(anyhow!(
+            "stopped after {} of {} layer-steps; they are in {}: go on with --resume",
+            table.cells().len(),
+            table.cell_count(),
+            journal_path.display()
+        )),
+        other => Failure::Bad(other.into()),
+    })?;
+    let plan = Plan {
+        name: args.name.clone().or(args.preset.map(|p| p.name())),
+        ..found.plan
+    };
+    write(&args.output, &[plan.to_json_pretty().into()])?;
+    if let Some(again) = found.repeated
+        && again.recorded.loss != again.now
+        && !args.quiet
+    {
+        eprintln!(
+            "dfa-rewrite: step {}, layer {} was run again to resume behind it: its loss was {:?} and is {:?} now; another machine or number of threads can decide close cells differently",
+            again.step, again.layer, again.recorded.loss, again.now
+        );
+    }
+    let caches = sizes::caches(&loaded.survey, &works);
+    let counts = plan.counts();
+    let outcome = Outcome {
+        output: args.output.display().to_string(),
+        journal: journal_path.display().to_string(),
+        name: plan.name.clone(),
+        delta,
+        metric: args.metric.to_string(),
+        steps: plan.step_count(),
+        layers: plan.layers(),
+        counts: Action::ALL
+            .iter()
+            .map(|&a| (a.to_string(), counts.of(a)))
+            .collect(),
+        account: Account::new(&plan, &works, &caches, None).ok(),
+        naive_forwards: found.effort.naive_forwards(),
+        // The dense run of step 0 was made before the search began.
+        forwards: found.effort.forwards + 1.0,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    match (args.quiet, args.json) {
+        (true, _) => Ok(()),
+        (_, true) => print(&(serde_json::to_string_pretty(&outcome)? + "\n")),
+        _ => print(&outcome.table()),
+    }
+}
 
-    let file = std::fs::OpenOptions::new()
+/// Beside the plan: `plan.json` → `plan.search.jsonl`.
+fn journal_path(args: &SearchArgs) -> PathBuf {
+    let beside = || args.output.with_extension("search.jsonl");
+    args.journal.clone().unwrap_or_else(beside)
+}
+
+/// A journal is somebody's work: without being told to, it is neither continued nor overwritten.
+fn refuse_journal(path: &Path, args: &SearchArgs) -> Result<(), Failure> {
+    let exists = path.metadata().is_ok_and(|m| m.len() > 0);
+    if exists && !args.resume && !args.force {
+        return Err(Failure::Bad(anyhow!(
+            "the journal {} exists: pass --resume to go on with its search, --force to begin anew, or another --journal",
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
+fn open_journal(path: &Path, args: &SearchArgs) -> Result<File, Failure> {
+    let file = File::options()
         .read(true)
         .write(true)
         .create(true)
-        .truncate(false)
-        .open(&journal)
-        .with_context(|| format!("cannot write the journal {}", journal.display()))?;
-    if args.force && !args.resume {
-        file.set_len(0).context("cannot empty the journal")?;
-    }
-    let (mut record, table) = Journal::open(file, &settings).map_err(|e| {
-        Failure::Bad(anyhow!(e).context(format!("the journal {}", journal.display())))
-    })?;
-    let begun = Begun {
-        at: Instant::now(),
-        before: table.cells().len(),
-        quiet: args.quiet || !std::io::stderr().is_terminal(),
+        .truncate(args.force && !args.resume)
+        .open(path)
+        .with_context(|| format!("cannot open the journal {}", path.display()))?;
+    Ok(file)
+}
+
+/// What the search of another δ has decided for this one, too.
+fn reuse(path: &Path, settings: &Settings, quiet: bool) -> Result<LossTable, Failure> {
+    let bytes = std::fs::read(path)
+        .with_context(|| format!("cannot read the journal {}", path.display()))?;
+    let other = LossTable::parse(&bytes).with_context(|| format!("{}", path.display()))?;
+    let same = Settings {
+        delta: settings.delta,
+        ..other.settings().clone()
     };
-    let found = search(&mut trials, table, &mut record, &mut |p| begun.show(p));
-    begun.end();
-    let found = found.map_err(|e| match e {
-        SearchError::Journal(e) => Failure::Bad(anyhow!(e).context(format!(
-            "the journal {} cannot be written",
-            journal.display()
-        ))),
-        other => Failure::Bad(anyhow!(other.to_string()).context(format!(
-            "the search stopped; --resume continues from {}",
-            journal.display()
-        ))),
-    })?;
-    let mut plan = found.plan;
-    plan.name = name;
-    write(&args.output, &[plan.to_json().into_bytes().into()])?;
-    if args.quiet {
-        return Ok(());
+    if same != *settings {
+        return Err(Failure::No(anyhow!(
+            "the journal {} is of another search, not only of another δ: its model, inputs, window, guidance, metric and candidates must be those of this one",
+            path.display()
+        )));
     }
-    let (naive, spent) = (found.table.naive_forwards(), found.effort.forwards);
-    let counts = plan.counts();
-    if args.json {
-        let actions: serde_json::Map<_, _> = Action::ALL
-            .iter()
-            .map(|&a| (a.to_string(), counts.of(a).into()))
-            .collect();
-        let report = serde_json::json!({
-            "output": args.output, "journal": journal, "delta": delta, "actions": actions,
-            "trials": found.table.trials(), "forwards": spent, "naive_forwards": naive,
+    let rederived = other.rederive(settings.delta)?;
+    if !quiet {
+        eprintln!("dfa-rewrite: {}: {rederived}", path.display());
+    }
+    Ok(rederived.table)
+}
+
+fn settings(
+    args: &SearchArgs,
+    loaded: &Loaded,
+    works: &[LayerWork],
+    delta: f64,
+) -> Result<Settings, Failure> {
+    let plan = &loaded.plan;
+    let layers = works.len();
+    let mut candidates = match args.candidates.as_slice() {
+        [] => candidates_by_cost(works, plan.window, plan.cfg),
+        order => candidates_in_order(order, layers, plan.cfg),
+    };
+    for layer in loaded.survey.layers() {
+        let work = works[layer.index].work;
+        let covered = work.window_covers(plan.half_width(work.tokens, work.text));
+        candidates[layer.index].retain(|action| {
+            // A band over everything computes what full attention does.
+            let useless = covered && action.is_windowed();
+            let impossible = action.uses_halves() && layer.halves.is_err();
+            !useless && !impossible
         });
-        return print(&(serde_json::to_string_pretty(&report)? + "\n"));
     }
-    let listed: Vec<_> = Action::ALL
-        .iter()
-        .filter(|&&a| counts.of(a) > 0)
-        .map(|&a| format!("{} {a}", counts.of(a)))
-        .collect();
-    print(&format!(
-        "{} steps × {} layers at δ {delta}: {}\n{} trials; {spent:.1} forward passes in this run, {naive} if every trial ran the whole model\nwrote {}\n",
-        plan.step_count(),
-        plan.layers(),
-        listed.join(", "),
-        found.table.trials(),
-        args.output.display()
-    ))
-}
-
-/// The plan's name and δ.
-fn threshold(args: &SearchArgs) -> Result<(Option<String>, f64), Failure> {
-    match (args.delta, args.preset.as_deref()) {
-        (Some(delta), _) => Ok((None, delta)),
-        (None, Some(preset)) => {
-            let number = preset
-                .strip_prefix(['d', 'D'])
-                .and_then(|n| n.parse::<usize>().ok())
-                .filter(|n| (1..=PRESETS.len()).contains(n));
-            let number = number
-                .ok_or_else(|| Failure::Bad(anyhow!("--preset is {preset}, expected d1 to d6")))?;
-            Ok((Some(format!("D{number}")), PRESETS[number - 1]))
-        }
-        (None, None) => Err(Failure::Bad(anyhow!(
-            "expected --delta or --preset; see --help"
-        ))),
-    }
-}
-
-/// `d3.json` → `d3.search.jsonl`.
-fn beside(plan: &Path) -> PathBuf {
-    plan.with_extension("search.jsonl")
-}
-
-fn refuse_journal(journal: &Path, args: &SearchArgs) -> Result<(), Failure> {
-    match (journal.exists(), args.resume) {
-        (true, false) if !args.force => Err(Failure::Bad(anyhow!(
-            "the journal {} of an earlier search exists: --resume continues it, --force begins anew",
-            journal.display()
-        ))),
-        (false, true) => Err(Failure::Bad(anyhow!(
-            "there is no journal {} to resume; leave out --resume to begin a search",
-            journal.display()
-        ))),
-        _ => Ok(()),
-    }
-}
-
-/// What the engine needs of a plan: the window and the guidance.
-fn template(survey: &Survey, args: &SearchArgs) -> Plan {
-    let mut plan = Plan::all_full(survey.layers().count().max(1), 1);
-    plan.window = args.window;
-    plan.cfg = args.cfg.into();
-    plan
-}
-
-fn candidates(survey: &Survey, args: &SearchArgs) -> Vec<Vec<Action>> {
-    let (layers, cfg) = (survey.layers().count(), args.cfg.into());
-    if !args.candidates.is_empty() {
-        return candidates_in_order(&args.candidates, layers, cfg);
-    }
-    let work: Option<Vec<LayerWork>> = survey
-        .layers()
-        .map(|layer| {
-            let core = &layer.core;
-            let size = |n: Option<i64>| usize::try_from(n?).ok();
-            let workload = Workload {
-                tokens: size(core.tokens.as_ref()?.known())?,
-                text: size(layer.text.known())?,
-                width: size(core.heads)? * size(core.head_dim)?,
-                rows: 2,
-            };
-            Some(LayerWork {
-                shares_projections: layer.module.is_ok(),
-                ..workload.into()
-            })
-        })
-        .collect();
-    match work {
-        Some(work) => candidates_by_cost(&work, args.window, cfg),
-        // Costs depend on token counts that only a run knows: the paper's order.
-        None => candidates_in_order(&PAPER_ORDER, layers, cfg),
-    }
-}
-
-fn feed(model: &ModelFile, survey: &Survey, args: &SearchArgs) -> Result<Box<dyn Feed>, Failure> {
-    let bad = |e: anyhow::Error| Failure::Bad(e);
-    if let Some(path) = &args.trajectory {
-        let arrays = read_npz(path).map_err(|e| bad(e.into()))?;
-        let feed = Recording::new(&model.graph, &survey.inputs, arrays);
-        return Ok(Box::new(feed.map_err(|e| {
-            bad(anyhow!(e).context(path.display().to_string()))
-        })?));
-    }
-    let (Some(path), Some(scheduler), Some(steps)) = (&args.calib, args.scheduler, args.steps)
-    else {
-        return Err(bad(anyhow!(
-            "expected --trajectory, or --scheduler with --steps and --calib; see --help"
-        )));
+    let feed = loaded.prepared.feed();
+    let settings = Settings {
+        model_hash: loaded.model_hash.clone(),
+        inputs_hash: loaded.inputs_hash.clone(),
+        model: Some(loaded.survey.fingerprint()),
+        steps: feed.steps(),
+        delta,
+        metric: args.metric,
+        window: plan.window,
+        cfg: plan.cfg,
+        timesteps: feed.timesteps(),
+        text: plan.text,
+        candidates,
     };
-    let cfg: Cfg = args.cfg.into();
-    if cfg == Cfg::Separate {
-        return Err(bad(anyhow!(
-            "guidance in two runs per step cannot be searched with a scheduler; batch the halves of the calibration (--cfg cond-first)"
-        )));
+    settings.validate()?;
+    Ok(settings)
+}
+
+fn progress_bar(table: &LossTable, args: &SearchArgs) -> ProgressBar {
+    let bar = ProgressBar::new(table.cell_count() as u64);
+    if args.quiet || !std::io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
     }
-    let arrays = read_npz(path).map_err(|e| bad(e.into()))?;
-    let make = |group: usize| -> Box<dyn Scheduler> {
-        let betas = Betas::default();
-        match scheduler {
-            super::args::SchedulerArg::Ddim => Box::new(Ddim::new(&betas, steps)),
-            super::args::SchedulerArg::Dpm => Box::new(DpmSolver::new(&betas, steps)),
-            super::args::SchedulerArg::Iddpm => Box::new(Iddpm::new(&betas, steps, group as u64)),
-            super::args::SchedulerArg::EulerFlow => {
-                Box::new(EulerFlow::new(steps, args.shift, args.timestep_scale))
-            }
-        }
-    };
-    let feed = Loop::new(
-        &model.graph,
-        &survey.inputs,
-        arrays,
-        cfg,
-        args.guidance,
-        0,
-        &make,
-    );
-    Ok(Box::new(feed.map_err(|e| {
-        bad(anyhow!(e).context(path.display().to_string()))
-    })?))
-}
-
-fn file_digest(path: &Path) -> Result<String, Failure> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hex(&Sha256::digest(bytes)))
-}
-
-/// Of the arrays and everything else that decides what the model is fed.
-fn inputs_digest(args: &SearchArgs) -> Result<String, Failure> {
-    let mut digest = Sha256::new();
-    for path in args.trajectory.iter().chain(&args.calib) {
-        digest.update(file_digest(path)?);
+    let style =
+        ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}  [{elapsed_precise}, {eta} left]");
+    if let Ok(style) = style {
+        bar.set_style(style);
     }
-    let how = (args.scheduler, args.steps, args.guidance.to_bits());
-    digest.update(format!("{how:?} {} {}", args.shift, args.timestep_scale));
-    Ok(hex(&digest.finalize()))
+    bar.set_position(table.cells().len() as u64);
+    bar.reset_eta();
+    bar
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Progress on stderr, where somebody looks.
-struct Begun {
-    at: Instant,
-    before: usize,
-    quiet: bool,
-}
-
-impl Begun {
-    fn show(&self, progress: &Progress<'_>) -> ControlFlow<()> {
-        if !self.quiet {
-            let done = (progress.decided - self.before).max(1) as f64;
-            let left = (progress.cells - progress.decided) as f64;
-            let seconds = self.at.elapsed().as_secs_f64() / done * left;
-            let _ = write!(
-                std::io::stderr(),
-                "\r\x1b[K{progress}, about {seconds:.0} s left"
-            );
+impl Outcome {
+    fn table(&self) -> String {
+        let mut text = String::new();
+        let name = self.name.as_deref().unwrap_or("plan");
+        let counts: Vec<_> = self
+            .counts
+            .iter()
+            .filter(|(_, n)| *n > 0)
+            .map(|(action, n)| format!("{n} {action}"))
+            .collect();
+        let _ = writeln!(
+            text,
+            "{name}: δ = {} ({}), {} steps of {} layers: {}",
+            self.delta,
+            self.metric,
+            self.steps,
+            self.layers,
+            counts.join(", ")
+        );
+        if let Some(account) = &self.account {
+            let _ = write!(text, "{account}");
         }
-        ControlFlow::Continue(())
-    }
-
-    fn end(&self) {
-        if !self.quiet {
-            let _ = write!(std::io::stderr(), "\r\x1b[K");
-        }
+        let _ = writeln!(
+            text,
+            "searched in {:.1} s: {:.1} forward passes run, {} for a loop that resumes nowhere ({:.2})",
+            self.seconds,
+            self.forwards,
+            self.naive_forwards,
+            self.forwards / self.naive_forwards.max(1.0)
+        );
+        let _ = writeln!(
+            text,
+            "wrote {}; the losses are in {}",
+            self.output, self.journal
+        );
+        text
     }
 }

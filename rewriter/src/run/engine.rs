@@ -179,12 +179,39 @@ impl Engine {
         before: &Frontier,
     ) -> Result<Frontier, EngineError> {
         let first = layer.map_or(0, |l| l + 1);
+        self.run_segments(first..self.parts.len(), inputs, row, memory, before)
+    }
+
+    /// Runs `layer` alone, and what lies between it and the next one. As [`Engine::run`].
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    pub fn run_layer(
+        &mut self,
+        layer: usize,
+        inputs: &Values,
+        row: &[Action],
+        memory: &[Memory],
+        before: &Frontier,
+    ) -> Result<Frontier, EngineError> {
+        self.run_segments(layer + 1..layer + 2, inputs, row, memory, before)
+    }
+
+    fn run_segments(
+        &mut self,
+        segments: std::ops::Range<usize>,
+        inputs: &Values,
+        row: &[Action],
+        memory: &[Memory],
+        before: &Frontier,
+    ) -> Result<Frontier, EngineError> {
+        let first = segments.start;
         let directives = row
             .iter()
             .map(|&a| code(a) + if a.is_full() { RESIDUAL_LIVE } else { 0 });
         let control = self.control(directives.collect(), row, memory)?;
         let mut frontier: Frontier = before[..first.min(before.len())].to_vec();
-        for s in first..self.parts.len() {
+        for s in segments {
             let part = &mut self.parts[s];
             let mut feed: Vec<(&str, SessionInputValue<'_>)> = Vec::new();
             for name in &part.segment.reads {
@@ -246,6 +273,20 @@ impl Engine {
             }
         }
         Ok(control)
+    }
+
+    /// R of zeros, like `residual`.
+    ///
+    /// # Errors
+    /// If `residual` is no floating-point tensor.
+    pub fn zeros_like(&self, residual: &Value) -> Result<Value, EngineError> {
+        let dims = to_array("residual", residual)?.dims;
+        let len = dims.iter().product();
+        to_value(
+            "residual",
+            &Array::floats(dims, vec![0.0; len]),
+            self.elem_type,
+        )
     }
 
     /// A state without rows.

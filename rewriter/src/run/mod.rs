@@ -9,6 +9,8 @@
 //! | `scheduler` | diffusion schedulers |
 //! | `feed` | what the model is fed at each step: a recording, or a scheduler's own loop |
 //! | `trials` | the search's view of all that (`Denoiser`) |
+//! | `study` | how similar attention is between steps and halves |
+//! | `prepare` | from files to a model that is ready to run |
 //!
 //! Nothing here finds attention or changes a model.
 
@@ -17,5 +19,7 @@ mod cut;
 pub mod engine;
 pub mod feed;
 pub mod host;
+pub mod prepare;
 pub mod scheduler;
+pub mod study;
 pub mod trials;

@@ -4,7 +4,7 @@
 //! base) and the latest trial have computed. Trials change neither the state nor the base.
 
 use super::array::Array;
-use super::engine::{Engine, EngineError, Frontier, Memory, Values};
+use super::engine::{Engine, EngineError, Frontier, Memory, Values, to_array};
 use super::feed::{Feed, FeedError, samples};
 use ditfastattn_plans::{Action, Cfg, Denoiser, Forward, Trial};
 
@@ -97,30 +97,35 @@ impl<F: Feed> Trials<F> {
         Ok(self.engine.share(first))
     }
 
-    /// Runs one layer of the base with another action and other memories, without any effect: what the layer's results would be.
+    /// The first result of `layer`'s module in the base of each group, and what it would be with window attention alone (`wa-rs` with
+    /// R = 0). Without any effect.
     ///
     /// # Errors
     /// What the model says.
-    pub fn what_if(
-        &mut self,
-        group: usize,
-        layer: usize,
-        action: Action,
-        memory: &Memory,
-    ) -> Result<Frontier, TrialError> {
-        let Group {
-            inputs,
-            memory: real,
-            base,
-            ..
-        } = &self.groups[group];
-        let mut memories = real.clone();
-        memories[layer] = memory.clone();
-        let mut row = self.base_row.clone();
-        row[layer] = action;
-        Ok(self
-            .engine
-            .run(Some(layer), inputs, &row, &memories, base)?)
+    pub fn full_and_window(&mut self, layer: usize) -> Result<Vec<[Array; 2]>, TrialError> {
+        let mut both = Vec::new();
+        for group in &self.groups {
+            let Group {
+                inputs,
+                memory,
+                base,
+                ..
+            } = group;
+            let mut memory = memory.clone();
+            if let Some(residual) = self.engine.residual(layer, base) {
+                memory[layer].residual = Some(self.engine.zeros_like(residual)?);
+            }
+            let mut row = self.base_row.clone();
+            row[layer] = Action::WaRs;
+            let windowed = self.engine.run_layer(layer, inputs, &row, &memory, base)?;
+            let output = |frontier| {
+                let missing = || EngineError::Missing(format!("the output of layer {layer}"));
+                let value = self.engine.output(layer, frontier).ok_or_else(missing)?;
+                to_array("attention", value)
+            };
+            both.push([output(base)?, output(&windowed)?]);
+        }
+        Ok(both)
     }
 
     fn outputs(&self, of: impl Fn(&Group) -> &Frontier) -> Result<Vec<Array>, TrialError> {
