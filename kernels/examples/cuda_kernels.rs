@@ -1,9 +1,9 @@
 //! Compiles the CUDA kernels ahead of time with nvcc, and checks what the compiler made of them.
 //!
-//!     cargo run --release -p ditfastattn-kernels --example cuda_kernels -- --nvcc NVCC --out DIR [--table FILE] [MODULE...]
+//!     cargo run --release -p ditfastattn-kernels --example cuda_kernels -- --nvcc NVCC --out DIR [--arches 80,90] [--table FILE] [MODULE...]
 //!
-//! Writes one fatbin per module, with machine code for compute capabilities 8.0, 9.0, 10.0 and 12.0 and PTX of 8.0 for what
-//! comes later, and the hash of the sources. Fails if a kernel spills registers or is over its budget.
+//! Writes one fatbin per module, with machine code for compute capabilities 8.0, 9.0, 10.0 and 12.0 (or those of `--arches`) and
+//! PTX of 8.0 for what comes later, and the hash of the sources. Fails if a kernel spills registers or is over its budget.
 //! `scripts/cuda-kernels` gets the compiler and calls this.
 
 use std::collections::BTreeMap;
@@ -38,6 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
+    let mut arches = ARCHES.to_vec();
     let (mut nvcc, mut out, mut table, mut modules) = (None, None, None, Vec::new());
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
@@ -45,6 +46,11 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
             "--nvcc" => nvcc = Some(PathBuf::from(value()?)),
             "--out" => out = Some(PathBuf::from(value()?)),
             "--table" => table = Some(PathBuf::from(value()?)),
+            "--arches" => {
+                let numbers = value()?;
+                let numbers = numbers.split(',').map(str::parse).collect();
+                arches = numbers.map_err(|error| format!("--arches: {error}"))?;
+            }
             option if option.starts_with('-') => return Err(format!("unknown option {option}")),
             _ => modules.push(argument),
         }
@@ -62,11 +68,11 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
     for (name, text) in SOURCES {
         write(&sources.join(name), text)?;
     }
-    let usages = compile(&nvcc, &out, &units)?;
+    let usages = compile(&nvcc, &out, &units, &arches)?;
     let expected = variants
         .iter()
         .filter(|variant| units.contains_key(&variant.module()));
-    let report = report(expected, &usages)?;
+    let report = report(expected, &usages, &arches)?;
     if modules.is_empty() {
         write(&out.join(MANIFEST), &source_hash())?;
     }
@@ -76,13 +82,18 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
     println!(
         "{}: {} kernels, no spills, budgets kept",
         out.display(),
-        usages.len() / ARCHES.len()
+        usages.len() / arches.len()
     );
     Ok(())
 }
 
 /// Compiles every unit; as many at a time as there are processors.
-fn compile(nvcc: &Path, out: &Path, units: &BTreeMap<String, String>) -> Result<Usages, String> {
+fn compile(
+    nvcc: &Path,
+    out: &Path,
+    units: &BTreeMap<String, String>,
+    arches: &[u32],
+) -> Result<Usages, String> {
     let units: Vec<_> = units.iter().collect();
     let next = AtomicUsize::new(0);
     let results = Mutex::new((Usages::new(), Vec::new()));
@@ -90,7 +101,7 @@ fn compile(nvcc: &Path, out: &Path, units: &BTreeMap<String, String>) -> Result<
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
                 while let Some((module, text)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let result = compile_one(nvcc, out, module, text);
+                    let result = compile_one(nvcc, out, module, text, arches);
                     let mut results = results.lock().expect("no compilation panics");
                     match result {
                         Ok(usages) => results.0.extend(usages),
@@ -108,7 +119,13 @@ fn compile(nvcc: &Path, out: &Path, units: &BTreeMap<String, String>) -> Result<
     }
 }
 
-fn compile_one(nvcc: &Path, out: &Path, module: &str, text: &str) -> Result<Usages, String> {
+fn compile_one(
+    nvcc: &Path,
+    out: &Path,
+    module: &str,
+    text: &str,
+    arches: &[u32],
+) -> Result<Usages, String> {
     let source = out.join("src").join(format!("unit_{module}.cu"));
     write(&source, text)?;
     let mut command = Command::new(nvcc);
@@ -120,7 +137,7 @@ fn compile_one(nvcc: &Path, out: &Path, module: &str, text: &str) -> Result<Usag
         "-Xptxas",
         "-v",
     ]);
-    for arch in ARCHES {
+    for &arch in arches {
         command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
     }
     command.arg("-gencode=arch=compute_80,code=compute_80");
@@ -177,19 +194,22 @@ fn parse(said: &str) -> Usages {
 fn report<'a>(
     variants: impl Iterator<Item = &'a Variant>,
     usages: &Usages,
+    arches: &[u32],
 ) -> Result<String, String> {
     let mut table = String::from("| kernel | threads | shared memory | registers: budget |");
     let mut faults = String::new();
-    for arch in ARCHES {
+    for &arch in arches {
         let _ = write!(table, " sm_{arch} |");
     }
-    table += "\n|---|---:|---:|---:|---:|---:|---:|---:|\n";
+    table += "\n|---|---:|---:|---:|";
+    table += &"---:|".repeat(arches.len());
+    table += "\n";
     for variant in variants {
         let name = variant.name();
         let (threads, shared) = (variant.threads(), variant.shared_bytes());
         let budget = variant.register_budget();
         let _ = write!(table, "| `{name}` | {threads} | {shared} | {budget} |");
-        for arch in ARCHES {
+        for &arch in arches {
             let Some(usage) = usages.get(&(name.clone(), arch)) else {
                 let _ = writeln!(
                     faults,
