@@ -48,7 +48,8 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
             "--table" => table = Some(PathBuf::from(value()?)),
             "--arches" => {
                 let numbers = value()?;
-                let numbers = numbers.split(',').map(str::parse).collect();
+                let numbers: Result<_, std::num::ParseIntError> =
+                    numbers.split(',').map(str::parse).collect();
                 arches = numbers.map_err(|error| format!("--arches: {error}"))?;
             }
             option if option.starts_with('-') => return Err(format!("unknown option {option}")),

@@ -22,3 +22,9 @@ pub use image::{MANIFEST, SOURCES, source_hash};
 pub use params::{AttentionParams, CopyParams, EvidenceParams, MaskOperand, Operand, Params};
 pub use run::Failure;
 pub use variant::{DIMS, Job, SIMPLE_DIMS, Variant, translation_units};
+
+/// Compiles a kernel for one compute capability with NVIDIA's run-time compiler; for tests.
+#[doc(hidden)]
+pub fn compile_at_run_time(variant: &Variant, arch: u32) -> Result<Vec<u8>, String> {
+    nvrtc::compile(variant, arch)
+}
