@@ -95,9 +95,6 @@ DEVICE float exp2_fast(float x) {
 }
 DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
-DEVICE u64 shuffle_xor(u64 x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
-DEVICE u64 multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }
-DEVICE void atomic_add(u64 *to, u64 x) { atomicAdd(to, x); }
 
 #else
 #include "emulator/device.h"

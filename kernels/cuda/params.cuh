@@ -1,5 +1,5 @@
 // What the host hands to the kernels. The same structs are in kernels/src/cuda/params.rs; both sides are plain
-// C layouts of 8-byte and 4-byte fields without padding, and a test compares their sizes.
+// C layouts of 8-byte and 4-byte fields without padding, and the emulator compares their sizes.
 #pragma once
 
 typedef long long i64;
@@ -63,24 +63,4 @@ struct CopyParams {
     u64 count;
     /// Set to 1 if an element is not finite; null: nobody asks.
     u32 *non_finite;
-};
-
-/// A keyed 128-bit digest of `bytes` bytes at `data`, and float32 samples of its elements.
-///
-/// The digest is a sum over 8-byte words (the last one padded with zeros), so blocks may add to it in any order.
-///
-/// Launch: any grid of one dimension, block (256, 1, 1), no shared memory; `digest` zeroed before.
-struct EvidenceParams {
-    const void *data;
-    u64 bytes;
-    /// Elements; sample i is element i · stride.
-    u64 count, stride, samples;
-    u64 key[2];
-    /// [2]
-    u64 *digest;
-    /// [samples]
-    float *out;
-    /// 0 none, 1 float32, 2 float16, 3 bfloat16, 4 float64.
-    int element;
-    int unused;
 };

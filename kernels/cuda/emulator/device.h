@@ -149,7 +149,7 @@ template <class T> __attribute__((no_sanitize("address", "undefined"))) void mul
 
 template <int LANES> void exchange(const Lane *in, Lane *out) {
     for (int lane = 0; lane < 32; lane++) {
-        for (int i = 0; i < 2; i++) out[lane].word[i] = in[lane ^ LANES].word[i];
+        out[lane].word[0] = in[lane ^ LANES].word[0];
     }
 }
 
@@ -185,15 +185,11 @@ template <class T> inline void mma(float *c, const u32 *a, const u32 *b) {
     for (int i = 0; i < 4; i++) c[i] = out.c[i];
 }
 
-inline u64 shuffle_xor(u64 x, int lanes) {
+inline float shuffle_xor(float x, int lanes) {
     emulator::Lane lane;
-    lane.word[0] = (u32)x, lane.word[1] = (u32)(x >> 32);
-    const emulator::Lane out = emulator::collect(lane, emulator::exchange_by(lanes));
-    return out.word[0] | (u64)out.word[1] << 32;
+    lane.word[0] = float_to_bits(x);
+    return bits_to_float(emulator::collect(lane, emulator::exchange_by(lanes)).word[0]);
 }
-inline float shuffle_xor(float x, int lanes) { return bits_to_float((u32)shuffle_xor((u64)float_to_bits(x), lanes)); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float max_of(float a, float b) { return std::fmax(a, b); }
-inline u64 multiply_high(u64 a, u64 b) { return (u64)((unsigned __int128)a * b >> 64); }
-inline void atomic_add(u64 *to, u64 x) { __atomic_fetch_add(to, x, __ATOMIC_RELAXED); }

@@ -58,7 +58,6 @@ void enqueue(Stream *stream, std::function<void()> item) {
 
 size_t parameter_size(const std::string &kernel) {
     if (kernel.rfind("dfa_copy", 0) == 0) return sizeof(CopyParams);
-    if (kernel == "dfa_evidence") return sizeof(EvidenceParams);
     return sizeof(AttentionParams);
 }
 
@@ -236,16 +235,6 @@ API cuMemFreeAsync(u64 address, Stream *stream) {
 API cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, Stream *stream) {
     Lock lock(mutex);
     enqueue(stream, [=] { memmove((void *)(uintptr_t)to, (const void *)(uintptr_t)from, bytes); });
-    return SUCCESS;
-}
-API cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t bytes, Stream *stream) {
-    Lock lock(mutex);
-    enqueue(stream, [=] { memcpy(to, (const void *)(uintptr_t)from, bytes); });
-    return SUCCESS;
-}
-API cuMemsetD8Async(u64 to, unsigned char value, size_t bytes, Stream *stream) {
-    Lock lock(mutex);
-    enqueue(stream, [=] { memset((void *)(uintptr_t)to, value, bytes); });
     return SUCCESS;
 }
 API cuMemAllocManaged(u64 *address, size_t bytes, unsigned) { return cuMemAllocFromPoolAsync(address, bytes, nullptr, nullptr); }

@@ -7,6 +7,7 @@
 //   u32 buffers, and for each:
 //     u32 where its pointer lies in the parameters, u32 whether it is wanted back, u64 bytes, contents
 // The answer on stdout is the contents of the buffers that are wanted back. All numbers are little-endian.
+#include "../params.cuh"
 #include "runtime.h"
 
 #include <cstdint>
@@ -45,6 +46,11 @@ int main() {
         const uint64_t shared = number<uint64_t>();
         std::vector<unsigned char> params(number<uint32_t>());
         read(params.data(), params.size());
+        const size_t expected = name.rfind("dfa_copy", 0) == 0 ? sizeof(CopyParams) : sizeof(AttentionParams);
+        if (params.size() != expected) {
+            fprintf(stderr, "emulator: %s takes %zu bytes of parameters, got %zu\n", name.c_str(), expected, params.size());
+            return 3;
+        }
         std::vector<Buffer> buffers(number<uint32_t>());
         for (Buffer &buffer : buffers) {
             buffer.pointer_at = number<uint32_t>();

@@ -19,7 +19,7 @@ pub use choose::{Launch, Limits, Refusal, choose};
 pub use device::{Device, copy};
 pub use driver::{CudaError, Stream, is_available};
 pub use image::{MANIFEST, SOURCES, source_hash};
-pub use params::{AttentionParams, CopyParams, EvidenceParams, MaskOperand, Operand, Params};
+pub use params::{AttentionParams, CopyParams, MaskOperand, Operand, Params};
 pub use run::Failure;
 pub use variant::{DIMS, Job, SIMPLE_DIMS, Variant, translation_units};
 

@@ -116,30 +116,12 @@ pub struct CopyParams {
     pub non_finite: *mut u32,
 }
 
-/// Digest and samples of one tensor.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct EvidenceParams {
-    pub data: *const c_void,
-    pub bytes: u64,
-    pub count: u64,
-    pub stride: u64,
-    pub samples: u64,
-    pub key: [u64; 2],
-    pub digest: *mut u64,
-    pub out: *mut f32,
-    pub element: i32,
-    pub unused: i32,
-}
-
 /// Structs that a kernel takes as its only parameter.
 ///
 /// # Safety
 /// `repr(C)`, without padding, and the same as the struct of that name in `params.cuh`.
 pub unsafe trait Params: Copy {}
-// SAFETY: compared with the C++ sizes by the emulator's tests, field by field by eye.
+// SAFETY: without padding, and of the size that the emulator, which is C++, compares on every launch.
 unsafe impl Params for AttentionParams {}
 // SAFETY: as above.
 unsafe impl Params for CopyParams {}
-// SAFETY: as above.
-unsafe impl Params for EvidenceParams {}

@@ -1,4 +1,4 @@
-//! Calls on a device: attention, checked copies, evidence.
+//! Calls on a device: attention and checked copies.
 
 use std::ffi::c_void;
 use std::ptr::null_mut;

@@ -45,8 +45,6 @@ pub enum Variant {
     },
     /// `dfa_copy_*` of `support.cu`.
     Copy { dtype: DType },
-    /// `dfa_evidence` of `support.cu`.
-    Evidence,
 }
 
 /// Head dimensions that are compiled ahead of time; other multiples of 8 are compiled when they are met.
@@ -68,7 +66,7 @@ fn dtype_word(dtype: DType) -> &'static str {
 impl Variant {
     /// All that are compiled ahead of time.
     pub fn all() -> Vec<Variant> {
-        let mut all = vec![Variant::Evidence];
+        let mut all = Vec::new();
         for dtype in DTYPES {
             all.push(Variant::Copy { dtype });
             for job in Job::ALL {
@@ -125,7 +123,6 @@ impl Variant {
                 job,
             } => format!("dfa_simple_{}_d{max_dim}_{}", dtype_word(dtype), job.word()),
             Variant::Copy { dtype } => format!("dfa_copy_{}", dtype_word(dtype)),
-            Variant::Evidence => "dfa_evidence".to_owned(),
         }
     }
 
@@ -134,7 +131,7 @@ impl Variant {
         match self {
             Variant::TensorCore { .. } => "attention.cu",
             Variant::Simple { .. } => "simple.cu",
-            Variant::Copy { .. } | Variant::Evidence => "support.cu",
+            Variant::Copy { .. } => "support.cu",
         }
     }
 
@@ -145,7 +142,7 @@ impl Variant {
                 format!("attention_{}_d{dim}", dtype_word(dtype))
             }
             Variant::Simple { dtype, .. } => format!("simple_{}", dtype_word(dtype)),
-            Variant::Copy { .. } | Variant::Evidence => "support".to_owned(),
+            Variant::Copy { .. } => "support".to_owned(),
         }
     }
 
@@ -178,7 +175,7 @@ impl Variant {
                 ("DFA_DIM", max_dim.to_string()),
                 ("DFA_MODE", job.word().to_uppercase()),
             ],
-            Variant::Copy { .. } | Variant::Evidence => Vec::new(),
+            Variant::Copy { .. } => Vec::new(),
         }
     }
 
@@ -187,7 +184,7 @@ impl Variant {
         match *self {
             Variant::TensorCore { dim, queries, .. } if queries == 128 && dim > 80 => 256,
             Variant::TensorCore { .. } | Variant::Simple { .. } => 128,
-            Variant::Copy { .. } | Variant::Evidence => 256,
+            Variant::Copy { .. } => 256,
         }
     }
 
@@ -196,7 +193,7 @@ impl Variant {
         match *self {
             Variant::TensorCore { queries, .. } => queries,
             Variant::Simple { .. } => 32,
-            Variant::Copy { .. } | Variant::Evidence => 0,
+            Variant::Copy { .. } => 0,
         }
     }
 
@@ -216,13 +213,14 @@ impl Variant {
                 operands + snapshot
             }
             Variant::Simple { max_dim, .. } => (2 * 32 * (max_dim + 1) + 32 * 33) * 4,
-            Variant::Copy { .. } | Variant::Evidence => 0,
+            Variant::Copy { .. } => 0,
         }
     }
 
-    /// Blocks per multiprocessor that its registers must leave room for.
+    /// Blocks per multiprocessor that registers must leave room for, which is how the compiler is told the budget.
     fn blocks_per_processor(&self) -> usize {
-        1
+        const REGISTERS: usize = 65536;
+        REGISTERS / (self.threads() * self.register_budget().next_multiple_of(8))
     }
 
     /// The most registers that a thread may use: blocks of 64 queries are for short sequences, where two or three of them
@@ -234,7 +232,7 @@ impl Variant {
             } if dim <= 80 => 168,
             Variant::TensorCore { .. } => 255,
             Variant::Simple { .. } => 255,
-            Variant::Copy { .. } | Variant::Evidence => 64,
+            Variant::Copy { .. } => 64,
         }
     }
 }
