@@ -1,23 +1,10 @@
 //! The numbers of the paper and of the authors' notebooks, and what they are made of.
 
 use ditfastattn_plans::{Action, Cfg, Plan, Workload, band_density};
+mod common;
+
+use common::{near, work};
 use proptest::prelude::*;
-
-fn work(tokens: usize) -> Workload {
-    Workload {
-        tokens,
-        text: 0,
-        width: 1152,
-        rows: 2,
-    }
-}
-
-fn near(found: f64, expected: f64, tolerance: f64) {
-    assert!(
-        (found - expected).abs() <= tolerance,
-        "{found} is not {expected} ± {tolerance}"
-    );
-}
 
 /// Table 2: FLOPs of the attention module in percent of full attention, d = 1152.
 #[test]

@@ -7,26 +7,11 @@ use ditfastattn_plans::{
 
 mod common;
 
+use common::{near, work};
 use proptest::prelude::*;
-
-fn work(tokens: usize) -> Workload {
-    Workload {
-        tokens,
-        text: 0,
-        width: 1152,
-        rows: 2,
-    }
-}
 
 fn layer(tokens: usize) -> LayerWork {
     LayerWork::from(work(tokens))
-}
-
-fn near(found: f64, expected: f64, tolerance: f64) {
-    assert!(
-        (found - expected).abs() <= tolerance,
-        "{found} is not {expected} ± {tolerance}"
-    );
 }
 
 fn plan(cfg: Cfg, rows: &[&[Action]]) -> Plan {

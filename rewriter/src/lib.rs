@@ -10,6 +10,7 @@
 
 pub mod account;
 pub mod cli;
+mod digest;
 pub mod find;
 pub mod lower;
 pub mod onnx;

@@ -141,7 +141,6 @@ impl Report {
         given: &Given,
         attention_share: Option<f64>,
     ) -> Self {
-        let counts = plan.counts();
         let works = sizes::layers(survey, plan, given);
         let unknown = works.as_ref().err().map(|unknown| {
             format!(
@@ -162,15 +161,9 @@ impl Report {
         self.plan = Some(PlanReport {
             name: plan.name.clone(),
             steps: plan.step_count(),
-            cfg: serde_json::to_value(plan.cfg)
-                .ok()
-                .and_then(|v| v.as_str().map(str::to_owned))
-                .unwrap_or_default(),
+            cfg: plan.cfg.name().to_owned(),
             window: plan.window,
-            counts: Action::ALL
-                .iter()
-                .map(|&a| (a.to_string(), counts.of(a)))
-                .collect(),
+            counts: counts(plan),
             saved,
             unknown,
         });
@@ -271,12 +264,6 @@ impl Report {
             self.sites.len() - m.layers
         );
         if let Some(plan) = &self.plan {
-            let counts: Vec<_> = plan
-                .counts
-                .iter()
-                .filter(|(_, n)| *n > 0)
-                .map(|(action, n)| format!("{n} {action}"))
-                .collect();
             let name = plan
                 .name
                 .as_deref()
@@ -287,7 +274,7 @@ impl Report {
                 plan.steps,
                 plan.cfg,
                 plan.window,
-                counts.join(", ")
+                listed(&plan.counts)
             );
             match (&plan.saved, &plan.unknown) {
                 (Some(account), _) => {
@@ -310,9 +297,8 @@ fn text(layer: &Layer, facts: &Facts) -> Option<TextReport> {
     let Text::Known { pieces, at_start } = &layer.text else {
         return None;
     };
-    let known: Option<Vec<i64>> = pieces.iter().map(|p| p.tokens.known()).collect();
-    let tokens = match known {
-        Some(sizes) => sizes.iter().sum::<i64>().to_string(),
+    let tokens = match layer.text.known() {
+        Some(tokens) => tokens.to_string(),
         None => {
             let names = pieces.iter().map(|p| facts.symbols.show(&p.tokens));
             names.collect::<Vec<_>>().join(" + ")
@@ -388,6 +374,22 @@ fn site(site: &crate::find::Site, facts: &Facts) -> Site {
         Kind::Unknown(reason) => because(reason),
     }
     row
+}
+
+/// How often `plan` has each action.
+pub fn counts(plan: &Plan) -> Vec<(String, usize)> {
+    let counts = plan.counts();
+    let count = |&action: &Action| (action.to_string(), counts.of(action));
+    Action::ALL.iter().map(count).collect()
+}
+
+/// `20 full, 3 ast`: the actions that occur.
+pub fn listed(counts: &[(String, usize)]) -> String {
+    let occurring = counts.iter().filter(|(_, n)| *n > 0);
+    let words: Vec<_> = occurring
+        .map(|(action, n)| format!("{n} {action}"))
+        .collect();
+    words.join(", ")
 }
 
 /// `1.5 MiB`.

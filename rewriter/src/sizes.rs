@@ -38,7 +38,7 @@ pub fn layers(survey: &Survey, plan: &Plan, given: &Given) -> Result<Vec<LayerWo
     let exported = survey.facts.static_batch;
     let exported = exported.and_then(|b| usize::try_from(b).ok());
     let rows = given.rows.or(exported).unwrap_or(per_image);
-    let any_text = survey.layers().any(|l| l.joint || l.text != Text::None);
+    let any_text = survey.has_text();
     survey
         .layers()
         .map(|layer| {

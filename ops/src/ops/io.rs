@@ -52,8 +52,8 @@ impl Io {
         };
         let cfg = match info.string("cfg").as_deref() {
             None => Cfg::None,
-            Some(name) => *[Cfg::CondFirst, Cfg::UncondFirst, Cfg::Separate, Cfg::None]
-                .iter()
+            Some(name) => Cfg::ALL
+                .into_iter()
                 .find(|cfg| cfg.name() == name)
                 .ok_or_else(|| {
                     Error::graph(format!(

@@ -1,7 +1,7 @@
-//! Strategies for plans that are valid, shared by the property tests.
+//! What several tests share: strategies for plans that are valid, the paper's workload.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
-use ditfastattn_plans::{Action, Cfg, Fingerprint, Plan, Side, TextTokens};
+use ditfastattn_plans::{Action, Cfg, Fingerprint, Plan, Side, TextTokens, Workload};
 use proptest::prelude::*;
 
 pub fn cfgs() -> impl Strategy<Value = Cfg> {
@@ -64,4 +64,21 @@ pub fn plans() -> impl Strategy<Value = Plan> {
                 },
             )
     })
+}
+
+/// A layer of DiT-XL or PixArt with both halves of guidance.
+pub fn work(tokens: usize) -> Workload {
+    Workload {
+        tokens,
+        text: 0,
+        width: 1152,
+        rows: 2,
+    }
+}
+
+pub fn near(found: f64, expected: f64, tolerance: f64) {
+    assert!(
+        (found - expected).abs() <= tolerance,
+        "{found} is not {expected} ± {tolerance}"
+    );
 }

@@ -2,6 +2,7 @@
 
 use super::run_args::RunArgs;
 use super::{Failure, inputs_failure};
+use crate::digest::sha256;
 use crate::find::{Survey, survey};
 use crate::lower::check_fit;
 use crate::onnx::ModelFile;
@@ -9,7 +10,6 @@ use crate::run::host::Host;
 use crate::run::prepare::{Prepared, Source, prepare};
 use anyhow::{Context, anyhow};
 use ditfastattn_plans::{Cfg, Plan};
-use sha2::{Digest, Sha256};
 use std::path::Path;
 
 /// A model that is ready to run.
@@ -67,7 +67,7 @@ pub fn load(args: &RunArgs) -> Result<Loaded, Failure> {
     Ok(Loaded {
         prepared: prepare(&host, &model, &survey, &plan, &source)?,
         model_hash: format!("{} {:?}", digest(&args.model)?, args.choice),
-        inputs_hash: hex(&Sha256::digest(inputs.as_bytes())),
+        inputs_hash: sha256(inputs),
         survey,
         plan,
     })
@@ -75,9 +75,5 @@ pub fn load(args: &RunArgs) -> Result<Loaded, Failure> {
 
 fn digest(path: &Path) -> Result<String, Failure> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hex(&Sha256::digest(&bytes)))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    Ok(sha256(bytes))
 }

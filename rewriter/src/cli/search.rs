@@ -5,12 +5,13 @@ use super::rewrite::refuse_existing;
 use super::run_args::SearchArgs;
 use super::{Failure, INTERRUPTED, print, write};
 use crate::account::Account;
+use crate::report::{counts, listed};
 use crate::run::prepare::measure;
 use crate::sizes;
 use anyhow::{Context, anyhow};
 use ditfastattn_plans::{
-    Action, Journal, LayerWork, LossTable, Plan, Progress, SearchError, Settings,
-    candidates_by_cost, candidates_in_order, search,
+    Journal, LayerWork, LossTable, Plan, Progress, SearchError, Settings, candidates_by_cost,
+    candidates_in_order, search,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -102,7 +103,6 @@ pub fn run(args: &SearchArgs) -> Result<(), Failure> {
         );
     }
     let caches = sizes::caches(&loaded.survey, &works);
-    let counts = plan.counts();
     let outcome = Outcome {
         output: args.output.display().to_string(),
         journal: journal_path.display().to_string(),
@@ -111,10 +111,7 @@ pub fn run(args: &SearchArgs) -> Result<(), Failure> {
         metric: args.metric.to_string(),
         steps: plan.step_count(),
         layers: plan.layers(),
-        counts: Action::ALL
-            .iter()
-            .map(|&a| (a.to_string(), counts.of(a)))
-            .collect(),
+        counts: counts(&plan),
         account: Account::new(&plan, &works, &caches, None).ok(),
         naive_forwards: found.effort.naive_forwards(),
         // The dense run of step 0 was made before the search began.
@@ -238,12 +235,6 @@ impl Outcome {
     fn table(&self) -> String {
         let mut text = String::new();
         let name = self.name.as_deref().unwrap_or("plan");
-        let counts: Vec<_> = self
-            .counts
-            .iter()
-            .filter(|(_, n)| *n > 0)
-            .map(|(action, n)| format!("{n} {action}"))
-            .collect();
         let _ = writeln!(
             text,
             "{name}: δ = {} ({}), {} steps of {} layers: {}",
@@ -251,7 +242,7 @@ impl Outcome {
             self.metric,
             self.steps,
             self.layers,
-            counts.join(", ")
+            listed(&self.counts)
         );
         if let Some(account) = &self.account {
             let _ = write!(text, "{account}");

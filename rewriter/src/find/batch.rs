@@ -9,6 +9,8 @@ use std::collections::HashMap;
 #[derive(Debug)]
 pub struct Batch {
     places: HashMap<String, Place>,
+    /// The model was exported for a single row: it has no halves, so nothing can depend on their number.
+    single: bool,
 }
 
 impl Batch {
@@ -18,15 +20,11 @@ impl Batch {
                 .shape(value)
                 .is_some_and(|s| s.iter().any(|d| d.depends_on(BATCH)))
         };
+        let single = facts.static_batch.is_none() && !graph.inputs.iter().any(|i| carries(&i.name));
         let mut places: HashMap<String, Place> = graph
             .inputs
             .iter()
-            .filter(|i| {
-                facts
-                    .shape(&i.name)
-                    .and_then(<[Dim]>::first)
-                    .is_some_and(|d| d.depends_on(BATCH))
-            })
+            .filter(|i| leads(facts, &i.name))
             .map(|i| (i.name.clone(), Dim::from(1)))
             .collect();
         for node in &graph.nodes {
@@ -54,24 +52,32 @@ impl Batch {
                 }
             }
         }
-        Self { places }
+        Self { places, single }
+    }
+
+    /// Whether the model was exported for a single row.
+    pub fn is_single(&self) -> bool {
+        self.single
+    }
+
+    /// Whether halves of `value`'s leading axis are halves of the batch, or there are none to take.
+    pub fn has_halves(&self, facts: &Facts, value: &str) -> bool {
+        self.single || self.is_outermost(facts, value)
     }
 
     /// Whether the rows of the batch lie one after the other in `value`, all of them. A leading axis that is the batch and
     /// nothing else shows it; one that is folded from several must have been followed all the way from the inputs.
     pub fn is_outermost(&self, facts: &Facts, value: &str) -> bool {
-        let depends = facts
-            .shape(value)
-            .and_then(<[Dim]>::first)
-            .is_some_and(|d| d.depends_on(BATCH));
         is_batch(facts, value)
-            || (depends && self.places.get(value).and_then(Dim::known) == Some(1))
+            || (leads(facts, value) && self.places.get(value).and_then(Dim::known) == Some(1))
     }
 }
 
 fn is_batch(facts: &Facts, value: &str) -> bool {
-    facts
-        .shape(value)
-        .and_then(<[Dim]>::first)
-        .is_some_and(|d| *d == Dim::from(BATCH))
+    facts.leading(value) == Some(&Dim::from(BATCH))
+}
+
+/// Whether the leading axis of `value` grows with the batch.
+pub fn leads(facts: &Facts, value: &str) -> bool {
+    facts.leading(value).is_some_and(|d| d.depends_on(BATCH))
 }

@@ -3,7 +3,7 @@
 
 use super::Reason;
 use super::anchor::Core;
-use super::batch::Batch;
+use super::batch::{Batch, leads};
 use super::sink;
 use super::source::is_weight;
 use super::target::{self, Target};
@@ -37,12 +37,6 @@ pub struct Scene<'a> {
     pub batch: &'a Batch,
 }
 
-/// Nodes inside and what has to change in them.
-struct Region {
-    inside: BTreeSet<usize>,
-    selected: BTreeSet<String>,
-}
-
 type Retargeted = BTreeMap<usize, Target>;
 
 /// The module around `core`, whose q, k and v are projections of `sources`.
@@ -67,7 +61,7 @@ pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module,
         .map(|s| ("input", s))
         .chain(sinks.values.iter().map(|s| ("result", s)))
     {
-        if !batch.is_outermost(facts, value) && !batch_is_one(graph, facts) {
+        if !batch.has_halves(facts, value) {
             return refuse(format!(
                 "the module's {what} `{value}` {} is not known to have the batch outermost",
                 facts.show(value)
@@ -84,8 +78,8 @@ pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module,
     }
     let mut retargeted = Retargeted::new();
     let mut inside = region(graph, core, &sources, &sinks.values, &retargeted);
-    let region = match check(scene, &inside, &sources, core, &retargeted) {
-        Ok(region) => region,
+    let selected = match check(scene, &inside, &sources, core, &retargeted) {
+        Ok(selected) => selected,
         Err(_) => {
             // Second try: every shape from outside that can be written without the batch is.
             let from_outside = |i: &&usize| {
@@ -99,17 +93,17 @@ pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module,
                 .filter(from_outside)
                 .filter_map(|&i| Some((i, target::batch_free(facts, i, &graph.nodes[i])?)))
                 .collect();
-            inside = self::region(graph, core, &sources, &sinks.values, &retargeted);
+            inside = region(graph, core, &sources, &sinks.values, &retargeted);
             retargeted.retain(|i, _| inside.contains(i));
             check(scene, &inside, &sources, core, &retargeted)?
         }
     };
-    let duplicated = duplicated(graph, facts, core, &sinks.values, &region.inside)?;
+    let duplicated = duplicated(graph, facts, core, &sinks.values, &inside)?;
     Ok(Module {
         sources,
         sinks: sinks.values,
-        selected: region.selected.into_iter().collect(),
-        inside: region.inside,
+        selected: selected.into_iter().collect(),
+        inside,
         duplicated,
         retargeted,
         projects_out: sinks.projected,
@@ -138,16 +132,6 @@ fn batch_major_source(scene: &Scene, source: &str) -> String {
         }
     }
     at.to_owned()
-}
-
-/// A model exported for a single row has no halves, so nothing can depend on their number.
-pub fn batch_is_one(graph: &Graph, facts: &Facts) -> bool {
-    facts.static_batch.is_none()
-        && !graph.inputs.iter().any(|i| {
-            facts
-                .shape(&i.name)
-                .is_some_and(|s| s.iter().any(|d| d.depends_on(BATCH)))
-        })
 }
 
 /// Inputs of node `index` that remain once `retargeted` shapes are constants.
@@ -208,15 +192,20 @@ fn region(
     inside
 }
 
-/// Whether the nodes `inside` compute the same rows whatever rows the sources have.
+/// Whether the nodes `inside` compute the same rows whatever rows the sources have, and the side inputs whose rows must be
+/// selected for that. Masks are not among them: the op halves them by itself.
 fn check(
     scene: &Scene,
     inside: &BTreeSet<usize>,
     sources: &[String],
     core: &Core,
     retargeted: &Retargeted,
-) -> Result<Region, Reason> {
-    let &Scene { graph, facts, .. } = scene;
+) -> Result<BTreeSet<String>, Reason> {
+    let &Scene {
+        graph,
+        facts,
+        batch,
+    } = scene;
     let produced: HashSet<&str> = inside
         .iter()
         .flat_map(|&i| graph.nodes[i].proto.output.iter().map(String::as_str))
@@ -226,7 +215,7 @@ fn check(
     let mut selected = BTreeSet::new();
     for operand in [&core.q, &core.k, &core.v] {
         let rows = operand.size(facts, 'B');
-        if rows.is_none_or(|d| !d.depends_on(BATCH)) && !batch_is_one(graph, facts) {
+        if rows.is_none_or(|d| !d.depends_on(BATCH)) && !batch.is_single() {
             return Err(Reason::new(
                 format!(
                     "`{}` {} of the attention core is not known to have the rows of the batch",
@@ -273,11 +262,7 @@ fn check(
             return Err(baked(node));
         }
     }
-    // The op halves a mask with the batch by itself.
-    Ok(Region {
-        inside: inside.clone(),
-        selected,
-    })
+    Ok(selected)
 }
 
 /// Whether the side input `value` of `node` has rows that must be selected.
@@ -304,12 +289,7 @@ fn carries_batch(scene: &Scene, value: &str, node: &Node) -> Result<bool, Reason
 
 /// For graphs exported with a fixed batch: `node` must not have it in a constant.
 fn batch_not_baked_in(facts: &Facts, index: usize, node: &Node) -> Result<(), Reason> {
-    let rows = |v: &str| {
-        facts
-            .shape(v)
-            .and_then(|s| s.first())
-            .is_some_and(|d| d.depends_on(BATCH))
-    };
+    let rows = |v: &str| leads(facts, v);
     let baked = match node.op() {
         "Reshape" => {
             facts.batch_free_target(index).is_some()
@@ -325,8 +305,7 @@ fn batch_not_baked_in(facts: &Facts, index: usize, node: &Node) -> Result<(), Re
         "Expand" | "Tile" | "ConstantOfShape" => rows(node.output(0)),
         "Slice" | "Split" | "Gather" => {
             node.input(0).is_some_and(rows)
-                && node.input(0).and_then(|i| facts.shape(i)?.first().cloned())
-                    != facts.shape(node.output(0)).and_then(|s| s.first().cloned())
+                && node.input(0).and_then(|i| facts.leading(i)) != facts.leading(node.output(0))
         }
         _ => false,
     };
@@ -347,12 +326,9 @@ fn baked(node: &Node) -> Reason {
 /// For graphs whose batch is said to be dynamic: a `Reshape` that turns the batch into a literal number of rows all the same,
 /// as TorchScript does with shapes that Python computed.
 fn traced_rows(facts: &Facts, node: &Node) -> bool {
-    let first = |v: &str| facts.shape(v).and_then(|s| s.first().cloned());
-    let rows_in = node
-        .input(0)
-        .and_then(first)
-        .is_some_and(|d| d.depends_on(BATCH));
-    let literal_out = first(node.output(0))
+    let rows_in = node.input(0).is_some_and(|v| leads(facts, v));
+    let literal_out = facts
+        .leading(node.output(0))
         .and_then(|d| d.known())
         .is_some_and(|n| n > 1);
     // Elsewhere in the result the batch is whole: it only lies behind other axes.

@@ -4,7 +4,7 @@
 //! product of the dimensions before it. Fails closed: an operator without a rule has no place.
 
 use crate::onnx::Node;
-use crate::shapes::{Dim, Facts};
+use crate::shapes::{self, Dim, Facts};
 
 /// The product of all dimensions outside the axis; 1 = outermost.
 pub type Place = Dim;
@@ -68,10 +68,6 @@ pub fn follow(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize
     let moved = |to: usize| {
         let (_, inner) = at()?;
         place_in(output?, to, &inner)
-    };
-    let negative = |axis: i64, rank: usize| {
-        let rank = i64::try_from(rank).ok()?;
-        usize::try_from(if axis < 0 { axis + rank } else { axis }).ok()
     };
     match (node.domain(), node.op()) {
         ("", "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze") if slot == 0 => Some(place.clone()),
@@ -190,7 +186,7 @@ pub fn follow(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize
             };
             let axes = axes
                 .into_iter()
-                .map(|a| negative(a, rank))
+                .map(|a| shapes::axis(a, rank))
                 .collect::<Option<Vec<_>>>()?;
             if axes.contains(&axis) {
                 return None;
@@ -212,7 +208,7 @@ pub fn follow(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize
         }
         ("", "Gather") if slot == 0 => {
             let (axis, _) = at()?;
-            let picked = negative(node.int("axis").unwrap_or(0), rank)?;
+            let picked = shapes::axis(node.int("axis").unwrap_or(0), rank)?;
             let indices = facts.shape(node.input(1)?)?.len();
             match picked.cmp(&axis) {
                 std::cmp::Ordering::Equal => None,

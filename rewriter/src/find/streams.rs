@@ -7,7 +7,7 @@
 use super::Core;
 use super::place::{self, Place};
 use crate::onnx::{Graph, Node};
-use crate::shapes::{Dim, Facts, Value};
+use crate::shapes::{self, Dim, Facts, Value};
 use std::collections::HashMap;
 
 /// Neighbouring tokens of one kind.
@@ -51,7 +51,7 @@ impl Text {
     pub fn known(&self) -> Option<i64> {
         match self {
             Self::None => Some(0),
-            Self::Known { pieces, .. } => pieces.iter().map(|p| p.tokens.known()).sum(),
+            Self::Known { pieces, .. } => known_tokens(pieces),
             Self::Scattered => None,
         }
     }
@@ -214,14 +214,7 @@ fn same_cuts(a: &Sequence, b: &Sequence) -> bool {
 /// A Concat along the sequence: the pieces of its operands, in order.
 fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Option<Sequence> {
     let shape = facts.shape(node.output(0))?;
-    let axis = node.int("axis").unwrap_or(0);
-    let axis = usize::try_from(if axis < 0 {
-        axis + i64::try_from(shape.len()).ok()?
-    } else {
-        axis
-    })
-    .ok()
-    .filter(|&a| a < shape.len())?;
+    let axis = shapes::axis(node.int("axis").unwrap_or(0), shape.len())?;
     let place = Dim::product(&shape[..axis])?;
     let mut pieces = Vec::new();
     for (input, flow) in node.proto.input.iter().zip(inputs) {
@@ -238,8 +231,7 @@ fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Option<Sequence> {
             }),
         }
     }
-    let mixed = pieces.iter().any(|p| p.image) && pieces.iter().any(|p| !p.image);
-    mixed.then_some(Sequence { place, pieces })
+    is_mixed(&pieces).then_some(Sequence { place, pieces })
 }
 
 /// A Slice, Split or Gather along the sequence takes some of its pieces. `None`: it is no such node.
@@ -248,10 +240,7 @@ fn cut(facts: &Facts, node: &Node, out: usize, inputs: &[Flow]) -> Option<Flow> 
     let source = node.input(0)?;
     let axis = place::exact_axis(facts, source, &sequence.place)?;
     let rank = facts.shape(source)?.len();
-    let along = |a: i64| {
-        let a = if a < 0 { a + rank as i64 } else { a };
-        usize::try_from(a) == Ok(axis)
-    };
+    let along = |a: i64| shapes::axis(a, rank) == Some(axis);
     let total = &facts.shape(source)?[axis];
     let pieces = match node.op() {
         "Split" if along(node.int("axis").unwrap_or(0)) => {
@@ -285,7 +274,7 @@ fn cut(facts: &Facts, node: &Node, out: usize, inputs: &[Flow]) -> Option<Flow> 
         _ => return None,
     };
     Some(match pieces {
-        Some(pieces) if pieces.iter().any(|p| p.image) && pieces.iter().any(|p| !p.image) => Flow {
+        Some(pieces) if is_mixed(&pieces) => Flow {
             image: true,
             sequence: Some(Sequence {
                 place: sequence.place.clone(),
@@ -322,11 +311,18 @@ fn split_at(pieces: &[Piece], sizes: &[Dim], out: usize) -> Option<Vec<Piece>> {
 fn length(pieces: &[Piece]) -> Option<Dim> {
     match pieces {
         [one] => Some(one.tokens.clone()),
-        many => {
-            let sizes: Option<Vec<i64>> = many.iter().map(|p| p.tokens.known()).collect();
-            Some(sizes?.iter().sum::<i64>().into())
-        }
+        many => known_tokens(many).map(Dim::from),
     }
+}
+
+/// The tokens of all pieces, where each is a number.
+fn known_tokens(pieces: &[Piece]) -> Option<i64> {
+    pieces.iter().map(|p| p.tokens.known()).sum()
+}
+
+/// Whether there are tokens of both kinds.
+fn is_mixed(pieces: &[Piece]) -> bool {
+    pieces.iter().any(|p| p.image) && pieces.iter().any(|p| !p.image)
 }
 
 /// The pieces from token `from` to token `to`; bounds may count from the end.

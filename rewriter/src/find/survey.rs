@@ -71,6 +71,11 @@ impl Survey {
         })
     }
 
+    /// Whether any layer has text tokens in its sequence: then a layer that shows none has none.
+    pub fn has_text(&self) -> bool {
+        self.layers().any(|l| l.joint || l.text != Text::None)
+    }
+
     /// Name of the softmax or attention node of `layer`.
     pub fn label(&self, layer: &Layer) -> String {
         let is_it = |s: &&Site| matches!(&s.kind, Kind::Layer(l) if l.index == layer.index);
@@ -320,7 +325,7 @@ fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
         batch,
     } = scene;
     let out = &core.out.value;
-    if batch.is_outermost(facts, out) || module::batch_is_one(graph, facts) {
+    if batch.has_halves(facts, out) {
         return Ok(());
     }
     let text = format!(

@@ -11,12 +11,12 @@ mod order;
 mod step;
 mod text;
 
+use crate::digest::sha256;
 use crate::find::{Kind, Survey, Target, dead_without};
 use crate::onnx::{GraphEdit, ModelFile};
 use build::{Names, Writer};
 use bytes::Bytes;
 use ditfastattn_plans::{Cfg, Plan};
-use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// The custom ops' domain and its version.
@@ -334,8 +334,7 @@ fn unused_initializers(
 /// What tools can read off the file: who wrote it, and the plan itself.
 fn metadata(plan: &Plan, state: State) -> Vec<(String, String)> {
     let json = plan.to_json();
-    let digest = Sha256::digest(json.as_bytes());
-    let hex: String = digest.iter().map(|b| format!("{b:02x}")).collect();
+    let hex = sha256(&json);
     let mut metadata = vec![
         (
             "ditfastattn.version".into(),

@@ -54,7 +54,7 @@ impl<'a> Texts<'a> {
         Self {
             graph,
             survey,
-            any: survey.layers().any(|l| l.joint || l.text != Text::None),
+            any: survey.has_text(),
             moved: moved.collect(),
         }
     }
@@ -83,9 +83,7 @@ impl<'a> Texts<'a> {
             Text::Scattered => unknown("text tokens on both sides of the image tokens"),
             Text::Known { pieces, at_start } => {
                 let at_start = *at_start;
-                let sizes: Option<Vec<i64>> = pieces.iter().map(|p| p.tokens.known()).collect();
-                if let Some(sizes) = sizes {
-                    let tokens = sizes.iter().sum();
+                if let Some(tokens) = layer.text.known() {
                     return Ok(TextTokens::Fixed { tokens, at_start });
                 }
                 match pieces.iter().map(|p| self.measure(layer, p)).collect() {

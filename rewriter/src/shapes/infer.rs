@@ -103,6 +103,11 @@ impl Facts {
         self.facts.get(value)?.shape.as_deref()
     }
 
+    /// The first dimension of `value`, if it has one that is known.
+    pub fn leading(&self, value: &str) -> Option<&Dim> {
+        self.shape(value)?.first()
+    }
+
     /// The node at which the shape of `value` was lost: its operands have one, its result has none.
     pub fn lost_at<'g>(&self, graph: &'g Graph, value: &str) -> Option<&'g Node> {
         let mut at = value;

@@ -11,3 +11,4 @@ mod ops;
 
 pub use dim::{Dim, Symbol, Symbols};
 pub use infer::{BATCH, Fact, Facts, Value, infer};
+pub use ops::axis;

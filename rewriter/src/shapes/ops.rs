@@ -62,7 +62,7 @@ impl Context<'_> {
 }
 
 /// Position of `axis` (may be negative) in a tensor of `rank` dimensions.
-fn axis(axis: i64, rank: usize) -> Option<usize> {
+pub fn axis(axis: i64, rank: usize) -> Option<usize> {
     let rank = i64::try_from(rank).ok()?;
     let axis = if axis < 0 { axis + rank } else { axis };
     (0..rank).contains(&axis).then_some(axis as usize)

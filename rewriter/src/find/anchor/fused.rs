@@ -74,12 +74,7 @@ pub fn attention(graph: &Graph, facts: &Facts, index: usize) -> Result<Core, Rea
         ],
     )?;
     refuse_further_outputs(graph, node)?;
-    if let (Some(mask), None) = (
-        node.input(3),
-        node.input(3)
-            .map(|m| facts.of(m).elem_type)
-            .filter(|&t| t != 0),
-    ) {
+    if let Some(mask) = node.input(3).filter(|m| facts.of(m).elem_type == 0) {
         return refuse(&format!("the type of the mask `{mask}` is unknown"));
     }
     let out = node.output(0);

@@ -33,14 +33,6 @@ impl Term {
 }
 
 impl Mask {
-    pub fn none() -> Self {
-        Self::default()
-    }
-
-    pub fn is_none(&self) -> bool {
-        self.terms.is_empty()
-    }
-
     pub fn added(value: &str, factor: f64) -> Term {
         Term::Add {
             value: value.into(),

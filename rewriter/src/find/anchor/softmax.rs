@@ -154,7 +154,7 @@ fn walk_scores<'g>(
 ) -> Result<Upstream<'g>, Reason> {
     let mut at = softmax.scores;
     let mut scale = 1.0;
-    let mut mask = Mask::none();
+    let mut mask = Mask::default();
     let mut times = Vec::new();
     let label = softmax.node.label();
     loop {
