@@ -446,68 +446,90 @@ fn other_head_dimensions() {
     }
 }
 
-/// The kernels that a mistake is planted in.
-fn planted(file: &str, old: &str, new: &str) -> Result<Outcome, String> {
+/// What mistakes are planted in: a ragged sequence in blocks of 64 queries.
+fn victim(kind: Kind) -> Problem<f16> {
+    Problem::new(
+        kind,
+        shape(1, 1, 100, 72),
+        Band::new(12),
+        [Layout::Bhsd; 4],
+        1,
+    )
+}
+
+/// Runs a kernel with `new` in place of `old`.
+fn planted(job: Job, file: &str, old: &str, new: &str) -> Result<Outcome, String> {
     let variant = Variant::TensorCore {
         dtype: DType::F16,
         dim: 72,
         queries: 64,
-        job: Job::Capture,
+        job,
         masked: false,
     };
     let program = Sources::new()
         .only([variant])
         .with(file, old, new)
         .program();
-    let mut p = Problem::<f16>::new(
-        Kind::Capture,
-        shape(1, 1, 100, 72),
-        Band::new(12),
-        [Layout::Bhsd; 4],
-        1,
-    );
-    run(&mut Process::start(&program), &mut p, &LARGE, |_| {})
+    let kind = match job {
+        Job::Full => Kind::Full,
+        Job::Capture => Kind::Capture,
+        Job::Window => Kind::WindowResidual,
+    };
+    run(
+        &mut Process::start(&program),
+        &mut victim(kind),
+        &LARGE,
+        |_| {},
+    )
+}
+
+/// Whether the comparison of the other tests fails for what a capture kernel made of [`victim`].
+fn is_wrong(got: &Outcome) -> bool {
+    let mut p = victim(Kind::Capture);
+    let (want, naive) = (p.oracle(), p.naive());
+    let same = std::panic::catch_unwind(|| {
+        assert_close::<f16>(&got.out, &naive.0, &want.out, "out");
+        assert_close::<f16>(
+            got.residual.as_ref().unwrap(),
+            naive.1.as_ref().unwrap(),
+            want.residual.as_ref().unwrap(),
+            "residual",
+        );
+    });
+    same.is_err()
+}
+
+#[test]
+fn nothing_is_wrong_where_nothing_is_planted() {
+    // The same text: what the tests below see comes from what they plant.
+    let line = "apart <= half_width &&";
+    let got = planted(Job::Capture, "band.cuh", line, line).expect("no sanitizer objects");
+    assert!(!is_wrong(&got));
 }
 
 #[test]
 fn a_wrong_index_is_caught() {
-    for (old, new) in [
+    for (file, old, new) in [
         (
+            "attention.cuh",
             "(lane & 7) + (lane >> 4) * 8",
             "(lane & 7) + ((lane >> 4) ^ 1) * 8",
         ),
-        ("apart <= half_width &&", "apart < half_width &&"),
+        (
+            "band.cuh",
+            "apart <= half_width &&",
+            "apart < half_width &&",
+        ),
     ] {
-        let file = if old.starts_with("apart") {
-            "band.cuh"
-        } else {
-            "attention.cuh"
-        };
-        let got = planted(file, old, new).expect("it computes something");
-        let mut p = Problem::<f16>::new(
-            Kind::Capture,
-            shape(1, 1, 100, 72),
-            Band::new(12),
-            [Layout::Bhsd; 4],
-            1,
-        );
-        let (want, naive) = (p.oracle(), p.naive());
-        let caught = std::panic::catch_unwind(|| {
-            assert_close::<f16>(&got.out, &naive.0, &want.out, "out");
-            assert_close::<f16>(
-                &got.residual.unwrap(),
-                &naive.1.unwrap(),
-                &want.residual.unwrap(),
-                "residual",
-            );
-        });
-        assert!(caught.is_err(), "{new} was not caught");
+        let got = planted(Job::Capture, file, old, new).expect("it computes something");
+        assert!(is_wrong(&got), "{new} was not caught");
     }
 }
 
 #[test]
 fn a_store_out_of_bounds_is_caught() {
     let error = planted(
+        Job::Capture,
         "attention.cuh",
         "if (query < p.q_tokens) {",
         "if (query <= p.q_tokens) {",
@@ -519,35 +541,27 @@ fn a_store_out_of_bounds_is_caught() {
 
 #[test]
 fn a_read_of_shared_memory_out_of_bounds_is_caught() {
+    // V is the last thing in a full kernel's shared memory.
     let error = planted(
+        Job::Full,
         "attention.cuh",
         "v_shared + (step * 16 + (lane & 15)) * ROW",
         "v_shared + (step * 64 + (lane & 15)) * ROW",
     )
     .err();
-    // Capture has its snapshot behind V, so only the last rows leave the block's memory, or what is read is garbage.
-    assert!(error.is_none_or(|error| error.contains("heap-buffer-overflow")));
+    let error = error.expect("the sanitizer ends the process");
+    assert!(error.contains("heap-buffer-overflow"), "{error}");
 }
 
 #[test]
 fn a_missing_wait_is_caught() {
     let got = planted(
+        Job::Capture,
         "attention.cuh",
         "            copy_wait<0>();\n            sync_block();\n            fetch(v_shared",
         "            sync_block();\n            fetch(v_shared",
     );
-    let mut p = Problem::<f16>::new(
-        Kind::Capture,
-        shape(1, 1, 100, 72),
-        Band::new(12),
-        [Layout::Bhsd; 4],
-        1,
-    );
-    let (want, naive) = (p.oracle(), p.naive());
-    let got = got.expect("it computes something");
-    let caught =
-        std::panic::catch_unwind(|| assert_close::<f16>(&got.out, &naive.0, &want.out, "out"));
-    assert!(caught.is_err());
+    assert!(is_wrong(&got.expect("it computes something")));
 }
 
 /// Which kernel a call gets.
