@@ -24,6 +24,15 @@ impl DType {
             DType::F16 | DType::BF16 => 2,
         }
     }
+
+    /// The largest finite number.
+    pub(crate) const fn largest(self) -> f32 {
+        match self {
+            DType::F32 => f32::MAX,
+            DType::F16 => f16::MAX.to_f32_const(),
+            DType::BF16 => bf16::MAX.to_f32_const(),
+        }
+    }
 }
 
 /// A Rust type that is one of [`DType`]. Sealed: [`f32`], [`half::f16`], [`half::bf16`].

@@ -33,13 +33,16 @@
 //! # The data's way through the CPU kernel
 //!
 //! **Tasks.** The queries of each (batch, head) are cut into blocks of 64, and up to 8 neighbouring blocks make one
-//! task (`cpu`). Tasks share nothing, and how they are cut does not depend on the pool, so results are the same bits
-//! on any number of threads.
+//! task (`cpu`), of two heads where heads share a mask. Tasks share nothing, and how they are cut does not depend on the
+//! pool, so results are the same bits on any number of threads.
 //!
 //! **Packing.** A task reads its queries into `[head_dim, 64]`, a query per vector lane, converting float16 and
-//! bfloat16 to float32 (`pack`). Then it walks along the keys in blocks of 120; the keys and values of a block are
-//! copied next to each other once, for all query blocks of the task. While one block is worked on, the memory of the
-//! next is asked for, a token between two tiles.
+//! bfloat16 to float32 (`pack`, `transpose`). Then it walks along the keys in blocks of 120. Float32 keys and values
+//! whose channels are neighbours are read where they are; others are copied block by block, once for all query blocks
+//! of the task. Where more than 20 query blocks see a key, all of them are copied once before the tasks begin (`keys`):
+//! with heads inside tokens, every token of a head lies in another page of memory, and tasks would translate its
+//! address again and again. While one block is worked on, the memory of the next is asked for, a token between two
+//! tiles.
 //!
 //! **Scores.** S = K·Qᵀ, `[keys, 64]`: six keys times four vectors of queries stay in registers over all channels
 //! (`gemm`). Since a lane is a query, keys and channels are plain loop counts: nothing is padded, head dim 72 costs
@@ -92,11 +95,13 @@ pub use parallel::{Parallel, Sequential, Threads};
 /// Computes one attention call; see [`Mode`] for what is written where.
 ///
 /// Empty tensors are fine: without keys the output is zero, without queries nothing happens. The result does not
-/// depend on `pool`, bit for bit. Each thread keeps scratch memory for its next call: at head dim 72 about 0.6 MB.
+/// depend on `pool`, bit for bit. Each thread keeps scratch memory for its next call: at head dim 72 about 0.6 MB, and a
+/// thread that calls with long sequences up to 48 MiB for copies of keys and values. Where one head needs more than
+/// that, they are read as in short sequences.
 ///
 /// # Errors
 /// [`KernelError`] if shapes, strides, mask and band do not fit together; nothing is written then.
-pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<(), KernelError> {
+pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<Computed, KernelError> {
     attention_at(a, pool, Level::best())
 }
 
@@ -106,8 +111,15 @@ pub fn attention_at(
     a: &Attention<'_>,
     pool: &dyn Parallel,
     level: Level,
-) -> Result<(), KernelError> {
+) -> Result<Computed, KernelError> {
     check::check(a)?;
-    cpu::attention(a, pool, level);
-    Ok(())
+    Ok(cpu::attention(a, pool, level))
+}
+
+/// What a call has learnt about what it wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    /// Whether a captured residual holds neither infinities nor NaN. In doubt, at the very end of its type's range, it
+    /// is taken to hold some. True where none was captured.
+    pub residual_is_finite: bool,
 }

@@ -378,3 +378,44 @@ fn a_band_covers_a_sequence_if_every_query_sees_every_key() {
         }
     }
 }
+
+#[test]
+fn a_residual_that_is_not_finite_is_reported() {
+    const N: usize = 300;
+    let strides = Strides::bhsd(1, N, 8);
+    let zeros = vec![f16::ZERO; N * 8];
+    // Beyond the band of query 0 is one value; it reaches O, not W.
+    let report = |value: f32, mode: fn(Band, Output<'static>) -> Mode<'static>| {
+        let mut v = vec![0f32; N * 8];
+        v[200 * 8] = value;
+        let (mut out, residual) = (vec![0f32; N * 8], vec![f16::ZERO; N * 8].leak());
+        let residual = Output::from_slice(residual, strides);
+        let call = Attention {
+            shape: Shape {
+                batch: 1,
+                heads: 1,
+                kv_heads: 1,
+                q_tokens: N,
+                kv_tokens: N,
+                head_dim: 8,
+                v_dim: 8,
+            },
+            scale: 1.0,
+            q: Input::from_slice(&zeros, strides),
+            k: Input::from_slice(&zeros, strides),
+            v: Input::from_slice(&v, strides),
+            mask: None,
+            out: Output::from_slice(&mut out, strides),
+            mode: mode(Band::new(10), residual),
+        };
+        (attention(&call, &Threads(2)).unwrap()).residual_is_finite
+    };
+    let capture: fn(Band, Output<'static>) -> Mode<'static> =
+        |band, residual| Mode::FullCapture { band, residual };
+    assert!(report(1.0, capture));
+    assert!(!report(f32::INFINITY, capture));
+    assert!(!report(f32::NAN, capture));
+    // Finite in float32, but not in the residual's float16.
+    assert!(!report(1e9, capture));
+    assert!(report(f32::INFINITY, |_, _| Mode::Full));
+}

@@ -109,6 +109,28 @@ fn every_layout<T: Element>() {
     }
 }
 
+/// So long that keys and values are copied in advance.
+#[test]
+fn long_sequences_in_every_layout() {
+    let mut shape = shape(2, 2, 1400, 9);
+    shape.kv_heads = 1;
+    shape.v_dim = 5;
+    let wide = Band::new(650);
+    for (n, layout) in LAYOUTS.into_iter().enumerate() {
+        for kind in [Kind::Capture, Kind::WindowResidual] {
+            let layouts = [layout, layout, LAYOUTS[(n + 1) % 4], layout];
+            check::<f32>(
+                Problem::new(kind, shape, wide, layouts, n as u32),
+                Level::best(),
+            );
+            check::<f16>(
+                Problem::new(kind, shape, wide, layouts, n as u32),
+                Level::best(),
+            );
+        }
+    }
+}
+
 #[test]
 fn every_layout_float32() {
     every_layout::<f32>();

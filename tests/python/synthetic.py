@@ -9,8 +9,9 @@ from onnx import TensorProto, helper
 
 def dit(path, layers, width, heads, tokens, sparse=False, half=False, fused=False, mlp=True):
     """Writes a DiT of `layers` layers. `sparse`: the weights are a hole in `path.data`; else random numbers in it.
+    `fused`: the attention is one `com.microsoft.MultiHeadAttention`, as ONNX Runtime's own optimizer would have it.
+    `half`: float16. `mlp`: False leaves it out.
 
-    `half`: float16. `fused`: ONNX Runtime's MultiHeadAttention in place of the exporter's nodes. `mlp`: False leaves it out.
     Inputs: `x` [batch, tokens, width], `timestep` [batch]. Returns the weights' size in bytes.
     """
     kind, dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
@@ -56,14 +57,15 @@ def dit(path, layers, width, heads, tokens, sparse=False, half=False, fused=Fals
 
         def project(role, perm):
             flat = linear(n, f"{p}.{role}", width, width)
+            if fused:
+                return flat
             split = node("Reshape", [flat, "heads"], f"{p}.{role}.heads")
             return node("Transpose", [split], f"{p}.{role}.transposed", perm=perm)
 
+        q, k, v = project("q", [0, 2, 1, 3]), project("k", [0, 2, 3, 1]), project("v", [0, 2, 1, 3])
         if fused:
-            flat = [linear(n, f"{p}.{role}", width, width) for role in "qkv"]
-            o = node("MultiHeadAttention", flat, f"{p}.joined", domain="com.microsoft", num_heads=heads)
+            o = node("MultiHeadAttention", [q, k, v], f"{p}.attention", domain="com.microsoft", num_heads=heads)
         else:
-            q, k, v = project("q", [0, 2, 1, 3]), project("k", [0, 2, 3, 1]), project("v", [0, 2, 1, 3])
             q, k = (node("Mul", [a, "root_scale"], f"{a}.scaled") for a in (q, k))
             weights = node("Softmax", [node("MatMul", [q, k], f"{p}.scores")], f"{p}.softmax", axis=-1)
             o = node("Transpose", [node("MatMul", [weights, v], f"{p}.pv")], f"{p}.merged", perm=[0, 2, 1, 3])
@@ -83,7 +85,8 @@ def dit(path, layers, width, heads, tokens, sparse=False, half=False, fused=Fals
         [helper.make_tensor_value_info(x, kind, shape)],
         initializers,
     )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8)
+    opsets = [helper.make_opsetid("", 17)] + [helper.make_opsetid("com.microsoft", 1)] * fused
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     path.write_bytes(model.SerializeToString())
     data.truncate(offset)
     data.close()

@@ -7,7 +7,8 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::gemm::QUERIES;
-use super::pack::{Ahead, Plane, read_line, transpose};
+use super::pack::{Ahead, Plane, read_line};
+use super::transpose::transpose;
 use super::vector::{load, mul_add, store};
 use crate::api::{Input, Strides};
 use crate::mask::{Mask, MaskType};
@@ -26,17 +27,16 @@ pub(crate) enum Effect {
     HidesAll,
 }
 
-/// One block of the mask of one (batch, head).
+/// One block of the mask.
 pub(crate) struct Tile<'s> {
     mask: Mask<'s>,
-    plane: Plane,
     /// `[keys, QUERIES]`
     turned: &'s mut [f32],
     /// `[QUERIES, keys]`
     rows: &'s mut [f32],
     effect: Effect,
-    /// Which keys are in the tile, if they are the same for all queries.
-    shared: Option<Range<usize>>,
+    /// What is in the tile: where the block begins in the mask, how many queries (1 if all have the same line) and keys.
+    holds: Option<(isize, usize, usize)>,
 }
 
 impl<'s> Tile<'s> {
@@ -45,14 +45,13 @@ impl<'s> Tile<'s> {
         keys * QUERIES
     }
 
-    pub fn new(mask: Mask<'s>, plane: Plane, turned: &'s mut [f32], rows: &'s mut [f32]) -> Self {
+    pub fn new(mask: Mask<'s>, turned: &'s mut [f32], rows: &'s mut [f32]) -> Self {
         Tile {
             mask,
-            plane,
             turned,
             rows,
             effect: Effect::Nothing,
-            shared: None,
+            holds: None,
         }
     }
 
@@ -61,13 +60,13 @@ impl<'s> Tile<'s> {
     }
 
     /// Asks for the memory of a block that will be read.
-    pub fn ahead(&self, queries: Range<usize>, keys: Range<usize>) -> Ahead {
+    pub fn ahead(&self, plane: Plane, queries: Range<usize>, keys: Range<usize>) -> Ahead {
         let s = self.mask.strides;
         if s.query == 0 || s.key != 1 {
             return Ahead::nothing();
         }
         let size = self.mask.kind.size() as isize;
-        let first = offset(&self.mask, self.plane, queries.start, keys.start);
+        let first = offset(&self.mask, plane, queries.start, keys.start);
         Ahead::lines(
             self.mask.data.wrapping_offset(first * size),
             s.query * size,
@@ -76,24 +75,35 @@ impl<'s> Tile<'s> {
         )
     }
 
-    /// Reads the block of `queries` and `keys`.
+    /// Reads the block of `queries` and `keys` of one (batch, head), unless that is what the tile holds.
     ///
     /// # Safety
     /// Both must lie inside the shape that `check` has compared the mask with.
     #[inline(always)]
-    pub unsafe fn read(&mut self, queries: Range<usize>, keys: Range<usize>) {
+    pub unsafe fn read<S: Simd>(
+        &mut self,
+        plane: Plane,
+        queries: Range<usize>,
+        keys: Range<usize>,
+    ) {
         let n = keys.len();
         let repeats = self.mask.strides.query == 0;
-        if repeats && self.shared.as_ref() == Some(&keys) {
+        let lines = if repeats { 1 } else { queries.len() };
+        let block = (
+            offset(&self.mask, plane, queries.start, keys.start),
+            lines,
+            n,
+        );
+        if self.holds == Some(block) {
             return;
         }
-        let lines = if repeats { 1 } else { queries.len() };
+        self.holds = Some(block);
         assert!(lines <= QUERIES && n * QUERIES <= self.turned.len().min(self.rows.len()));
         let (mut zero, mut hidden) = (true, true);
         for i in 0..lines {
             let line = &mut self.rows[i * n..(i + 1) * n];
             // SAFETY: promised by the caller.
-            unsafe { read(&self.mask, self.plane, queries.start + i, keys.start, line) };
+            unsafe { read(&self.mask, plane, queries.start + i, keys.start, line) };
             let (z, h) = in_powers_of_two(line);
             zero &= z;
             hidden &= h;
@@ -103,7 +113,6 @@ impl<'s> Tile<'s> {
             (_, true) => Effect::HidesAll,
             _ => Effect::Adds,
         };
-        self.shared = repeats.then_some(keys);
         if self.effect != Effect::Adds {
             return;
         }
@@ -119,7 +128,7 @@ impl<'s> Tile<'s> {
         }
         // SAFETY: `lines` rows of n, and n rows of QUERIES, are there by the assertion above.
         unsafe {
-            transpose::<true>(
+            transpose::<S, true>(
                 self.rows.as_ptr(),
                 n as isize,
                 self.turned.as_mut_ptr(),

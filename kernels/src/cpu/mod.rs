@@ -4,19 +4,26 @@
 
 mod exp;
 mod gemm;
+mod keys;
 mod level;
 mod mask;
 mod pack;
 mod scratch;
 mod sight;
 mod task;
+mod transpose;
 mod vector;
 
 pub use level::Level;
 
-use crate::api::Attention;
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+
+use crate::Computed;
+use crate::api::{Attention, Mode};
 use crate::parallel::Parallel;
 use gemm::QUERIES;
+use keys::{Keys, Limits, Part, Places};
 
 /// Shares a call between threads.
 #[derive(Clone, Copy)]
@@ -32,28 +39,207 @@ impl<'a, 'b> Shared<'a, 'b> {
 }
 
 /// Runs a call that `check` has accepted.
-pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) {
-    let s = a.shape;
-    let planes = s.batch * s.heads;
-    let blocks = s.q_tokens.div_ceil(QUERIES);
-    if planes == 0 || blocks == 0 || s.v_dim == 0 {
-        return;
+pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) -> Computed {
+    let finite = AtomicBool::new(true);
+    if !is_empty(a) {
+        run(a, pool, level, Limits::BEST, &finite);
     }
-    // Blocks in one task share packed keys and values; more of them save packing, fewer of them balance better.
-    let per_task = (planes * blocks / 32).clamp(1, 8).min(blocks);
-    let per_plane = blocks.div_ceil(per_task);
+    Computed {
+        residual_is_finite: finite.into_inner(),
+    }
+}
+
+fn is_empty(a: &Attention<'_>) -> bool {
+    let s = a.shape;
+    s.batch * s.heads * s.q_tokens * s.v_dim == 0
+}
+
+fn run(a: &Attention<'_>, pool: &dyn Parallel, level: Level, limits: Limits, finite: &AtomicBool) {
     let shared = Shared(a);
-    pool.run(planes * per_plane, &|i| {
-        let (plane, part) = (i / per_plane, i % per_plane);
-        let first = part * per_task;
-        scratch::with(|scratch| {
-            level.run(task::Task {
-                a: shared.get(),
-                batch: plane / s.heads,
-                head: plane % s.heads,
-                blocks: first..blocks.min(first + per_task),
-                scratch,
+    let places = Places::of(a, limits);
+    scratch::with_keys(|memory| {
+        for part in Part::all(a, places, limits) {
+            let keys = Keys::new(a, places, &part, memory, pool);
+            let cut = Cut::new(a, &part);
+            pool.run(cut.tasks(), &|i| {
+                let (batch, heads, blocks) = cut.task(i);
+                scratch::with(|scratch| {
+                    level.run(task::Task {
+                        a: shared.get(),
+                        keys: &keys,
+                        finite,
+                        batch,
+                        heads,
+                        blocks,
+                        scratch,
+                    });
+                });
             });
-        });
+        }
     });
+}
+
+/// How a part of a call is cut into tasks. Depends on the call alone, so that no result depends on the pool.
+#[derive(Clone, Debug)]
+struct Cut {
+    batch: Range<usize>,
+    heads: Range<usize>,
+    /// Query blocks.
+    blocks: usize,
+    /// Neighbouring heads in a task.
+    heads_each: usize,
+    /// Query blocks in a task.
+    blocks_each: usize,
+    /// Whether tasks go along the heads first, then along the queries.
+    heads_first: bool,
+}
+
+impl Cut {
+    fn new(a: &Attention<'_>, part: &Part) -> Self {
+        let s = a.shape;
+        let per_kv = s.heads / s.kv_heads;
+        let heads = part.kv_heads.start * per_kv..part.kv_heads.end * per_kv;
+        let blocks = s.q_tokens.div_ceil(QUERIES);
+        // Heads that share a mask share what it takes to read it.
+        let heads_each = match a.mask {
+            Some(mask) if mask.strides.head == 0 => 2.min(heads.len()),
+            _ => 1,
+        };
+        // Blocks in one task share keys and values in the cache; more of them save traffic, fewer of them balance better.
+        let blocks_all = part.batch.len() * heads.len() * blocks;
+        let blocks_each = (blocks_all / heads_each / 32).clamp(1, 8).min(blocks);
+        Cut {
+            batch: part.batch.clone(),
+            heads,
+            blocks,
+            heads_each,
+            blocks_each,
+            // A band's queries, keys and values lie together, also in pages of memory that heads share.
+            heads_first: matches!(a.mode, Mode::Window { .. }),
+        }
+    }
+
+    /// Tasks along the heads and along the queries.
+    fn grid(&self) -> (usize, usize) {
+        let along_heads = self.heads.len().div_ceil(self.heads_each);
+        (along_heads, self.blocks.div_ceil(self.blocks_each))
+    }
+
+    fn tasks(&self) -> usize {
+        let (along_heads, along_queries) = self.grid();
+        self.batch.len() * along_heads * along_queries
+    }
+
+    /// The batch, heads and query blocks of task `i`.
+    fn task(&self, i: usize) -> (usize, Range<usize>, Range<usize>) {
+        let (along_heads, along_queries) = self.grid();
+        let (batch, i) = (
+            i / (along_heads * along_queries),
+            i % (along_heads * along_queries),
+        );
+        let (head, block) = if self.heads_first {
+            (i % along_heads, i / along_heads)
+        } else {
+            (i / along_queries, i % along_queries)
+        };
+        let head = self.heads.start + head * self.heads_each;
+        let block = block * self.blocks_each;
+        (
+            self.batch.start + batch,
+            head..self.heads.end.min(head + self.heads_each),
+            block..self.blocks.min(block + self.blocks_each),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::api::{Band, Element, Input, Output, Shape, Strides};
+    use crate::parallel::Threads;
+
+    const SHAPE: Shape = Shape {
+        batch: 3,
+        heads: 4,
+        kv_heads: 2,
+        q_tokens: 300,
+        kv_tokens: 300,
+        head_dim: 9,
+        v_dim: 5,
+    };
+
+    #[derive(Clone, Copy)]
+    enum Kind {
+        Full,
+        Capture,
+        Window,
+    }
+
+    /// The bits of output and residual, and whether the latter is finite.
+    fn compute<T: Element>(
+        limits: Limits,
+        kind: Kind,
+        layout: fn(usize, usize, usize) -> Strides,
+    ) -> (Vec<u32>, Vec<u32>, bool) {
+        let s = SHAPE;
+        let numbers = |seed: usize, heads: usize, channels: usize| -> Vec<T> {
+            let n = s.batch * heads * s.q_tokens * channels;
+            let number = |i: usize| ((i * 7919 + seed) % 1009) as f32 / 252.0 - 2.0;
+            (0..n).map(|i| T::from_f32(number(i))).collect()
+        };
+        let q = numbers(1, s.heads, s.head_dim);
+        let k = numbers(2, s.kv_heads, s.head_dim);
+        let v = numbers(3, s.kv_heads, s.v_dim);
+        let earlier = numbers(4, s.heads, s.v_dim);
+        let (mut out, mut residual) = (earlier.clone(), earlier.clone());
+        let of = |heads, channels| layout(heads, s.q_tokens, channels);
+        let band = Band::new(40);
+        let o = of(s.heads, s.v_dim);
+        let call = Attention {
+            shape: s,
+            scale: 0.3,
+            q: Input::from_slice(&q, of(s.heads, s.head_dim)),
+            k: Input::from_slice(&k, of(s.kv_heads, s.head_dim)),
+            v: Input::from_slice(&v, of(s.kv_heads, s.v_dim)),
+            mask: None,
+            out: Output::from_slice(&mut out, o),
+            mode: match kind {
+                Kind::Full => Mode::Full,
+                Kind::Capture => Mode::FullCapture {
+                    band,
+                    residual: Output::from_slice(&mut residual, o),
+                },
+                Kind::Window => Mode::Window {
+                    band,
+                    residual: Some(Input::from_slice(&earlier, o)),
+                },
+            },
+        };
+        crate::check::check(&call).expect("a valid call");
+        let finite = AtomicBool::new(true);
+        run(&call, &Threads(2), Level::best(), limits, &finite);
+        let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect();
+        (bits(&out), bits(&residual), finite.into_inner())
+    }
+
+    /// Short sequences are read where they are, which is compared with the definition in `tests/oracle.rs`.
+    #[test]
+    fn where_keys_are_read_and_in_how_many_parts_changes_nothing() {
+        let s = SHAPE;
+        let plane = s.kv_tokens.next_multiple_of(keys::KEYS) * (s.head_dim + s.v_dim);
+        for layout in [Strides::bshd, Strides::bhds, Strides::bhsd] {
+            for kind in [Kind::Full, Kind::Capture, Kind::Window] {
+                let want = compute::<f32>(Limits::BEST, kind, layout);
+                let want_f16 = compute::<f16>(Limits::BEST, kind, layout);
+                // No copy in advance; a head at a time; two heads, so a row; two rows and one; all at once.
+                for floats in [plane - 1, plane, 2 * plane, 5 * plane, usize::MAX] {
+                    let limits = Limits { reads: 0, floats };
+                    assert!(want == compute::<f32>(limits, kind, layout));
+                    assert!(want_f16 == compute::<f16>(limits, kind, layout));
+                }
+            }
+        }
+    }
 }

@@ -6,6 +6,9 @@ use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use pulp::Simd;
+
+use super::transpose::transpose;
 
 use crate::api::{DType, Input, Output, Strides};
 
@@ -36,7 +39,7 @@ impl Order {
     }
 }
 
-fn offset(s: Strides, p: Plane, token: usize, channel: usize) -> isize {
+pub(crate) fn offset(s: Strides, p: Plane, token: usize, channel: usize) -> isize {
     p.batch as isize * s.batch
         + p.head as isize * s.head
         + token as isize * s.token
@@ -252,85 +255,12 @@ unsafe fn write_part<T: Copy>(p: *mut T, stride: isize, part: &[T]) {
     }
 }
 
-/// `to[j][i] = from[i][j]` for i < rows, j < columns; rows of `from` are `from_stride` apart, of `to` `to_stride`.
-///
-/// Walks along the rows of `from` if `READS`, else along those of `to`: whichever is far away in memory.
-///
-/// # Safety
-/// Those elements must be readable and writable, and the two matrices must not overlap.
-#[inline(always)]
-pub(crate) unsafe fn transpose<const READS: bool>(
-    from: *const f32,
-    from_stride: isize,
-    to: *mut f32,
-    to_stride: isize,
-    rows: usize,
-    columns: usize,
-) {
-    let (outer, inner) = if READS {
-        (rows, columns)
-    } else {
-        (columns, rows)
-    };
-    let (outer4, inner4) = (outer / 4 * 4, inner / 4 * 4);
-    for a in (0..outer4).step_by(4) {
-        for b in (0..inner4).step_by(4) {
-            let (i, j) = if READS { (a, b) } else { (b, a) };
-            let from = from.wrapping_offset(i as isize * from_stride + j as isize);
-            let to = to.wrapping_offset(j as isize * to_stride + i as isize);
-            // SAFETY: i + 3 < rows and j + 3 < columns.
-            unsafe { transpose_4x4(from, from_stride, to, to_stride) }
-        }
-    }
-    for a in 0..outer {
-        let ragged = if a < outer4 { inner4 } else { 0 };
-        for b in ragged..inner {
-            let (i, j) = if READS { (a, b) } else { (b, a) };
-            let from = from.wrapping_offset(i as isize * from_stride + j as isize);
-            let to = to.wrapping_offset(j as isize * to_stride + i as isize);
-            // SAFETY: i < rows and j < columns.
-            unsafe { *to = *from }
-        }
-    }
-}
-
-/// Left to itself the compiler moves the 16 elements one by one.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn transpose_4x4(from: *const f32, from_stride: isize, to: *mut f32, to_stride: isize) {
-    use std::arch::x86_64::{
-        _mm_loadu_ps, _mm_movehl_ps, _mm_movelh_ps, _mm_storeu_ps, _mm_unpackhi_ps, _mm_unpacklo_ps,
-    };
-    // SAFETY: SSE is part of x86-64; the caller says that 4 × 4 elements can be read and written.
-    unsafe {
-        let row = |i: isize| _mm_loadu_ps(from.offset(i * from_stride));
-        let (a, b, c, d) = (row(0), row(1), row(2), row(3));
-        let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
-        let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
-        _mm_storeu_ps(to, _mm_movelh_ps(ab, cd));
-        _mm_storeu_ps(to.offset(to_stride), _mm_movehl_ps(cd, ab));
-        _mm_storeu_ps(to.offset(2 * to_stride), _mm_movelh_ps(ab_high, cd_high));
-        _mm_storeu_ps(to.offset(3 * to_stride), _mm_movehl_ps(cd_high, ab_high));
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-unsafe fn transpose_4x4(from: *const f32, from_stride: isize, to: *mut f32, to_stride: isize) {
-    for i in 0..4 {
-        for j in 0..4 {
-            // SAFETY: the caller says that 4 × 4 elements can be read and written.
-            unsafe { *to.offset(j * to_stride + i) = *from.offset(i * from_stride + j) }
-        }
-    }
-}
-
 /// Reads tokens `tokens` of a plane into `to`, `[channels, stride]`, whatever the tensor's layout.
 ///
 /// # Safety
 /// As for [`gather`]; `rows` must hold `[tokens, channels]`.
 #[inline(always)]
-pub(crate) unsafe fn gather_channels(
+pub(crate) unsafe fn gather_channels<S: Simd>(
     t: &Input<'_>,
     p: Plane,
     tokens: Range<usize>,
@@ -349,7 +279,7 @@ pub(crate) unsafe fn gather_channels(
                     .data
                     .cast::<f32>()
                     .offset(offset(t.strides, p, tokens.start, 0));
-                transpose::<true>(
+                transpose::<S, true>(
                     from,
                     t.strides.token,
                     to.as_mut_ptr(),
@@ -361,7 +291,7 @@ pub(crate) unsafe fn gather_channels(
             Order::Tokens => {
                 gather(t, p, tokens, channels, Order::Tokens, rows);
                 let from = rows[..n * channels].as_ptr();
-                transpose::<true>(
+                transpose::<S, true>(
                     from,
                     channels as isize,
                     to.as_mut_ptr(),
@@ -380,7 +310,7 @@ pub(crate) unsafe fn gather_channels(
 /// # Safety
 /// As for [`scatter`]; `rows` must hold `[tokens, channels]`.
 #[inline(always)]
-pub(crate) unsafe fn scatter_channels(
+pub(crate) unsafe fn scatter_channels<S: Simd>(
     t: &Output<'_>,
     p: Plane,
     tokens: Range<usize>,
@@ -399,7 +329,7 @@ pub(crate) unsafe fn scatter_channels(
                     .data
                     .cast::<f32>()
                     .offset(offset(t.strides, p, tokens.start, 0));
-                transpose::<false>(
+                transpose::<S, false>(
                     from.as_ptr(),
                     stride as isize,
                     to,
@@ -410,7 +340,7 @@ pub(crate) unsafe fn scatter_channels(
             }
             Order::Tokens => {
                 let to = rows[..n * channels].as_mut_ptr();
-                transpose::<false>(
+                transpose::<S, false>(
                     from.as_ptr(),
                     stride as isize,
                     to,
@@ -430,23 +360,41 @@ pub(crate) struct Ahead {
     next: *const u8,
     token: isize,
     bytes: isize,
+    /// Tokens left of this head.
     left: usize,
+    /// From the end of a head to the start of the next.
+    head: isize,
+    tokens: usize,
+    heads: usize,
 }
 
 impl Ahead {
-    /// Of tokens `tokens` of a plane. Layouts whose channels are not neighbours are left to the hardware.
-    pub fn new(t: &Input<'_>, p: Plane, tokens: Range<usize>, channels: usize) -> Self {
-        let size = t.dtype.size() as isize;
-        let at = offset(t.strides, p, tokens.start, 0) * size;
+    /// Of tokens `tokens` of some heads. Layouts whose channels are not neighbours are left to the hardware.
+    pub fn new(
+        t: &Input<'_>,
+        batch: usize,
+        heads: Range<usize>,
+        tokens: Range<usize>,
+        channels: usize,
+    ) -> Self {
+        let (s, size) = (t.strides, t.dtype.size() as isize);
+        if heads.is_empty() || tokens.is_empty() || s.channel != 1 {
+            return Self::nothing();
+        }
+        let first = Plane {
+            batch,
+            head: heads.start,
+        };
+        let next = (t.data).wrapping_offset(offset(s, first, tokens.start, 0) * size);
+        let n = tokens.len();
+        if s.head == channels as isize {
+            let bytes = s.head * heads.len() as isize * size;
+            return Self::lines(next, s.token * size, bytes, n);
+        }
         Ahead {
-            next: t.data.wrapping_offset(at),
-            token: t.strides.token * size,
-            bytes: channels as isize * size,
-            left: if t.strides.channel == 1 {
-                tokens.len()
-            } else {
-                0
-            },
+            head: (s.head - n as isize * s.token) * size,
+            heads: heads.len() - 1,
+            ..Self::lines(next, s.token * size, channels as isize * size, n)
         }
     }
 
@@ -457,28 +405,32 @@ impl Ahead {
             token: distance,
             bytes,
             left: count,
+            head: 0,
+            tokens: count,
+            heads: 0,
         }
     }
 
     /// Of an output, which is written.
-    pub fn output(t: &Output<'_>, p: Plane, tokens: Range<usize>, channels: usize) -> Self {
+    pub fn output(
+        t: &Output<'_>,
+        batch: usize,
+        heads: Range<usize>,
+        tokens: Range<usize>,
+        channels: usize,
+    ) -> Self {
         // SAFETY: nothing is read through this input, only asked for.
         let t = unsafe { Input::from_raw(t.data, t.dtype, t.strides) };
-        Self::new(&t, p, tokens, channels)
+        Self::new(&t, batch, heads, tokens, channels)
     }
 
     pub fn nothing() -> Self {
-        Ahead {
-            next: std::ptr::null(),
-            token: 0,
-            bytes: 0,
-            left: 0,
-        }
+        Self::lines(std::ptr::null(), 0, 0, 0)
     }
 
     /// Tokens not yet asked for.
     pub fn left(&self) -> usize {
-        self.left
+        self.left + self.heads * self.tokens
     }
 
     /// Asks for all of it now.
@@ -491,17 +443,30 @@ impl Ahead {
     #[inline(always)]
     pub fn step(&mut self) -> bool {
         if self.left == 0 {
-            return false;
+            if self.heads == 0 {
+                return false;
+            }
+            self.heads -= 1;
+            self.left = self.tokens;
+            self.next = self.next.wrapping_offset(self.head);
         }
         self.left -= 1;
-        #[cfg(target_arch = "x86_64")]
         for at in (0..self.bytes).step_by(64) {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            // SAFETY: a prefetch is allowed on any address; SSE is part of x86-64.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_offset(at).cast()) }
+            prefetch(self.next.wrapping_offset(at));
         }
         self.next = self.next.wrapping_offset(self.token);
         true
+    }
+}
+
+/// Asks for a cache line; on other machines than x86 that is left to the hardware.
+#[inline(always)]
+fn prefetch(_p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch is allowed on any address; SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(_p.cast()) }
     }
 }
 
@@ -520,38 +485,6 @@ mod tests {
                     "{:08x}",
                     x.to_bits()
                 );
-            }
-        }
-    }
-
-    #[test]
-    fn transposition_of_ragged_matrices() {
-        for rows in 0..10 {
-            for columns in 0..10 {
-                let (from_stride, to_stride) = (columns + 3, rows + 2);
-                let from: Vec<f32> = (0..rows * from_stride).map(|i| i as f32).collect();
-                for reads in [false, true] {
-                    let mut to = vec![-1f32; columns * to_stride];
-                    // SAFETY: both matrices are inside their vectors.
-                    unsafe {
-                        let (f, t) = (from.as_ptr(), to.as_mut_ptr());
-                        let (fs, ts) = (from_stride as isize, to_stride as isize);
-                        if reads {
-                            transpose::<true>(f, fs, t, ts, rows, columns);
-                        } else {
-                            transpose::<false>(f, fs, t, ts, rows, columns);
-                        }
-                    }
-                    for (at, &x) in to.iter().enumerate() {
-                        let (j, i) = (at / to_stride, at % to_stride);
-                        let want = if i < rows {
-                            from[i * from_stride + j]
-                        } else {
-                            -1.0
-                        };
-                        assert_eq!(x, want, "{rows} x {columns}: [{i}, {j}]");
-                    }
-                }
             }
         }
     }

@@ -29,12 +29,25 @@ impl Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static KEYS: RefCell<Scratch> = RefCell::default();
+}
+
+/// Lends the calling thread's memory for the keys and values of a call, which all of its tasks read.
+pub(crate) fn with_keys<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+    borrow(&KEYS, f)
 }
 
 /// Lends the calling thread's scratch. A task that runs inside another one (a pool that helps while it waits) gets
 /// a fresh buffer.
 pub(crate) fn with<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
-    SCRATCH.with(|s| match s.try_borrow_mut() {
+    borrow(&SCRATCH, f)
+}
+
+fn borrow<R>(
+    scratch: &'static std::thread::LocalKey<RefCell<Scratch>>,
+    f: impl FnOnce(&mut Scratch) -> R,
+) -> R {
+    scratch.with(|s| match s.try_borrow_mut() {
         Ok(mut s) => f(&mut s),
         Err(_) => f(&mut Scratch::default()),
     })

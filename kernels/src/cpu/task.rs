@@ -1,32 +1,33 @@
-//! One task: some query blocks of one (batch, head) against all keys that they see.
+//! One task: some query blocks of some neighbouring heads against all keys that they see.
 //!
 //! Owns the order of things (which pass, which block, when to pack, snapshot and finish) and the online softmax.
 //! Which keys are seen is `sight`'s business, products are `gemm`'s, memory outside the scratch is `pack`'s.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
 use super::exp::exp2;
 use super::gemm::{Gemm, QUERIES};
+use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
-use super::pack::{Ahead, Order, Plane, gather, gather_channels, scatter_channels};
+use super::pack::{Ahead, Plane, gather_channels, scatter_channels};
 use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Segments, Sight, row};
 use super::vector::{load, mul_add, store};
-use crate::api::{Attention, Mode};
-
-/// Keys in a block. With [`QUERIES`] it sets the working set: scores, Q, O, K and V of a block should stay in L2
-/// and mostly in L1.
-const KEYS: usize = 120;
+use crate::api::{Attention, DType, Mode};
 
 /// How much a row's scores (in powers of two) may exceed its reference before sums are rescaled.
 const SLACK: f32 = 8.0;
 
 pub(crate) struct Task<'a, 'b> {
     pub a: &'a Attention<'b>,
+    pub keys: &'a Keys<'b>,
+    /// Becomes false if a residual is not finite.
+    pub finite: &'a AtomicBool,
     pub batch: usize,
-    pub head: usize,
+    pub heads: Range<usize>,
     /// Query blocks, of [`QUERIES`] queries each.
     pub blocks: Range<usize>,
     pub scratch: &'a mut Scratch,
@@ -41,8 +42,11 @@ impl WithSimd for Task<'_, '_> {
     }
 }
 
-/// What a query block carries from key block to key block; a query per lane.
+/// What a query block of one head carries from key block to key block; a query per lane.
 struct Block<'s> {
+    plane: Plane,
+    /// Which of the task's key/value heads it reads.
+    kv: usize,
     queries: Range<usize>,
     /// `[head_dim, QUERIES]`: q, with the sign of the scale.
     q: &'s mut [f32],
@@ -78,6 +82,17 @@ impl Prefetch {
     }
 }
 
+/// The keys and values of a block for one key/value head.
+struct Packed<'s> {
+    plane: Plane,
+    k: *const f32,
+    v: *const f32,
+    /// Whether the values hold an infinity or a NaN, which must not reach queries that do not see them.
+    wild: bool,
+    k_room: &'s mut [f32],
+    v_room: &'s mut [f32],
+}
+
 /// What all steps of a task share.
 struct Context<'s> {
     prefetch: Prefetch,
@@ -87,12 +102,8 @@ struct Context<'s> {
     v_dim: usize,
     /// `[KEYS, QUERIES]`, scores and then probabilities of one block.
     scores: &'s mut [f32],
-    k: &'s mut [f32],
-    k_order: Order,
-    v: &'s mut [f32],
-    v_order: Order,
-    /// Whether the packed values hold an infinity or a NaN, which must not reach queries that do not see them.
-    v_wild: bool,
+    keys: &'s Keys<'s>,
+    packed: Vec<Packed<'s>>,
     /// The mask of the block at work; `None` if the call has none.
     tile: Option<Tile<'s>>,
 }
@@ -102,9 +113,12 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
     let a = t.a;
     let s = a.shape;
     let (d, dv) = (s.head_dim, s.v_dim);
-    let count = t.blocks.len();
+    let per_kv = s.heads / s.kv_heads;
+    let kv_heads = t.heads.start / per_kv..(t.heads.end - 1) / per_kv + 1;
+    let count = t.blocks.len() * t.heads.len();
     let captures = matches!(a.mode, Mode::FullCapture { .. });
     let w_len = if captures { dv * QUERIES } else { 0 };
+    let (k_len, v_len) = (t.keys.k.task_len(), t.keys.v.task_len());
     let tile_len = if a.mask.is_some() { Tile::len(KEYS) } else { 0 };
 
     let [
@@ -131,21 +145,26 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         count * QUERIES,
         count * QUERIES,
         KEYS * QUERIES,
-        KEYS * d,
-        KEYS * dv,
+        kv_heads.len() * k_len,
+        kv_heads.len() * v_len,
         QUERIES * d.max(dv),
         QUERIES * dv,
         tile_len,
         tile_len,
     ]);
-    let plane = Plane {
-        batch: t.batch,
-        head: t.head,
-    };
-    let kv_plane = Plane {
-        batch: t.batch,
-        head: t.head / (s.heads / s.kv_heads),
-    };
+    let batch = t.batch;
+    let (mut k, mut v) = (k, v);
+    let packed = kv_heads
+        .clone()
+        .map(|head| Packed {
+            plane: Plane { batch, head },
+            k: std::ptr::null(),
+            v: std::ptr::null(),
+            wild: false,
+            k_room: take(&mut k, k_len),
+            v_room: take(&mut v, v_len),
+        })
+        .collect();
     // A scale of 0 makes all scores 0 (or NaN), which a zero q does too; −∞ · 0 in the softmax would not.
     let (sign, scale) = if a.scale == 0.0 {
         (0.0, 1.0)
@@ -157,65 +176,66 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
     };
 
     let mut blocks: Vec<Block<'_>> = Vec::with_capacity(count);
-    let mut cut = [q, o, w, reference, sum, from, to];
+    let (mut q, mut o, mut w) = (q, o, w);
+    let (mut reference, mut sum, mut from, mut to) = (reference, sum, from, to);
     for index in t.blocks.clone() {
-        let lens = [
-            d * QUERIES,
-            dv * QUERIES,
-            w_len,
-            QUERIES,
-            QUERIES,
-            QUERIES,
-            QUERIES,
-        ];
-        let mut n = 0;
-        let [q, o, w, reference, sum, from, to] = cut.each_mut().map(|all| {
-            let (head, tail) = std::mem::take(all).split_at_mut(lens[n]);
-            *all = tail;
-            n += 1;
-            head
-        });
         let first = index * QUERIES;
         let queries = first..s.q_tokens.min(first + QUERIES);
         // While these queries are packed, the next ones arrive, and finally the first keys and values.
         if index + 1 < t.blocks.end {
             let next = queries.end..s.q_tokens.min(queries.end + QUERIES);
-            Ahead::new(&a.q, plane, next, d).all();
+            Ahead::new(&a.q, batch, t.heads.clone(), next, d).all();
         } else {
             let keys = first_keys(a, t.blocks.start * QUERIES);
-            Ahead::new(&a.k, kv_plane, keys.clone(), d).all();
-            Ahead::new(&a.v, kv_plane, keys, dv).all();
+            let (head, n) = (kv_heads.start, kv_heads.len());
+            let plane = Plane { batch, head };
+            t.keys.k.ahead(plane, n, keys.clone()).all();
+            t.keys.v.ahead(plane, n, keys).all();
         }
-        // SAFETY: queries lie inside the shape.
-        unsafe { pack_q(a, plane, &queries, sign, rows, q) };
-        o.fill(0.0);
-        reference.fill(f32::NEG_INFINITY);
-        sum.fill(0.0);
-        if let Mode::FullCapture { band, .. } | Mode::Window { band, .. } = &a.mode {
-            for lane in 0..QUERIES {
-                let keys = row(band, (first + lane).min(s.q_tokens - 1), s.kv_tokens);
-                from[lane] = f32::from_bits(keys.start as u32);
-                to[lane] = f32::from_bits(keys.end as u32);
+        for head in t.heads.clone() {
+            let plane = Plane { batch, head };
+            let [q, o, w] = [
+                take(&mut q, d * QUERIES),
+                take(&mut o, dv * QUERIES),
+                take(&mut w, w_len),
+            ];
+            let [reference, sum, from, to] =
+                [&mut reference, &mut sum, &mut from, &mut to].map(|all| take(all, QUERIES));
+            // SAFETY: queries lie inside the shape.
+            unsafe { pack_q::<S>(a, plane, &queries, sign, rows, q) };
+            o.fill(0.0);
+            reference.fill(f32::NEG_INFINITY);
+            sum.fill(0.0);
+            if let Mode::FullCapture { band, .. } | Mode::Window { band, .. } = &a.mode {
+                for lane in 0..QUERIES {
+                    let keys = row(band, (first + lane).min(s.q_tokens - 1), s.kv_tokens);
+                    from[lane] = f32::from_bits(keys.start as u32);
+                    to[lane] = f32::from_bits(keys.end as u32);
+                }
             }
+            blocks.push(Block {
+                plane,
+                kv: head / per_kv - kv_heads.start,
+                queries: queries.clone(),
+                q,
+                o,
+                w,
+                reference,
+                sum,
+                from,
+                to,
+            });
         }
-        blocks.push(Block {
-            queries,
-            q,
-            o,
-            w,
-            reference,
-            sum,
-            from,
-            to,
-        });
     }
 
     let queries = t.blocks.start * QUERIES..s.q_tokens.min(t.blocks.end * QUERIES);
     let residual = match &a.mode {
         Mode::Window {
             residual: Some(r), ..
-        } => Ahead::new(r, plane, queries.clone(), dv),
-        Mode::FullCapture { residual: r, .. } => Ahead::output(r, plane, queries.clone(), dv),
+        } => Ahead::new(r, batch, t.heads.clone(), queries.clone(), dv),
+        Mode::FullCapture { residual: r, .. } => {
+            Ahead::output(r, batch, t.heads.clone(), queries.clone(), dv)
+        }
         _ => Ahead::nothing(),
     };
     let mut context = Context {
@@ -225,7 +245,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
                 Ahead::nothing(),
                 Ahead::nothing(),
                 residual,
-                Ahead::output(&a.out, plane, queries, dv),
+                Ahead::output(&a.out, batch, t.heads.clone(), queries, dv),
             ],
             rate: 1,
         },
@@ -233,54 +253,49 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         head_dim: d,
         v_dim: dv,
         scores,
-        k,
-        k_order: Order::natural(a.k.strides, KEYS),
-        v,
-        v_order: Order::natural(a.v.strides, KEYS),
-        v_wild: false,
-        tile: a.mask.map(|mask| Tile::new(mask, plane, turned, lines)),
+        keys: t.keys,
+        packed,
+        tile: a.mask.map(|mask| Tile::new(mask, turned, lines)),
     };
-    match &a.mode {
-        Mode::Full => pass(simd, a, kv_plane, Pass::All, &mut context, &mut blocks),
-        Mode::Window { band, .. } => {
-            pass(
-                simd,
-                a,
-                kv_plane,
-                Pass::Inside(*band),
-                &mut context,
-                &mut blocks,
-            );
-        }
-        Mode::FullCapture { band, .. } => {
-            pass(
-                simd,
-                a,
-                kv_plane,
-                Pass::Inside(*band),
-                &mut context,
-                &mut blocks,
-            );
-            for block in &mut blocks {
-                divide(simd, block.o, block.w, block.sum, None);
-                if a.mask.is_some() {
-                    clear_empty(block.w, block.sum);
+    // A tile of a mask that heads share serves all of them; else a head at a time takes less of the cache.
+    let heads = if a.mask.is_some() { t.heads.len() } else { 1 };
+    if heads == 1 {
+        blocks.sort_by_key(|block| block.plane.head);
+    }
+    for blocks in blocks.chunks_mut(t.blocks.len() * heads) {
+        // The band's keys come first, so that W is known before the others are added. One place of the call, for it is
+        // compiled into here.
+        let passes = match &a.mode {
+            Mode::Full => [Some(Pass::All), None],
+            Mode::Window { band, .. } => [Some(Pass::Inside(*band)), None],
+            Mode::FullCapture { band, .. } => {
+                [Some(Pass::Inside(*band)), Some(Pass::Outside(*band))]
+            }
+        };
+        for which in passes.into_iter().flatten() {
+            if let Pass::Outside(_) = which {
+                for block in blocks.iter_mut() {
+                    divide(simd, block.o, block.w, block.sum, None);
+                    if a.mask.is_some() {
+                        clear_empty(block.w, block.sum);
+                    }
                 }
             }
-            pass(
-                simd,
-                a,
-                kv_plane,
-                Pass::Outside(*band),
-                &mut context,
-                &mut blocks,
-            );
+            pass(simd, a, heads, which, &mut context, blocks);
         }
     }
+    blocks.sort_by_key(|block| block.queries.start);
     for block in &mut blocks {
         // SAFETY: the block's queries lie inside the shape, and belong to this task alone.
-        unsafe { finish(simd, a, plane, block, rows, more) };
+        unsafe { finish(simd, a, block, t.finite, rows, more) };
     }
+}
+
+/// Cuts `n` numbers off the front.
+fn take<'s>(all: &mut &'s mut [f32], n: usize) -> &'s mut [f32] {
+    let (head, tail) = std::mem::take(all).split_at_mut(n);
+    *all = tail;
+    head
 }
 
 /// The first block of keys that a task beginning at `query` sees.
@@ -307,7 +322,7 @@ fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
 /// # Safety
 /// `queries` must lie inside the shape.
 #[inline(always)]
-unsafe fn pack_q(
+unsafe fn pack_q<S: Simd>(
     a: &Attention<'_>,
     plane: Plane,
     queries: &Range<usize>,
@@ -320,7 +335,7 @@ unsafe fn pack_q(
         q.fill(0.0);
     }
     // SAFETY: promised by the caller.
-    unsafe { gather_channels(&a.q, plane, queries.clone(), d, QUERIES, q, rows) };
+    unsafe { gather_channels::<S>(&a.q, plane, queries.clone(), d, QUERIES, q, rows) };
     if sign != 1.0 {
         for x in q.iter_mut() {
             *x *= sign;
@@ -328,73 +343,70 @@ unsafe fn pack_q(
     }
 }
 
-/// Takes every query block past the keys of one pass.
+/// Takes every query block past the keys of one pass. `blocks` are those of `heads` heads for the first queries, then
+/// for the next.
 #[inline(always)]
 fn pass<S: Simd>(
     simd: S,
     a: &Attention<'_>,
-    plane: Plane,
+    heads: usize,
     pass: Pass,
     context: &mut Context<'_>,
     blocks: &mut [Block<'_>],
 ) {
     let s = a.shape;
-    let sights: Vec<Sight> = blocks
+    let mut sights: Vec<(Sight, Segments)> = blocks
         .iter()
+        .step_by(heads)
         .map(|b| Sight::new(pass, b.queries.clone(), s.kv_tokens, S::F32_LANES))
+        .map(|sight| (sight, Segments::default()))
         .collect();
     let all =
         blocks.first().map_or(0, |b| b.queries.start)..blocks.last().map_or(0, |b| b.queries.end);
-    let mut segments = Segments::default();
     for first in (0..s.kv_tokens).step_by(KEYS) {
         let keys = first..s.kv_tokens.min(first + KEYS);
-        if !sights.iter().any(|sight| sight.touches(&keys)) {
+        let touched = sights.iter().filter(|(s, _)| s.touches(&keys)).count();
+        if touched == 0 {
             continue;
         }
-        // SAFETY: the keys lie inside the shape.
-        unsafe {
-            gather(
-                &a.k,
-                plane,
-                keys.clone(),
-                s.head_dim,
-                context.k_order,
-                context.k,
-            );
-            gather(
-                &a.v,
-                plane,
-                keys.clone(),
-                s.v_dim,
-                context.v_order,
-                context.v,
-            );
+        let kv = blocks[0].kv..blocks[heads - 1].kv + 1;
+        let hides = pass != Pass::All || a.mask.is_some();
+        for packed in &mut context.packed[kv.clone()] {
+            let (plane, all) = (packed.plane, context.keys);
+            // SAFETY: the keys lie inside the shape.
+            unsafe {
+                packed.k = all.k.block(plane, keys.clone(), packed.k_room);
+                packed.v = all.v.block(plane, keys.clone(), packed.v_room);
+                packed.wild = hides && wild(&all.v, packed.v, keys.len());
+            }
         }
-        context.v_wild = (pass != Pass::All || a.mask.is_some()) && wild(keys.len(), context);
-        let touched = sights.iter().filter(|sight| sight.touches(&keys)).count();
         let next = keys.end..s.kv_tokens.min(keys.end + KEYS);
-        if sights.iter().any(|sight| sight.touches(&next)) {
-            context.prefetch.lists[0] = Ahead::new(&a.k, plane, next.clone(), s.head_dim);
-            context.prefetch.lists[1] = Ahead::new(&a.v, plane, next, s.v_dim);
+        if sights.iter().any(|(sight, _)| sight.touches(&next)) {
+            let (plane, n) = (context.packed[kv.start].plane, kv.len());
+            context.prefetch.lists[0] = context.keys.k.ahead(plane, n, next.clone());
+            context.prefetch.lists[1] = context.keys.v.ahead(plane, n, next);
         }
-        let tiles = touched * (keys.len() + s.v_dim) / 6 + 1;
+        let tiles = touched * heads * (keys.len() + s.v_dim) / 6 + 1;
         let mut tokens = context.prefetch.lists[0].left() + context.prefetch.lists[1].left();
         if a.mask.is_some() {
-            tokens += touched * QUERIES;
+            tokens += touched * heads * QUERIES;
         }
         context.prefetch.rate = 1 + tokens / tiles;
-        for (block, sight) in blocks.iter_mut().zip(&sights) {
-            if sight.touches(&keys) {
+        for (blocks, (sight, segments)) in blocks.chunks_mut(heads).zip(&mut sights) {
+            if !sight.touches(&keys) {
+                continue;
+            }
+            sight.segments(keys.clone(), segments);
+            for block in blocks {
                 if let Some(tile) = &mut context.tile {
                     // SAFETY: the block's queries and the keys lie inside the shape.
-                    unsafe { tile.read(block.queries.clone(), keys.clone()) };
+                    unsafe { tile.read::<S>(block.plane, block.queries.clone(), keys.clone()) };
                     if tile.effect() == Effect::HidesAll {
                         continue;
                     }
                     let (queries, keys) = next_tile(block.queries.end, &all, &keys, s.kv_tokens);
-                    context.prefetch.mask = tile.ahead(queries, keys);
+                    context.prefetch.mask = tile.ahead(block.plane, queries, keys);
                 }
-                sight.segments(keys.clone(), &mut segments);
                 step(simd, context, block, sight, pass, first, &segments.list);
             }
         }
@@ -417,32 +429,29 @@ fn next_tile(
     (first..all.end.min(first + QUERIES), keys)
 }
 
+/// Whether the values of the first keys of a block hold an infinity or a NaN.
+///
+/// # Safety
+/// The block must have so many keys.
 #[inline(always)]
-fn any_wild(line: &[f32]) -> bool {
+unsafe fn wild(values: &Matrix<'_>, block: *const f32, keys: usize) -> bool {
     // x · 0 is NaN for an x that is not finite, and stays NaN in a sum.
-    let mut sum = [0f32; 16];
-    let (lines, rest) = line.as_chunks::<16>();
-    for x in lines {
-        for i in 0..16 {
-            sum[i] += x[i] * 0.0;
-        }
+    let (mut sum, mut rest) = ([0f32; 16], 0.0);
+    // SAFETY: promised by the caller.
+    unsafe {
+        values.lines(block, keys, |line| {
+            let (lines, last) = line.as_chunks::<16>();
+            for x in lines {
+                for i in 0..16 {
+                    sum[i] += x[i] * 0.0;
+                }
+            }
+            for x in last {
+                rest += x * 0.0;
+            }
+        });
     }
-    let mut all = 0.0;
-    for x in sum.iter().chain(rest) {
-        all += x * 0.0;
-    }
-    all != 0.0
-}
-
-/// Whether the packed values of `keys` keys hold an infinity or a NaN.
-#[inline(always)]
-fn wild(keys: usize, context: &Context<'_>) -> bool {
-    match context.v_order {
-        Order::Tokens => any_wild(&context.v[..keys * context.v_dim]),
-        Order::Channels { stride } => {
-            (0..context.v_dim).any(|c| any_wild(&context.v[c * stride..c * stride + keys]))
-        }
-    }
+    sum.iter().any(|&x| x != 0.0) || rest != 0.0
 }
 
 /// One query block against one key block: scores, softmax, values.
@@ -466,17 +475,15 @@ fn step<S: Simd>(
     );
     let scores = context.scores.as_mut_ptr();
 
-    let (k_row, k_step) = match context.k_order {
-        Order::Tokens => (d, 1),
-        Order::Channels { stride } => (1, stride),
-    };
+    let Packed { k, v, .. } = context.packed[block.kv];
+    let (k_row, k_step) = context.keys.k.strides();
     for seg in segments {
         let key = seg.keys.start - first;
         let lane = seg.vectors.start * lanes;
         // SAFETY: keys and lanes of a segment lie inside the packed block; the matrices are separate scratch.
         unsafe {
             Gemm {
-                a: context.k.as_ptr().add(key * k_row),
+                a: k.add(key * k_row),
                 a_row: k_row,
                 a_step: k_step,
                 b: block.q.as_ptr().add(lane),
@@ -511,13 +518,10 @@ fn step<S: Simd>(
         softmax(simd, scale, context.scores, block, dv, first, segments, v);
     }
 
-    let (v_row, v_step) = match context.v_order {
-        Order::Tokens => (1, dv),
-        Order::Channels { stride } => (stride, 1),
-    };
+    let (v_step, v_row) = context.keys.v.strides();
     for seg in segments {
         let key = seg.keys.start - first;
-        if context.v_wild && (seg.masked != 0 || tile.is_some()) {
+        if context.packed[block.kv].wild && (seg.masked != 0 || tile.is_some()) {
             values_seen(simd, context, block, sight, pass, first, seg);
             continue;
         }
@@ -525,7 +529,7 @@ fn step<S: Simd>(
         // SAFETY: as for the scores.
         unsafe {
             Gemm {
-                a: context.v.as_ptr().add(key * v_step),
+                a: v.add(key * v_step),
                 a_row: v_row,
                 a_step: v_step,
                 b: scores.add(key * QUERIES + lane),
@@ -709,18 +713,17 @@ fn values_seen<S: Simd>(
         .as_ref()
         .filter(|tile| tile.effect() == Effect::Adds);
     let hidden = simd.splat_f32s(f32::NEG_INFINITY);
+    let values = context.packed[block.kv].v;
+    let (v_step, v_row) = context.keys.v.strides();
     for v in seg.vectors.clone() {
         let at = v * S::F32_LANES;
         for key in seg.keys.clone() {
             for c in 0..context.v_dim {
-                let value = match context.v_order {
-                    Order::Tokens => context.v[(key - first) * context.v_dim + c],
-                    Order::Channels { stride } => context.v[c * stride + key - first],
-                };
                 // SAFETY: keys and vectors of a segment lie inside the block.
                 unsafe {
                     let o = block.o.as_mut_ptr().add(c * QUERIES + at);
                     let p = context.scores.as_ptr().add((key - first) * QUERIES + at);
+                    let value = *values.add((key - first) * v_step + c * v_row);
                     let old = load(simd, o);
                     let new = mul_add(simd, load(simd, p), simd.splat_f32s(value), old);
                     let hides = seg.masked >> v & 1 == 1 && !text.contains(&key);
@@ -760,6 +763,20 @@ fn divide<S: Simd>(simd: S, from: &[f32], to: &mut [f32], sum: &[f32], minus: Op
     }
 }
 
+/// Whether the first `queries` of `[channels, QUERIES]` are finite, and remain so when rounded to a type.
+#[inline(always)]
+fn stays_finite(x: &[f32], queries: usize, dtype: DType) -> bool {
+    // What is beyond the type's range overflows here already; and an infinity times 0 is NaN.
+    let factor = f32::MAX / dtype.largest();
+    let mut sums = [0f32; QUERIES];
+    for line in x.as_chunks::<QUERIES>().0 {
+        for (sum, x) in sums.iter_mut().zip(line) {
+            *sum += x * factor * 0.0;
+        }
+    }
+    sums[..queries].iter().all(|&sum| sum == 0.0)
+}
+
 /// Rows of `[channels, QUERIES]` whose sum is zero, since they see nothing, become 0 in place of 0 / 0.
 fn clear_empty(x: &mut [f32], sum: &[f32]) {
     for (lane, _) in sum.iter().enumerate().filter(|(_, sum)| **sum == 0.0) {
@@ -778,12 +795,12 @@ fn clear_empty(x: &mut [f32], sum: &[f32]) {
 unsafe fn finish<S: Simd>(
     simd: S,
     a: &Attention<'_>,
-    plane: Plane,
     block: &mut Block<'_>,
+    finite: &AtomicBool,
     rows: &mut [f32],
     more: &mut [f32],
 ) {
-    let dv = a.shape.v_dim;
+    let (dv, plane) = (a.shape.v_dim, block.plane);
     let zeros = match a.mask {
         Some(mask) => mask.guarded || matches!(a.mode, Mode::Window { .. }),
         None => false,
@@ -798,8 +815,11 @@ unsafe fn finish<S: Simd>(
     let tokens = block.queries.clone();
     if let Mode::FullCapture { residual, .. } = &a.mode {
         divide(simd, block.o, o, block.sum, Some(block.w));
+        if !stays_finite(o, tokens.len(), residual.dtype) {
+            finite.store(false, Ordering::Relaxed);
+        }
         // SAFETY: promised by the caller.
-        unsafe { scatter_channels(residual, plane, tokens.clone(), dv, QUERIES, o, rows) };
+        unsafe { scatter_channels::<S>(residual, plane, tokens.clone(), dv, QUERIES, o, rows) };
     }
     divide(simd, block.o, o, block.sum, None);
     if let Mode::Window {
@@ -809,11 +829,13 @@ unsafe fn finish<S: Simd>(
     {
         // The sums are spent; their place takes the residual.
         // SAFETY: promised by the caller.
-        unsafe { gather_channels(residual, plane, tokens.clone(), dv, QUERIES, block.o, rows) };
+        unsafe {
+            gather_channels::<S>(residual, plane, tokens.clone(), dv, QUERIES, block.o, rows)
+        };
         for (x, r) in o.iter_mut().zip(block.o.iter()) {
             *x += r;
         }
     }
     // SAFETY: promised by the caller.
-    unsafe { scatter_channels(&a.out, plane, tokens, dv, QUERIES, o, rows) };
+    unsafe { scatter_channels::<S>(&a.out, plane, tokens, dv, QUERIES, o, rows) };
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use ditfastattn_kernels::{self as kernels, Band, Input, Mode, Output, Shape, Strides};
+use ditfastattn_kernels::{self as kernels, Band, Computed, Input, Mode, Output, Shape, Strides};
 use ditfastattn_plans::Plan;
 
 use crate::abi::context::Context;
@@ -446,16 +446,16 @@ impl<T: Real> Layer<'_, T> {
             Memory::Graph(_) if self.wants_present()? => {
                 let mut present = self.context.output(PRESENT, &dims)?;
                 let residual = present.as_mut_slice::<T>().unwrap_or_default();
-                return self.attend_and_capture(start, rows, out, residual);
+                self.attend_and_capture(start, rows, out, residual)?;
+                return Ok(());
             }
             Memory::Graph(_) => return self.attention(start, rows, out, Mode::Full),
         };
         let Some(mut room) = allocate::<T>(run, len) else {
             return self.attention(start, rows, out, Mode::Full);
         };
-        room.values.resize(len, T::default());
-        self.attend_and_capture(start, rows, out, &mut room.values)?;
-        if all_finite(self.context, &room.values) {
+        let computed = self.attend_and_capture(start, rows, out, &mut room.values)?;
+        if computed.residual_is_finite {
             let tensor = room.store(&dims, self.directive.rows);
             run.capture(self.op.layer, tensor, self.directive.rows);
         } else {
@@ -470,12 +470,12 @@ impl<T: Real> Layer<'_, T> {
         rows: usize,
         out: &mut [T],
         residual: &mut [T],
-    ) -> Result<(), Error> {
+    ) -> Result<Computed, Error> {
         let mode = Mode::FullCapture {
             band: self.band,
             residual: Output::from_slice(residual, self.residual_strides()),
         };
-        self.attention(start, rows, out, mode)
+        self.attend(start, rows, out, mode)
     }
 
     /// R is known to be zero and nobody will read it.
@@ -584,6 +584,16 @@ impl<T: Real> Layer<'_, T> {
         out: &mut [T],
         mode: Mode<'_>,
     ) -> Result<(), Error> {
+        self.attend(start, rows, out, mode).map(|_| ())
+    }
+
+    fn attend(
+        &self,
+        start: usize,
+        rows: usize,
+        out: &mut [T],
+        mode: Mode<'_>,
+    ) -> Result<Computed, Error> {
         let Operands { q, k, v } = &self.operands;
         let o = self.output_view()?;
         let shape = Shape {

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::state::Limits;
 
-use super::PROCESS;
+use super::{PROCESS, spare};
 
 /// More than one 2K image needs (3.9 GiB for PixArt-Σ at 2048², float16), and not so much that it surprises.
 const LARGEST_DEFAULT: u64 = 8 << 30;
@@ -71,6 +71,7 @@ pub fn stats_json() -> String {
 /// Forgets every request and zeroes the counters.
 pub fn reset() {
     PROCESS.reset();
+    spare::clear();
 }
 
 /// Writes the counters to the file that the environment names, if any. The error says which.

@@ -1,6 +1,7 @@
 //! What the operators inside a layer share: their layer number, their ticket, and care for runs that fail.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ditfastattn_kernels::Parallel;
 use half::{bf16, f16};
@@ -107,38 +108,62 @@ const COPY_CHUNK: usize = 1 << 18;
 /// # Panics
 /// If the lengths differ.
 pub(super) fn copy<T: Copy + Send + Sync>(context: &Context<'_>, from: &[T], to: &mut [T]) {
+    copy_parts(context, from, to, |_| {});
+}
+
+/// [`copy`], and whether all numbers are finite.
+pub(super) fn copy_finite<T: Real>(context: &Context<'_>, from: &[T], to: &mut [T]) -> bool {
+    let finite = AtomicBool::new(true);
+    copy_parts(context, from, to, |part| {
+        if !is_finite(part) {
+            finite.store(false, Ordering::Relaxed);
+        }
+    });
+    finite.into_inner()
+}
+
+/// Copies in parts, and shows each part to `look` while it is in the cache.
+fn copy_parts<T: Copy + Send + Sync>(
+    context: &Context<'_>,
+    from: &[T],
+    to: &mut [T],
+    look: impl Fn(&[T]) + Sync,
+) {
     assert_eq!(from.len(), to.len());
     let chunk = (COPY_CHUNK / size_of::<T>()).max(1);
     if from.len() <= chunk {
         to.copy_from_slice(from);
+        look(from);
         return;
     }
     let parts: Vec<_> = from
         .chunks(chunk)
         .zip(to.chunks_mut(chunk))
-        .map(std::sync::Mutex::new)
+        .map(Mutex::new)
         .collect();
     context.run(parts.len(), &|i| {
         // Each task locks its own part: the lock only proves to the compiler that parts are disjoint.
-        if let Ok(mut part) = parts[i].lock() {
-            let (from, to) = &mut *part;
-            to.copy_from_slice(from);
-        }
+        let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let (from, to) = &mut *part;
+        to.copy_from_slice(from);
+        look(from);
     });
 }
 
 /// Whether all numbers are finite, on the session's threads.
 pub(super) fn all_finite<T: Real>(context: &Context<'_>, values: &[T]) -> bool {
-    use std::sync::atomic::{AtomicBool, Ordering};
     let finite = AtomicBool::new(true);
     let chunk = COPY_CHUNK / size_of::<T>();
     let chunks = values.len().div_ceil(chunk);
     context.run(chunks, &|i| {
-        let part = &values[i * chunk..values.len().min((i + 1) * chunk)];
-        // No early exit inside a chunk: the plain fold vectorises.
-        if !part.iter().fold(true, |all, x| all & Real::is_finite(*x)) {
+        if !is_finite(&values[i * chunk..values.len().min((i + 1) * chunk)]) {
             finite.store(false, Ordering::Relaxed);
         }
     });
     finite.into_inner()
+}
+
+/// No early exit: the plain fold vectorises.
+fn is_finite<T: Real>(values: &[T]) -> bool {
+    (values.iter()).fold(true, |all, x| all & Real::is_finite(*x))
 }

@@ -21,6 +21,7 @@ mod mask;
 mod reuse;
 mod select;
 mod share;
+mod spare;
 mod step;
 mod storage;
 

@@ -11,7 +11,7 @@ use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Run, Work};
 
 use super::io::{self, Io};
-use super::layer::{ByType, Sink, all_finite, by_type, copy, in_run, layer_of};
+use super::layer::{ByType, Sink, by_type, copy, copy_finite, in_run, layer_of};
 use super::storage::{CachedTensor, Real, allocate, values};
 
 /// y' `[B', …]`, ticket → y `[B, …]`: both halves the computed one under ASC, else a copy. Finishes the layer.
@@ -106,12 +106,11 @@ pub(super) fn keep<T: Real>(
     if !directive.keep {
         return None;
     }
-    if !all_finite(context, computed) {
+    let mut room = allocate::<T>(run, computed.len())?;
+    if !copy_finite(context, computed, &mut room.values) {
         run.refuse_non_finite();
         return None;
     }
-    let mut room = allocate::<T>(run, computed.len())?;
-    room.values.extend_from_slice(computed);
     Some(room.store(dims, directive.rows))
 }
 

@@ -1,4 +1,4 @@
-//! Cached tensors in CPU memory.
+//! Cached tensors, in the host's memory or a CUDA device's.
 
 use std::sync::Arc;
 
@@ -9,6 +9,8 @@ use half::{bf16, f16};
 use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
 use crate::state::{Cached, Lease, Rows, Run};
+
+use super::spare;
 
 /// A cached tensor: a cheap handle on immutable numbers.
 pub type CachedTensor = Arc<Stored>;
@@ -30,11 +32,13 @@ pub struct Stored {
     /// `Half`: the rows of one half of guidance, which stand for those of the other half too.
     rows: Rows,
     data: Data,
-    _lease: Lease,
+    /// `None` only while it is dropped.
+    lease: Option<Lease>,
 }
 
+/// The numbers of a tensor, or memory for them.
 #[derive(Debug)]
-enum Data {
+pub(super) enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
@@ -44,24 +48,41 @@ enum Data {
     Nothing,
 }
 
-/// An element type of cached tensors and of the tensors that layers compute.
-pub(super) trait Real: Scalar + Element + Default {
-    fn wrap(values: Vec<Self>) -> Storage;
-    fn unwrap(stored: &Stored) -> Option<&[Self]>;
-    fn is_finite(self) -> bool;
+impl Data {
+    /// Bytes of the host's memory.
+    pub fn bytes(&self) -> u64 {
+        let bytes = match self {
+            Data::F32(values) => size_of_val(&values[..]),
+            Data::F16(values) => size_of_val(&values[..]),
+            Data::BF16(values) => size_of_val(&values[..]),
+            Data::Device(..) | Data::Nothing => 0,
+        };
+        bytes as u64
+    }
 }
 
-/// Numbers on their way into a [`Stored`].
-pub(super) struct Storage(Data);
+/// An element type of cached tensors and of the tensors that layers compute.
+pub(super) trait Real: Scalar + Element + Default {
+    fn wrap(values: Vec<Self>) -> Data;
+    fn unwrap(data: &Data) -> Option<&[Self]>;
+    fn into_inner(data: Data) -> Option<Vec<Self>>;
+    fn is_finite(self) -> bool;
+}
 
 macro_rules! real {
     ($($ty:ident $variant:ident),*) => { $(
         impl Real for $ty {
-            fn wrap(values: Vec<Self>) -> Storage {
-                Storage(Data::$variant(values))
+            fn wrap(values: Vec<Self>) -> Data {
+                Data::$variant(values)
             }
-            fn unwrap(stored: &Stored) -> Option<&[Self]> {
-                match &stored.data {
+            fn unwrap(data: &Data) -> Option<&[Self]> {
+                match data {
+                    Data::$variant(values) => Some(values),
+                    _ => None,
+                }
+            }
+            fn into_inner(data: Data) -> Option<Vec<Self>> {
+                match data {
                     Data::$variant(values) => Some(values),
                     _ => None,
                 }
@@ -85,7 +106,7 @@ impl Stored {
 
     /// The numbers, if they are of type `T`.
     pub(super) fn values<T: Real>(&self) -> Option<&[T]> {
-        T::unwrap(self)
+        T::unwrap(&self.data)
     }
 
     /// The numbers in device memory, if they are there and of type `dtype`.
@@ -100,9 +121,13 @@ impl Stored {
 /// Room for a tensor that a run wants to keep; `None` if the budget or the machine has none.
 pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<Room<T>> {
     let lease = run.reserve(len.checked_mul(size_of::<T>())?)?;
+    if let Some(values) = spare::take(len) {
+        return Some(Room { values, lease });
+    }
     let mut values = Vec::new();
     // The tensor is only a cache: where the system has no memory for it, the layer goes without.
     values.try_reserve_exact(len).ok()?;
+    values.resize(len, T::default());
     Some(Room { values, lease })
 }
 
@@ -135,8 +160,19 @@ impl DeviceRoom {
             dims: dims.to_vec(),
             rows,
             data: Data::Device(dtype, self.buffer),
-            _lease: self.lease,
+            lease: Some(self.lease),
         })
+    }
+}
+
+impl Drop for Stored {
+    fn drop(&mut self) {
+        let mut data = std::mem::replace(&mut self.data, Data::Nothing);
+        if matches!(data, Data::Device(..)) {
+            // It goes back to the device's pool before its part of the budget does.
+            data = Data::Nothing;
+        }
+        spare::give(data, self.lease.take());
     }
 }
 
@@ -146,26 +182,26 @@ pub(super) fn nothing(run: &Run<CachedTensor>, rows: Rows) -> Option<CachedTenso
         dims: Vec::new(),
         rows,
         data: Data::Nothing,
-        _lease: run.reserve(0)?,
+        lease: Some(run.reserve(0)?),
     }))
 }
 
 /// Memory for a cached tensor that is still being written.
 pub(super) struct Room<T> {
-    /// Empty, with capacity for the whole tensor.
+    /// As long as the tensor; what is in it is left from earlier.
     pub values: Vec<T>,
     lease: Lease,
 }
 
 impl<T: Real> Room<T> {
-    /// The finished tensor. The caller has filled `values` with as many numbers as `dims` say.
+    /// The finished tensor. The caller has written all of `values`, as many numbers as `dims` say.
     pub fn store(self, dims: &[usize], rows: Rows) -> CachedTensor {
         debug_assert_eq!(self.values.len(), dims.iter().product::<usize>());
         Arc::new(Stored {
             dims: dims.to_vec(),
             rows,
-            data: T::wrap(self.values).0,
-            _lease: self.lease,
+            data: T::wrap(self.values),
+            lease: Some(self.lease),
         })
     }
 }
