@@ -24,6 +24,7 @@ mod share;
 mod spare;
 mod step;
 mod storage;
+mod task;
 
 use std::ffi::CStr;
 use std::sync::{Arc, LazyLock};

@@ -59,3 +59,17 @@ fn dtype_of(element: ElementType) -> Result<DType, Error> {
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capture_into_a_graph_has_a_status_of_its_own_that_says_what_to_do() {
+        let error = Error::from(CudaError::Capturing);
+        assert_eq!(error.code, Code::NotImplemented);
+        assert!(error.message.contains("enable_cuda_graph=0"), "{error}");
+        let other = Error::from(CudaError::NoDriver);
+        assert_eq!(other.code, Code::RuntimeException);
+    }
+}
