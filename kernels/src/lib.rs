@@ -79,6 +79,7 @@
 mod api;
 mod check;
 mod cpu;
+pub mod cuda;
 mod error;
 mod mask;
 pub mod oracle;

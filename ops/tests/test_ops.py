@@ -191,7 +191,7 @@ def test_timestep_types_and_rounding():
         model.graph.node.insert(0, cast)
         options = ort.SessionOptions()
         options.register_custom_ops_library(T.LIB)
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=T.PROVIDERS)
         client = tiny.client(0.1, session=session)
         for step in range(8):
             t = np.full([2], client.timestep(step), dtype)
@@ -300,7 +300,7 @@ def test_registering_the_library_again_is_harmless(registrations):
     for _ in range(registrations):
         options.register_custom_ops_library(T.LIB)
     for _ in range(2):
-        session = ort.InferenceSession(tiny.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(tiny.model().SerializeToString(), options, providers=T.PROVIDERS)
         client = tiny.client(0.1, session=session)
         close(client.run(0), client.planned(0))
 
@@ -342,7 +342,7 @@ def edit(tiny, op_type, change):
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(T.LIB)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=T.PROVIDERS)
 
 
 def set_attribute(name, value):
@@ -500,7 +500,7 @@ def test_every_element_type_and_folded_heads(kind, tolerance, layout):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(T.DOMAIN, 1)], ir_version=8)
     options = ort.SessionOptions()
     options.register_custom_ops_library(T.LIB)
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=T.PROVIDERS)
     shape = {"BHSD": (2, 3, 16, 8), "BSHD": (2, 16, 3, 8), "BSD": (6, 16, 8)}[layout]
     base = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     residual = None

@@ -13,6 +13,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 LIB = os.environ["DITFASTATTN_LIB"]
+# `scripts/gpu-suite` names another one.
+PROVIDERS = list(dict.fromkeys([os.environ.get("DITFASTATTN_PROVIDER", "CPUExecutionProvider"), "CPUExecutionProvider"]))
 DOMAIN = "ai.ditfastattn"
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
@@ -185,7 +187,7 @@ class Tiny:
         options.log_severity_level = log_level
         for _ in range(registrations):
             options.register_custom_ops_library(LIB)
-        return ort.InferenceSession(self.model(**kw).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(self.model(**kw).SerializeToString(), options, providers=PROVIDERS)
 
     # ---- the definition --------------------------------------------------------------------------------------
 

@@ -19,6 +19,10 @@ HOST = tuple(int(n) for n in ort.__version__.split(".")[:2])
 NEWEST = (1, 32)
 
 
+# `scripts/gpu-suite` names another one.
+PROVIDERS = list(dict.fromkeys([os.environ.get("DITFASTATTN_PROVIDER", "CPUExecutionProvider"), "CPUExecutionProvider"]))
+
+
 def tool(*arguments, check=True):
     result = subprocess.run([TARGET / "dfa-rewrite", *map(str, arguments)], capture_output=True, text=True)
     if check:
@@ -50,7 +54,7 @@ def session(model, custom_ops=True, threads=2):
     options.intra_op_num_threads = threads
     if custom_ops:
         options.register_custom_ops_library(str(TARGET / "libditfastattn.so"))
-    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(model), options, providers=PROVIDERS)
 
 
 class Model:

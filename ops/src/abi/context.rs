@@ -9,7 +9,7 @@ use ort_sys::{OrtKernelContext, OrtLogger, OrtLoggingLevel, OrtValue};
 
 use super::host::{Host, function};
 use super::status::Error;
-use super::tensor::{Tensor, TensorMut};
+use super::tensor::{DeviceTensor, Tensor, TensorMut};
 
 /// The context of one `Compute` call. Lives only as long as the call.
 #[derive(Debug)]
@@ -53,6 +53,30 @@ impl<'a> Context<'a> {
 
     /// Input `index`, `None` if it was left out.
     pub fn optional_input(&self, index: usize) -> Result<Option<Tensor<'a>>, Error> {
+        let Some(value) = self.input_value(index)? else {
+            return Ok(None);
+        };
+        // SAFETY: inputs outlive the call and are not written during it: we declare no in-place outputs. Kernels ask this way
+        // for inputs in host memory only: all of the CPU provider's, and those whose port says so.
+        unsafe { Tensor::new(self.host, value) }.map(Some)
+    }
+
+    /// Input `index` in the provider's memory, an error if it is missing.
+    pub fn device_input(&self, index: usize) -> Result<DeviceTensor<'a>, Error> {
+        self.optional_device_input(index)?
+            .ok_or_else(|| Error::graph(format!("input {index} is missing")))
+    }
+
+    /// Input `index` in the provider's memory, `None` if it was left out.
+    pub fn optional_device_input(&self, index: usize) -> Result<Option<DeviceTensor<'a>>, Error> {
+        let Some(value) = self.input_value(index)? else {
+            return Ok(None);
+        };
+        // SAFETY: inputs outlive the call.
+        unsafe { DeviceTensor::new(self.host, value) }.map(Some)
+    }
+
+    fn input_value(&self, index: usize) -> Result<Option<*const OrtValue>, Error> {
         if index >= self.input_count()? {
             return Ok(None);
         }
@@ -61,16 +85,25 @@ impl<'a> Context<'a> {
         self.host.check(unsafe {
             function!(self.host, KernelContext_GetInput)(self.raw, index, &mut value)
         })?;
-        if value.is_null() {
-            return Ok(None);
-        }
-        // SAFETY: inputs outlive the call and are not written during it: we declare no in-place outputs. We register
-        // for the CPU provider, whose inputs the host places in CPU memory.
-        unsafe { Tensor::new(self.host, value) }.map(Some)
+        Ok((!value.is_null()).then_some(value))
     }
 
     /// Allocates output `index`. Each output may be asked for once; a second time is an error of ours.
     pub fn output(&self, index: usize, dims: &[usize]) -> Result<TensorMut<'a>, Error> {
+        let value = self.output_value(index, dims)?;
+        // SAFETY: just allocated by the host for this call. No other slice of it exists: kernels ask once per output,
+        // as the doc comment demands.
+        unsafe { TensorMut::new(self.host, value) }
+    }
+
+    /// As [`Context::output`], in the provider's memory.
+    pub fn device_output(&self, index: usize, dims: &[usize]) -> Result<DeviceTensor<'a>, Error> {
+        let value = self.output_value(index, dims)?;
+        // SAFETY: just allocated by the host for this call.
+        unsafe { DeviceTensor::new(self.host, value) }
+    }
+
+    fn output_value(&self, index: usize, dims: &[usize]) -> Result<*mut OrtValue, Error> {
         let dims: Vec<i64> = dims.iter().map(|&dim| dim as i64).collect();
         let mut value: *mut OrtValue = std::ptr::null_mut();
         // SAFETY: the context is live for `'a`; `dims` has `dims.len()` numbers.
@@ -86,9 +119,17 @@ impl<'a> Context<'a> {
         if value.is_null() {
             return Err(Error::graph(format!("output {index} is missing")));
         }
-        // SAFETY: just allocated by the host for this call. No other slice of it exists: kernels ask once per output,
-        // as the doc comment demands.
-        unsafe { TensorMut::new(self.host, value) }
+        Ok(value)
+    }
+
+    /// The stream that the host wants this kernel's work on; null for the CPU provider and for the default stream.
+    pub fn stream(&self) -> Result<*mut c_void, Error> {
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: the context is live for `'a`.
+        self.host.check(unsafe {
+            function!(self.host, KernelContext_GetGPUComputeStream)(self.raw, &mut stream)
+        })?;
+        Ok(stream)
     }
 
     /// Writes a line to the session's log. Failing to log is no reason to fail a run, so errors are dropped.

@@ -58,32 +58,50 @@ pub enum Arity {
     Variadic,
 }
 
+/// Where an input lies when the kernel gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// The provider's: host memory for the CPU provider, device memory for CUDA.
+    Provider,
+    /// Host memory, whatever the provider.
+    Host,
+}
+
 /// One input or output.
 #[derive(Clone, Copy, Debug)]
 pub struct Port {
     pub ty: Type,
     pub arity: Arity,
+    /// Of no meaning for outputs, which are always the provider's.
+    pub memory: Memory,
 }
 
 impl Port {
     pub const fn one(ty: Type) -> Port {
-        Port {
-            ty,
-            arity: Arity::One,
-        }
+        Port::of(ty, Arity::One)
     }
 
     pub const fn optional(ty: Type) -> Port {
-        Port {
-            ty,
-            arity: Arity::Optional,
-        }
+        Port::of(ty, Arity::Optional)
     }
 
     pub const fn variadic(ty: Type) -> Port {
+        Port::of(ty, Arity::Variadic)
+    }
+
+    const fn of(ty: Type, arity: Arity) -> Port {
         Port {
             ty,
-            arity: Arity::Variadic,
+            arity,
+            memory: Memory::Provider,
+        }
+    }
+
+    /// The same port, read in host memory.
+    pub const fn on_host(self) -> Port {
+        Port {
+            memory: Memory::Host,
+            ..self
         }
     }
 
@@ -103,6 +121,8 @@ pub struct Spec {
     pub name: &'static CStr,
     pub inputs: &'static [Port],
     pub outputs: &'static [Port],
+    /// The execution provider that the kernels run on; `None` is the CPU provider.
+    pub provider: Option<&'static CStr>,
 }
 
 impl Spec {
@@ -185,9 +205,12 @@ unsafe extern "system" fn name(raw: *const OrtCustomOp) -> *const c_char {
     unsafe { op(raw) }.spec.name.as_ptr()
 }
 
-unsafe extern "system" fn provider(_: *const OrtCustomOp) -> *const c_char {
-    // Null is the CPU provider.
-    std::ptr::null()
+unsafe extern "system" fn provider(raw: *const OrtCustomOp) -> *const c_char {
+    // SAFETY: the host hands back our pointer. Null is the CPU provider.
+    unsafe { op(raw) }
+        .spec
+        .provider
+        .map_or(std::ptr::null(), CStr::as_ptr)
 }
 
 unsafe extern "system" fn input_count(raw: *const OrtCustomOp) -> usize {
@@ -236,8 +259,12 @@ unsafe extern "system" fn output_characteristic(
     port(unsafe { op(raw) }.spec.outputs, index).characteristic()
 }
 
-unsafe extern "system" fn input_memory(_: *const OrtCustomOp, _: usize) -> OrtMemType {
-    OrtMemType::OrtMemTypeDefault
+unsafe extern "system" fn input_memory(raw: *const OrtCustomOp, index: usize) -> OrtMemType {
+    // SAFETY: the host hands back our pointer.
+    match port(unsafe { op(raw) }.spec.inputs, index).memory {
+        Memory::Provider => OrtMemType::OrtMemTypeDefault,
+        Memory::Host => OrtMemType::OrtMemTypeCPUInput,
+    }
 }
 
 unsafe extern "system" fn min_arity(_: *const OrtCustomOp) -> c_int {

@@ -206,6 +206,54 @@ impl<'a> TensorMut<'a> {
     }
 }
 
+/// A tensor that this process may not be able to read: it lies in the memory of an execution provider's device.
+///
+/// The address is a number until somebody gives it to that device.
+#[derive(Clone, Debug)]
+pub struct DeviceTensor<'a> {
+    dims: Vec<usize>,
+    element: ElementType,
+    address: *mut u8,
+    lifetime: std::marker::PhantomData<&'a ()>,
+}
+
+impl DeviceTensor<'_> {
+    /// # Safety
+    /// `value` is a live tensor of `host` for as long as the result.
+    pub(crate) unsafe fn new(host: &Host, value: *const OrtValue) -> Result<Self, Error> {
+        // SAFETY: the caller's promise.
+        let described = unsafe { describe(host, value)? };
+        Ok(DeviceTensor {
+            dims: described.dims,
+            element: described.element,
+            address: described.data,
+            lifetime: std::marker::PhantomData,
+        })
+    }
+
+    pub fn dims(&self) -> &[usize] {
+        &self.dims
+    }
+
+    pub fn element(&self) -> ElementType {
+        self.element
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where it begins; for inputs not to be written.
+    pub fn address(&self) -> *mut u8 {
+        self.address
+    }
+}
+
 /// A tensor as the host describes it.
 struct Described {
     dims: Vec<usize>,

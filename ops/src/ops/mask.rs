@@ -73,6 +73,43 @@ impl Scores {
             .all(|(&axis, full)| axis == 1 || axis == full)
             .then_some((axes, row))
     }
+
+    /// How a contiguous mask of shape `dims` repeats, and the row at which the rows at hand start in it.
+    ///
+    /// # Errors
+    /// If it does not broadcast.
+    pub fn broadcast(&self, dims: &[usize]) -> Result<(MaskStrides, usize), Error> {
+        let (axes, row) = self.axes(dims).ok_or_else(|| {
+            Error::invalid(format!(
+                "the mask has shape {dims:?}, which does not broadcast to {:?} (batch, heads, queries, keys)",
+                self.dims
+            ))
+        })?;
+        let mut strides = [0isize; 4];
+        let mut stride = 1usize;
+        for axis in (0..4).rev() {
+            if axes[axis] != 1 {
+                strides[axis] = stride as isize;
+            }
+            // No overflow: the tensor exists, and an empty one has no strides to speak of.
+            stride = stride.saturating_mul(axes[axis]);
+        }
+        let [batch, head, query, key] = strides;
+        let strides = MaskStrides {
+            batch,
+            head,
+            query,
+            key,
+        };
+        Ok((strides, row))
+    }
+}
+
+/// A mask of a type that is none.
+pub(super) fn unknown_type(element: ElementType) -> Error {
+    Error::invalid(format!(
+        "the mask is of type {element}, expected float, float16, bfloat16 or bool"
+    ))
 }
 
 impl<'a> MaskInput<'a> {
@@ -86,37 +123,11 @@ impl<'a> MaskInput<'a> {
             ElementType::BF16 => tensor.as_slice().map(Values::BF16),
             _ => None,
         };
-        let values = values.ok_or_else(|| {
-            Error::invalid(format!(
-                "the mask is of type {}, expected float, float16, bfloat16 or bool",
-                tensor.element()
-            ))
-        })?;
-        let (axes, row) = scores.axes(tensor.dims()).ok_or_else(|| {
-            Error::invalid(format!(
-                "the mask has shape {:?}, which does not broadcast to {:?} (batch, heads, queries, keys)",
-                tensor.dims(),
-                scores.dims
-            ))
-        })?;
-        let mut strides = [0isize; 4];
-        let mut stride = 1usize;
-        for axis in (0..4).rev() {
-            if axes[axis] != 1 {
-                strides[axis] = stride as isize;
-            }
-            // No overflow: the tensor exists, and an empty one has no strides to speak of.
-            stride = stride.saturating_mul(axes[axis]);
-        }
-        let [batch, head, query, key] = strides;
+        let values = values.ok_or_else(|| unknown_type(tensor.element()))?;
+        let (strides, row) = scores.broadcast(tensor.dims())?;
         Ok(MaskInput {
             values,
-            strides: MaskStrides {
-                batch,
-                head,
-                query,
-                key,
-            },
+            strides,
             row,
             guarded,
         })

@@ -1,4 +1,4 @@
-//! The five operators of the domain `ai.ditfastattn`, for the CPU provider.
+//! The five operators of the domain `ai.ditfastattn`, for the CPU and the CUDA provider.
 //!
 //! | operator | inputs → outputs | does |
 //! |---|---|---|
@@ -12,6 +12,7 @@
 
 mod attention;
 mod band;
+mod cuda;
 mod environment;
 mod io;
 mod layer;
@@ -23,6 +24,7 @@ mod share;
 mod spare;
 mod step;
 mod storage;
+mod task;
 
 use std::ffi::CStr;
 use std::sync::{Arc, LazyLock};
@@ -68,17 +70,44 @@ static STEP: Spec = Spec {
         Port::variadic(Type::Any),
     ],
     outputs: &[Port::one(Type::I64), Port::variadic(Type::Bool)],
+    // On CUDA its outputs would be in device memory, and every layer's `If` would wait for its own copy back.
+    provider: None,
 };
 
-/// One [`Spec`] per element type: hosts pick the kernel by type.
+/// Where kernels run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Provider {
+    Cpu,
+    Cuda,
+}
+
+impl Provider {
+    const fn name(self) -> Option<&'static CStr> {
+        match self {
+            Provider::Cpu => None,
+            Provider::Cuda => Some(c"CUDAExecutionProvider"),
+        }
+    }
+}
+
+/// One [`Spec`] per element type: hosts pick the kernel by type. And per provider.
 macro_rules! typed {
     ($($name:ident = $op:literal ($($input:expr),*) -> ($($output:expr),*);)*) => {
-        $(static $name: [Spec; 3] = [typed!(@ Type::F32, $op, [$($input),*], [$($output),*]),
-                                     typed!(@ Type::F16, $op, [$($input),*], [$($output),*]),
-                                     typed!(@ Type::BF16, $op, [$($input),*], [$($output),*])];)*
+        $(static $name: [[Spec; 3]; 2] = [typed!(@ Provider::Cpu, $op, [$($input),*], [$($output),*]),
+                                          typed!(@ Provider::Cuda, $op, [$($input),*], [$($output),*])];)*
     };
-    (@ $ty:expr, $op:literal, [$($input:expr),*], [$($output:expr),*]) => {
-        Spec { name: $op, inputs: &[$($input.port($ty)),*], outputs: &[$($output.port($ty)),*] }
+    (@ $provider:expr, $op:literal, $inputs:tt, $outputs:tt) => {
+        [typed!(@ $provider, Type::F32, $op, $inputs, $outputs),
+         typed!(@ $provider, Type::F16, $op, $inputs, $outputs),
+         typed!(@ $provider, Type::BF16, $op, $inputs, $outputs)]
+    };
+    (@ $provider:expr, $ty:expr, $op:literal, [$($input:expr),*], [$($output:expr),*]) => {
+        Spec {
+            name: $op,
+            inputs: &[$($input.port($ty)),*],
+            outputs: &[$($output.port($ty)),*],
+            provider: $provider.name(),
+        }
     };
 }
 
@@ -92,13 +121,14 @@ enum In {
 }
 
 impl In {
+    /// What decides is read on the host; what is computed with stays where the provider has it.
     const fn port(self, ty: Type) -> Port {
         match self {
             In::Typed => Port::one(ty),
-            In::Ticket => Port::one(Type::I64),
+            In::Ticket => Port::one(Type::I64).on_host(),
             In::OptionalTyped => Port::optional(ty),
             In::OptionalAny => Port::optional(Type::Any),
-            In::OptionalI64 => Port::optional(Type::I64),
+            In::OptionalI64 => Port::optional(Type::I64).on_host(),
         }
     }
 }
@@ -114,13 +144,31 @@ typed! {
 /// The operators as registered with one host.
 pub(crate) fn all(host: Host) -> Vec<&'static Op> {
     let mut ops = vec![Op::leak::<step::Step>(host, &STEP)];
-    ops.extend(SELECT.iter().map(|s| Op::leak::<select::Select>(host, s)));
-    ops.extend(
-        ATTENTION
-            .iter()
-            .map(|s| Op::leak::<attention::DiTFastAttn>(host, s)),
-    );
-    ops.extend(SHARE.iter().map(|s| Op::leak::<share::Share>(host, s)));
-    ops.extend(REUSE.iter().map(|s| Op::leak::<reuse::Reuse>(host, s)));
+    let on_cpu = !cuda::is_emulated();
+    for i in 0..3 {
+        if on_cpu {
+            ops.push(Op::leak::<select::Select>(host, &SELECT[0][i]));
+            ops.push(Op::leak::<attention::DiTFastAttn>(host, &ATTENTION[0][i]));
+            ops.push(Op::leak::<share::Share>(host, &SHARE[0][i]));
+            ops.push(Op::leak::<reuse::Reuse>(host, &REUSE[0][i]));
+        }
+        let provider = usize::from(on_cpu);
+        ops.push(Op::leak::<cuda::OnCuda<select::Select>>(
+            host,
+            &SELECT[provider][i],
+        ));
+        ops.push(Op::leak::<cuda::OnCuda<attention::DiTFastAttn>>(
+            host,
+            &ATTENTION[provider][i],
+        ));
+        ops.push(Op::leak::<cuda::OnCuda<share::Share>>(
+            host,
+            &SHARE[provider][i],
+        ));
+        ops.push(Op::leak::<cuda::OnCuda<reuse::Reuse>>(
+            host,
+            &REUSE[provider][i],
+        ));
+    }
     ops
 }

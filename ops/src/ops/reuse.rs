@@ -4,23 +4,23 @@ use crate::abi::context::Context;
 use crate::abi::info::Info;
 use crate::abi::op::Kernel;
 use crate::abi::status::{Code, Error};
-use crate::state::Work;
+use crate::state::{Directive, Run, Work};
 
 use super::io::Io;
 use super::layer::{ByType, Sink, by_type, copy, in_run, layer_of};
 use super::share::{rows_of_both, serve};
-use super::storage::{Real, values};
+use super::storage::{CachedTensor, Real, values};
 
 /// x (the region's input: gives the element type and the batch), ticket, past? → y. Finishes the layer. The past output is an
 /// input where the graph carries the state.
 #[derive(Debug)]
 pub(crate) struct Reuse {
-    layer: usize,
-    sink: Sink,
+    pub(super) layer: usize,
+    pub(super) sink: Sink,
     /// Leading rows of y for each leading row of x: more than one where y has heads or tokens folded into the batch. 0: not
     /// comparable.
-    fold: usize,
-    io: Option<Io>,
+    pub(super) fold: usize,
+    pub(super) io: Option<Io>,
 }
 
 impl Kernel for Reuse {
@@ -58,25 +58,13 @@ impl ByType for Call<'_> {
         }
         let ticket = context.input(1)?;
         in_run(&ticket, *layer, |run, directive| {
-            let kept = run
-                .output(*layer, sink.index)
-                .filter(|_| directive.work == Work::Reuse)
-                .ok_or_else(|| {
-                    Error::graph(format!(
-                        "layer {layer} is computed in this run, yet its cached output is asked for; \
-                         the If around it must take its condition from the skip output of the same run"
-                    ))
-                })?;
+            let kept = self.reuse.kept(run, directive)?;
             let dims = rows_of_both(kept.dims(), kept.rows());
-            self.check_rows(
-                &dims,
-                "the latents did not show the change of batch, so feed dfa_start when it changes",
-            )?;
+            let x = context.input(0)?;
+            self.reuse.check_rows(x.dims(), &dims, CHANGED_BATCH)?;
             let mut out = context.output(0, &dims)?;
             let to = out.as_mut_slice::<T>().unwrap_or_default();
-            serve(context, &kept, to).ok_or_else(|| {
-                Error::invalid(format!("layer {layer} has a cached output of another type"))
-            })?;
+            serve(context, &kept, to).ok_or_else(|| self.reuse.of_another_type())?;
             run.finish(*layer, sink.index, sink.count, None);
             Ok(())
         })
@@ -86,11 +74,8 @@ impl ByType for Call<'_> {
 impl Call<'_> {
     /// Explicit state: the output is the past one that was fed.
     fn past<T: Real>(&self) -> Result<(), Error> {
-        let past = self.context.input(2)?;
-        self.check_rows(
-            past.dims(),
-            "feed the present output that an earlier step of this generation returned, or another directive than ast",
-        )?;
+        let (x, past) = (self.context.input(0)?, self.context.input(2)?);
+        self.reuse.check_rows(x.dims(), past.dims(), UNFIT_PAST)?;
         let from = values::<T>(&past, "the past output")?;
         let mut out = self.context.output(0, past.dims())?;
         copy(
@@ -100,21 +85,54 @@ impl Call<'_> {
         );
         Ok(())
     }
+}
 
-    fn check_rows(&self, dims: &[usize], help: &str) -> Result<(), Error> {
-        let x = self.context.input(0)?;
-        let fold = self.reuse.fold;
-        let expected = x.dims().first().and_then(|rows| rows.checked_mul(fold));
+/// What to do if a cached output has another batch.
+pub(super) const CHANGED_BATCH: &str =
+    "the latents did not show the change of batch, so feed dfa_start when it changes";
+
+/// What to do if the past output that was fed has another batch.
+pub(super) const UNFIT_PAST: &str = "feed the present output that an earlier step of this generation returned, \
+                                     or another directive than ast";
+
+impl Reuse {
+    /// The cached output, in a run that serves the layer.
+    pub(super) fn kept(
+        &self,
+        run: &Run<CachedTensor>,
+        directive: Directive,
+    ) -> Result<CachedTensor, Error> {
+        let layer = self.layer;
+        run.output(layer, self.sink.index)
+            .filter(|_| directive.work == Work::Reuse)
+            .ok_or_else(|| {
+                Error::graph(format!(
+                    "layer {layer} is computed in this run, yet its cached output is asked for; \
+                     the If around it must take its condition from the skip output of the same run"
+                ))
+            })
+    }
+
+    /// Whether an output of shape `dims` has the rows that an input of shape `x` asks for.
+    pub(super) fn check_rows(&self, x: &[usize], dims: &[usize], help: &str) -> Result<(), Error> {
+        let fold = self.fold;
+        let expected = x.first().and_then(|rows| rows.checked_mul(fold));
         if fold != 0 && expected.as_ref() != dims.first() {
             return Err(Error::new(
                 Code::RuntimeException,
                 format!(
-                    "layer {} has a cached output of shape {dims:?} for an input of shape {:?}; {help}",
-                    self.reuse.layer,
-                    x.dims()
+                    "layer {} has a cached output of shape {dims:?} for an input of shape {x:?}; {help}",
+                    self.layer
                 ),
             ));
         }
         Ok(())
+    }
+
+    pub(super) fn of_another_type(&self) -> Error {
+        Error::invalid(format!(
+            "layer {} has a cached output of another type, or on another device",
+            self.layer
+        ))
     }
 }

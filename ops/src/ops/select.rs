@@ -4,6 +4,7 @@ use crate::abi::context::Context;
 use crate::abi::info::Info;
 use crate::abi::op::Kernel;
 use crate::abi::status::Error;
+use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
 
 use super::io::{self, Io};
@@ -13,8 +14,8 @@ use super::storage::{Real, values};
 /// x `[B, …]`, ticket → x' `[B, …]`, or `[B/2, …]` (the conditional half) under ASC.
 #[derive(Debug)]
 pub(crate) struct Select {
-    layer: usize,
-    io: Option<Io>,
+    pub(super) layer: usize,
+    pub(super) io: Option<Io>,
 }
 
 impl Kernel for Select {
@@ -45,19 +46,32 @@ struct Call<'a> {
 impl ByType for Call<'_> {
     fn call<T: Real>(self) -> Result<(), Error> {
         let ticket = self.context.input(1)?;
-        let layer = self.select.layer;
-        if let Some(io) = &self.select.io {
-            let directive = io::directive(&ticket, layer)?;
-            return self.rows::<T>(directive, io.conditional_first());
+        self.select
+            .directed(&ticket, |directive, conditional_first| {
+                self.rows::<T>(directive, conditional_first)
+            })
+    }
+}
+
+impl Select {
+    /// Calls `body` with what the layer does now, and whether the conditional half is the first one.
+    pub(super) fn directed(
+        &self,
+        ticket: &Tensor<'_>,
+        body: impl FnOnce(Directive, bool) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let layer = self.layer;
+        if let Some(io) = &self.io {
+            return body(io::directive(ticket, layer)?, io.conditional_first());
         }
-        in_run(&ticket, layer, |run, directive| {
+        in_run(ticket, layer, |run, directive| {
             if directive.work == Work::Reuse && !run.program().is_core(layer) {
                 return Err(Error::graph(format!(
                     "layer {layer} is served from the cache in this run, yet its inputs are selected; \
                      the If around it must take its condition from the skip output of the same run"
                 )));
             }
-            self.rows::<T>(directive, run.program().conditional_first())
+            body(directive, run.program().conditional_first())
         })
     }
 }

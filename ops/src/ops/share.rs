@@ -17,9 +17,9 @@ use super::storage::{CachedTensor, Real, allocate, values};
 /// y' `[B', …]`, ticket → y `[B, …]`: both halves the computed one under ASC, else a copy. Finishes the layer.
 #[derive(Debug)]
 pub(crate) struct Share {
-    layer: usize,
-    sink: Sink,
-    io: Option<Io>,
+    pub(super) layer: usize,
+    pub(super) sink: Sink,
+    pub(super) io: Option<Io>,
 }
 
 impl Kernel for Share {
@@ -40,6 +40,20 @@ impl Kernel for Share {
                 context,
             },
         )
+    }
+}
+
+impl Share {
+    /// A layer that is served from the cache must not get here.
+    pub(super) fn refuse_if_served(&self, directive: Directive) -> Result<(), Error> {
+        if directive.work == Work::Reuse {
+            return Err(Error::graph(format!(
+                "layer {} is served from the cache in this run, yet it was computed; \
+                 the If around it must take its condition from the skip output of the same run",
+                self.layer
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -66,13 +80,7 @@ impl ByType for Call<'_> {
 
 impl Call<'_> {
     fn all_rows<T: Real>(&self, y: &Tensor<'_>, directive: Directive) -> Result<(), Error> {
-        if directive.work == Work::Reuse {
-            return Err(Error::graph(format!(
-                "layer {} is served from the cache in this run, yet it was computed; \
-                 the If around it must take its condition from the skip output of the same run",
-                self.share.layer
-            )));
-        }
+        self.share.refuse_if_served(directive)?;
         let from = values::<T>(y, "y'")?;
         let dims = rows_of_both(y.dims(), directive.rows);
         let mut out = self.context.output(0, &dims)?;

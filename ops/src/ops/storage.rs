@@ -1,18 +1,29 @@
-//! Cached tensors in CPU memory.
+//! Cached tensors, in the host's memory or a CUDA device's.
 
 use std::sync::Arc;
 
-use ditfastattn_kernels::Element;
+use ditfastattn_kernels::cuda::{Buffer, Device, Stream};
+use ditfastattn_kernels::{DType, Element};
 use half::{bf16, f16};
 
 use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
-use crate::state::{Lease, Rows, Run};
+use crate::state::{Cached, Lease, Rows, Run};
 
 use super::spare;
 
 /// A cached tensor: a cheap handle on immutable numbers.
 pub type CachedTensor = Arc<Stored>;
+
+impl Cached for CachedTensor {
+    fn is_sound(&self) -> bool {
+        match &self.data {
+            Data::Device(_, buffer) => buffer.is_finite(),
+            // Looked at before they were stored.
+            Data::F32(_) | Data::F16(_) | Data::BF16(_) | Data::Nothing => true,
+        }
+    }
+}
 
 /// The numbers, their shape, and the part of the budget that they hold.
 #[derive(Debug)]
@@ -31,17 +42,20 @@ pub(super) enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
+    /// In a CUDA device's memory.
+    Device(DType, Buffer),
     /// Zeros, of which nobody wants to read any.
     Nothing,
 }
 
 impl Data {
+    /// Bytes of the host's memory.
     pub fn bytes(&self) -> u64 {
         let bytes = match self {
             Data::F32(values) => size_of_val(&values[..]),
             Data::F16(values) => size_of_val(&values[..]),
             Data::BF16(values) => size_of_val(&values[..]),
-            Data::Nothing => 0,
+            Data::Device(..) | Data::Nothing => 0,
         };
         bytes as u64
     }
@@ -94,6 +108,14 @@ impl Stored {
     pub(super) fn values<T: Real>(&self) -> Option<&[T]> {
         T::unwrap(&self.data)
     }
+
+    /// The numbers in device memory, if they are there and of type `dtype`.
+    pub(super) fn on_device(&self, dtype: DType) -> Option<&Buffer> {
+        match &self.data {
+            Data::Device(stored, buffer) if *stored == dtype => Some(buffer),
+            _ => None,
+        }
+    }
 }
 
 /// Room for a tensor that a run wants to keep; `None` if the budget or the machine has none.
@@ -109,9 +131,47 @@ pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<R
     Some(Room { values, lease })
 }
 
+/// Room in device memory for a tensor that a run wants to keep; `None` if the budget or the device has none.
+pub(super) fn allocate_on_device(
+    run: &Run<CachedTensor>,
+    device: &'static Device,
+    stream: Stream,
+    bytes: usize,
+) -> Option<DeviceRoom> {
+    let lease = run.reserve(bytes)?;
+    let buffer = Buffer::allocate(device, stream, bytes)?;
+    Some(DeviceRoom { buffer, lease })
+}
+
+/// Device memory for a cached tensor that is still being written.
+pub(super) struct DeviceRoom {
+    pub buffer: Buffer,
+    lease: Lease,
+}
+
+impl DeviceRoom {
+    /// The tensor, whose writing has been enqueued.
+    pub fn store(self, dtype: DType, dims: &[usize], rows: Rows) -> CachedTensor {
+        debug_assert_eq!(
+            self.buffer.bytes(),
+            dims.iter().product::<usize>() * dtype.size()
+        );
+        Arc::new(Stored {
+            dims: dims.to_vec(),
+            rows,
+            data: Data::Device(dtype, self.buffer),
+            lease: Some(self.lease),
+        })
+    }
+}
+
 impl Drop for Stored {
     fn drop(&mut self) {
-        let data = std::mem::replace(&mut self.data, Data::Nothing);
+        let mut data = std::mem::replace(&mut self.data, Data::Nothing);
+        if matches!(data, Data::Device(..)) {
+            // It goes back to the device's pool before its part of the budget does.
+            data = Data::Nothing;
+        }
         spare::give(data, self.lease.take());
     }
 }

@@ -30,6 +30,26 @@ impl<T> Default for LayerCaches<T> {
 }
 
 impl<T: Cached> LayerCaches<T> {
+    /// Drops what turned out not to be fit to serve; how many tensors that were.
+    pub fn drop_unsound(&mut self) -> usize {
+        let mut dropped = 0;
+        for residual in &mut self.residual {
+            if residual
+                .take_if(|residual| !residual.tensor.is_sound())
+                .is_some()
+            {
+                dropped += 1;
+            }
+        }
+        for output in &mut self.output {
+            if output.iter().any(|tensor| !tensor.is_sound()) {
+                dropped += output.len();
+                output.clear();
+            }
+        }
+        dropped
+    }
+
     /// The second run takes over what the first run of the same step has: its output and, if that step refreshed R,
     /// its R (or the absence of one).
     pub fn take_from_first(&mut self, residual_too: bool) {

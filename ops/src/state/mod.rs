@@ -41,8 +41,13 @@ pub use run::Run;
 pub use session::{Call, Notice, Session, Signature};
 
 /// A cached tensor: a cheap handle, such as an `Arc`.
-pub trait Cached: Clone + Send + Sync + 'static {}
-impl<T: Clone + Send + Sync + 'static> Cached for T {}
+pub trait Cached: Clone + Send + Sync + 'static {
+    /// Whether it may be served. Asked when a run begins; a tensor that is written in the background may only then be known
+    /// to hold NaN or infinity.
+    fn is_sound(&self) -> bool {
+        true
+    }
+}
 
 /// Why an op cannot go on. It becomes an error of the run, never a wrong tensor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

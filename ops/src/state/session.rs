@@ -203,6 +203,7 @@ impl<T: Cached> Session<T> {
             .resize_with(self.program.layers(), LayerCaches::default);
         let mut layers = Vec::with_capacity(self.program.layers());
         for (layer, mut caches) in decision.caches.into_iter().enumerate() {
+            self.count(|c| &c.non_finite, caches.drop_unsound() as u64);
             let (directive, loss) = situation.decide(layer, &mut caches);
             self.count_layer(directive.work, directive.rows, loss);
             layers.push((directive, caches));

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 
 use super::guard::{Evidence, Feed, Values};
 use super::session::{Call, Session, Signature};
-use super::{Lease, Limits, Process, Program, Rows, Run, Work};
+use super::{Cached, Lease, Limits, Process, Program, Rows, Run, Work};
 
 /// A tensor that only knows where it comes from.
 #[derive(Debug)]
@@ -41,6 +41,8 @@ struct Maker {
 }
 
 type Tensor = Arc<Symbol>;
+
+impl Cached for Tensor {}
 
 const UNIT: usize = 10;
 
