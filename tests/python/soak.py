@@ -49,7 +49,7 @@ class Soak:
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.count = {"answers": 0, "as alone": 0, "near alone": 0, "dense": 0, "more than planned": 0, "images": 0, "finished images": 0, "abandoned images": 0, "terminated": 0, "sessions": 0}
         self.count |= {f"with a fault ({fault})": 0 for fault in FAULTS}
-        self.wrong, self.variants = [], {}
+        self.wrong = []
 
     def add(self, what):
         with self.lock:
@@ -83,10 +83,7 @@ class Soak:
             rows.append([full.get(action, action) if lost else action for action, lost in zip(plan[step], windows)])
             rows += plan[step + 1 :]
             with self.lock:
-                if (key := str(rows)) not in self.variants:
-                    own = session(self.model.rewrite(self.model.plan | {"steps": rows}), threads=1)
-                    self.variants[key] = own
-                own = self.variants[key]
+                own = session(self.model.rewrite(self.model.plan | {"steps": rows}), threads=1)
                 yield [self.images[image].run(own, s) for s in range(step + 1)][-1]
 
     def complain(self, what):
@@ -192,7 +189,6 @@ class Soak:
     def verdict(self, memory, seconds, died):
         during = stats()
         self.planned = None
-        self.variants.clear()
         gc.collect()
         after = stats()
         complaints = self.wrong[:10]
