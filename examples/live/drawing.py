@@ -39,6 +39,8 @@ class Studio:
         self.sessions = {}
         self.loading = threading.Lock()
         self.requests = itertools.count(1)
+        # Set: drawings end after the step that they are in.
+        self.closed = threading.Event()
 
     def _session(self, name):
         with self.loading:
@@ -56,6 +58,8 @@ class Studio:
         dense, planned = _Drawing(self._session(None), steps, seed), _Drawing(self._session(name), steps, seed)
         request = {"dfa_request_id": np.int64(next(self.requests))}
         for step in range(steps):
+            if self.closed.is_set():
+                return
             dense.step({})
             # Its own request, so that other windows of the page do not disturb it, and an end, so that its memory is freed.
             planned.step({k: np.asarray(v) for k, v in {**request, "dfa_start": step == 0, "dfa_end": step == steps - 1}.items()})

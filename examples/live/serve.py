@@ -90,13 +90,17 @@ def main():
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     except OSError as error:
         parser.error(f"port {args.port} cannot be used ({error.strerror}); --port 0 takes any free one")
-    server.daemon_threads = True
+    # Not daemons: a thread that is inside ONNX Runtime when the process ends brings it down with an error.
+    server.daemon_threads = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         print()
+    finally:
+        Handler.studio.closed.set()
+        server.server_close()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def address():
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         yield server.stdout.readline().strip()
         server.terminate()
+        assert server.wait() == 0
 
 
 @pytest.fixture(scope="module")
