@@ -55,7 +55,7 @@ class Soak:
         with self.lock:
             self.count[what] += 1
 
-    def judge(self, image, step, out):
+    def judge(self, image, step, out, identity):
         """An answer of a generation without a fault."""
         self.add("answers")
         expected = self.dense[image][step]
@@ -69,7 +69,7 @@ class Soak:
         elif any(np.abs(out - other).max() <= 2 * CLOSE * np.abs(expected).max() for other in self.histories(image, step)):
             self.add("more than planned")
         else:
-            self.complain(f"image {image}, step {step}: off by {np.abs(out - expected).max():.3g} from dense, by {np.abs(out - self.alone[image][step]).max():.3g} from alone")
+            self.complain(f"image {image}, step {step}, {'with an id' if identity else 'anonymous'}: off by {np.abs(out - expected).max():.3g} from dense, by {np.abs(out - self.alone[image][step]).max():.3g} from alone")
 
     def histories(self, image, step):
         """What an anonymous generation of this image, and of no other, may compute at the step among others: any step before it dense,
@@ -108,7 +108,7 @@ class Soak:
                 steps = at if fault == "abandon" else self.model.steps
                 for step in range(steps):
                     more = request(identity, draw.choice([(), (1,), (1, 1)]), start=step == 0, end=step == self.model.steps - 1)
-                    self.judge(image, step, self.images[image].run(self.planned, step, **more))
+                    self.judge(image, step, self.images[image].run(self.planned, step, **more), identity)
                 self.add("finished images" if steps == self.model.steps else "abandoned images")
 
     def faulty(self, private, image, fault, at, identity, delay):
@@ -165,7 +165,7 @@ class Soak:
             own = session(self.path, threads=1)
             self.add("sessions")
             for step in range(draw.randrange(1, self.model.steps)):
-                self.judge(image, step, self.images[image].run(own, step, **request(1)))
+                self.judge(image, step, self.images[image].run(own, step, **request(1)), 1)
             del own
 
     def run(self):
