@@ -40,6 +40,9 @@ class Soak:
         entry = next(e for e in CORPUS if (e["architecture"], e["dialect"]) == NAME)
         self.model = Model(entry, folder)
         self.path = self.model.rewrite()
+        # What is rewritten while the soak runs must not lie where sessions are made from.
+        (folder / "variants").mkdir()
+        self.variants = Model(entry, folder / "variants")
         self.layers = len(self.model.plan["steps"][0])
         self.images = [Generation(self.model, 900 + i) for i in range(IMAGES)]
         self.alone = [image.alone(self.path) for image in self.images]
@@ -83,7 +86,7 @@ class Soak:
             rows.append([full.get(action, action) if lost else action for action, lost in zip(plan[step], windows)])
             rows += plan[step + 1 :]
             with self.lock:
-                own = session(self.model.rewrite(self.model.plan | {"steps": rows}), threads=1)
+                own = session(self.variants.rewrite(self.model.plan | {"steps": rows}), threads=1)
                 yield [self.images[image].run(own, s) for s in range(step + 1)][-1]
 
     def complain(self, what):
