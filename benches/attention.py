@@ -222,7 +222,7 @@ COLUMNS = {
 
 
 def line(dim, tokens, threads, rounds, peak):
-    """A line of the table."""
+    """A line of the table. `peak`: FLOP/s of the threads by the clock in use."""
     batch = 2 if tokens < 16384 else 1
     work = 4 * batch * HEADS * tokens**2 * dim
 
@@ -236,7 +236,7 @@ def line(dim, tokens, threads, rounds, peak):
     values = speed | {
         "full / fastest": min(over_full[form] for form in speed),
         "full / MatMul": median(lambda t: work / t["full"] / t["MatMul"]),
-        "full / peak": median(lambda t: work / t["full"]) / (threads * peak * 1e9),
+        "full / peak": median(lambda t: work / t["full"]) / peak,
         "reuse / module": over_full["reuse"] / module,
     }
     values |= {name: over_full[name] for name in ("capture", "wa-rs", "asc") if name in over_full}
@@ -271,7 +271,9 @@ def main():
         for threads in args.threads:
             for dim in args.dims:
                 rounds = compare(dim, tokens, threads, args.rounds or ROUNDS.get(tokens, 3), clock)
-                print(line(dim, tokens, threads, rounds, one), flush=True)
+                # CPU time is that of all threads together.
+                peak_here = one * 1e9 * (threads if args.clock == "wall" else 1)
+                print(line(dim, tokens, threads, rounds, peak_here), flush=True)
                 gc.collect()
 
 
