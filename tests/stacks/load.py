@@ -176,8 +176,8 @@ def run(folder, clients, images=None, minutes=None):
     """Runs the load; returns it, the counters at its end, and what does not hold."""
     alone = Alone(folder)
     expected = [alone.image(seed) for seed in range(SEEDS)]
-    # Fewer places than clients: some are turned away, and come again.
-    queue = clients // 2
+    # Far fewer places than clients: some are turned away, and come again.
+    queue = clients // 16
     # A long run sees what was abandoned reclaimed. A short one must not: it would depend on how fast the machine is.
     server = Server(alone.path, folder / "server.log", queue, idle_seconds=120 if minutes else 3600)
     try:
