@@ -12,13 +12,11 @@ do not spin then.
 import argparse
 import gc
 import json
-import platform
 import random
 import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,8 @@ from onnx import TensorProto, helper
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "python"))
-from conftest import TARGET, stats  # noqa: E402
+import host  # noqa: E402
+from conftest import stats  # noqa: E402
 
 HEADS = 16
 FORMS = {
@@ -55,13 +54,7 @@ def session(nodes, inputs, outputs, initializers, opsets, threads):
     graph = helper.make_graph(nodes, "attention", inputs, outputs, initializers)
     opsets = [helper.make_opsetid(*o) for o in opsets]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    if not SPIN:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.register_custom_ops_library(str(TARGET / "libditfastattn.so"))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return host.session(model.SerializeToString(), threads, SPIN)
 
 
 def host_form(form, batch, tokens, dim, threads):
@@ -259,10 +252,8 @@ def main():
     args = parser.parse_args()
     global SPIN
     SPIN = args.clock == "wall"
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(f"{cpu}, onnxruntime {ort.__version__}, commit {commit}, {time.strftime('%Y-%m-%d')}, {args.clock} time")
+    clock = host.clock(args.clock)
+    print(host.about(args.clock))
     one = peak()
     print(f"multiply-add peak {one:.0f} GFLOP/s a thread; {HEADS} heads, batch 2 (1 at 16384), float32\n")
     head = ["head dim", "tokens", "threads", *COLUMNS, "goals missed"]

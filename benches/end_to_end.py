@@ -11,21 +11,18 @@ machine that others use too; threads that wait do not spin then.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "python"))
+import host  # noqa: E402
 import synthetic  # noqa: E402
-from conftest import TARGET, stats, tool  # noqa: E402
+from conftest import stats, tool  # noqa: E402
 
 # The steps of plans, for all layers, and at which of them what is measured. The first has every method once; its last
 # `asc` keeps its output for `ast`. The paper's plans mix methods, D6 more boldly than D3.
@@ -48,16 +45,6 @@ def work(step, tokens, width):
     return 0 if step == "ast" else module, 8 * width
 
 
-def session(model, threads, spin):
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.register_custom_ops_library(str(TARGET / "libditfastattn.so"))
-    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-
-
 def main():
     parser = argparse.ArgumentParser()
     for name, value in (("layers", 1), ("width", 1152), ("heads", 16), ("runs", 3)):
@@ -66,9 +53,7 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     args = parser.parse_args()
-    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(f"{cpu}, onnxruntime {ort.__version__}, commit {commit}, {time.strftime('%Y-%m-%d')}, {args.clock} time")
+    print(host.about(args.clock))
     print(f"layers: {args.layers}, width {args.width}, {args.heads} heads, batch 2, float32; {args.runs} generations\n")
     print("| tokens | threads | steps | / exported | / fused | predicted | saved / predicted | goal missed |\n|---:|---:|---|---:|---:|---:|---:|---|")
     for tokens in args.tokens:
@@ -79,13 +64,13 @@ def main():
 
 def compare(args, folder, tokens, threads):
     """Prints the lines of one size."""
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    clock = host.clock(args.clock)
     model, fused = folder / "dit.onnx", folder / "fused.onnx"
     size = (args.layers, args.width, args.heads, tokens)
     synthetic.dit(model, *size)
     synthetic.dit(fused, *size, fused=True)
     spin = args.clock == "wall"
-    dense = {"exported": session(model, threads, spin), "fused": session(fused, threads, spin)}
+    dense = {"exported": host.session(str(model), threads, spin), "fused": host.session(str(fused), threads, spin)}
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, tokens, args.width), dtype=np.float32)
 
@@ -102,7 +87,7 @@ def compare(args, folder, tokens, threads):
                 "timesteps": [1000 - t for t in range(len(steps))]}  # fmt: skip
         (folder / "plan.json").write_text(json.dumps(plan))
         tool(model, "--plan", folder / "plan.json", "--force", "--quiet")
-        planned = session(folder / "dit.dfa.onnx", threads, spin)
+        planned = host.session(str(folder / "dit.dfa.onnx"), threads, spin)
         for which in (planned, *dense.values()):
             timed(which, 0, 1 if which is planned else None)
         rounds = []

@@ -34,25 +34,6 @@ fn convert<T: Element>(mask: TestMask<f32>) -> TestMask<T> {
     }
 }
 
-/// Rows that are NaN by definition must be NaN; what else there is must be close.
-fn compare<T: Element>(got: &[f32], naive: &[f32], want: &[f64], what: &str) {
-    for (i, (x, y)) in got.iter().zip(want).enumerate() {
-        assert_eq!(
-            x.is_nan(),
-            y.is_nan(),
-            "{what}: element {i} is {x}, by definition {y}"
-        );
-    }
-    let number = |x: &f32| if x.is_nan() { 0.0 } else { *x };
-    let got: Vec<f32> = got.iter().map(number).collect();
-    let naive: Vec<f32> = naive.iter().map(number).collect();
-    let want: Vec<f64> = want
-        .iter()
-        .map(|y| if y.is_nan() { 0.0 } else { *y })
-        .collect();
-    assert_close::<T>(&got, &naive, &want, what);
-}
-
 fn check<T: Element>(mut p: Problem<T>, level: Level) {
     let (want, naive) = (p.oracle(), p.naive());
     let got = p.run(level, &Sequential);

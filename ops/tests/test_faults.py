@@ -116,14 +116,13 @@ def test_ten_thousand_abandoned_requests_leave_nothing_growing():
         plan = T.random_plan(1, steps=4, layers=1); plan["steps"][1:] = [["ast"], ["wa-rs"], ["ast"]]
         t = T.Tiny(plan, tokens=4, heads=1); session = t.session()
         client = t.client(0.1, session=session)
-        rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
         for number in range(1, 10001):
             session.run(None, client.inputs(0, dfa_request_id=np.array(number, np.int64)))
-            if number == 5000: before = rss()
+            if number == 5000: before = T.resident()
         s = T.stats()
         assert s["live_requests"] == 4096, s
         assert s["bytes"] <= 4096 * 2 * client.noise.nbytes, s
-        assert rss() - before < 8 << 20, (before, rss())
+        assert T.resident() - before < 8 << 20, (before, T.resident())
         last = t.client(0.3, 1, session=session, dfa_request_id=np.array(-5, np.int64))
         for step in range(4):
             assert np.abs(last.run(step) - last.planned(step)).max() < 2e-4
@@ -268,7 +267,6 @@ def test_a_thousand_sessions_leave_nothing():
         import gc, threading, tiny as T, numpy as np
         plan = T.random_plan(1, steps=4, layers=1); plan["steps"][1:] = [["ast"], ["wa-rs"], ["ast"]]
         t = T.Tiny(plan, tokens=64, heads=2, head_dim=16)
-        rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
         model = t.model()
         t.model = lambda **_: model
         # Threads that were at work in a session and end long after it: their thread-local memory goes when they do.
@@ -285,9 +283,9 @@ def test_a_thousand_sessions_leave_nothing():
                 for step in range(number % 4): client.run(step)
             del session, client
             if number % 50 == 49: gc.collect()
-            if number == 299: before = rss()
+            if number == 299: before = T.resident()
         gc.collect()
-        after = rss()
+        after = T.resident()
         ends.set(); [w.join() for w in workers]
         s = T.stats()
         assert s["sessions"] == s["live_requests"] == s["bytes"] == s["runs_in_flight"] == 0, s

@@ -6,6 +6,8 @@ The numpy model follows the definition of the actions, not the library.
 
 import json
 import os
+import resource
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -328,6 +330,11 @@ class Mask:
         if tiny.folded and array.ndim == 3:
             array = array.reshape(-1, tiny.heads if len(array) > 1 else 1, *array.shape[1:])
         return np.broadcast_to(array.astype(np.float64), (rows, tiny.heads, tiny.tokens, tiny.tokens))
+
+
+def resident():
+    """Bytes of memory that this process occupies."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def stats():

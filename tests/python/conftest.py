@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import resource
 import subprocess
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def stats():
     buffer = ctypes.create_string_buffer(function(None, 0) + 256)
     function(buffer, len(buffer))
     return json.loads(buffer.value)
+
+
+def resident():
+    """Bytes of memory that this process occupies."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def session(model, custom_ops=True, threads=2):

@@ -13,7 +13,6 @@ import gc
 import itertools
 import json
 import random
-import resource
 import sys
 import tempfile
 import threading
@@ -22,17 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from conftest import CORPUS, Model, library, session, stats
+from conftest import CORPUS, Model, library, resident, session, stats
 from test_requests import Generation, request
 
 NAME = ("dit", "ts17")
 IMAGES = 6
 FAULTS = ["skip", "repeat", "nan", "shape", "fail", "terminate"]
 CLOSE = 1e-5
-
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class Soak:

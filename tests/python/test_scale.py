@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CORPUS, Model, distance, session, stats
+from conftest import CORPUS, Model, distance, resident, session, stats
 from test_requests import Generation, request
 
 PLAN = {
@@ -49,11 +49,6 @@ class Place:
         planned = np.array_equal(out, self.alone[seed][step])
         distances = [distance(out, dense[step]) for dense in self.dense]
         return planned, distances[seed] < 1e-5, min(distances) == distances[seed]
-
-
-def resident():
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) * 1024
 
 
 def interleaved(place):
