@@ -188,6 +188,8 @@ impl Case {
         let (q, k, v) = (tensor(), tensor(), tensor());
         let (mut out, mut residual) = (tensor(), tensor());
         let strides = Strides::bshd(heads, tokens, dim);
+        // As the operators keep it.
+        let kept = Strides::bhsd(heads, tokens, dim);
         let call = move |level: Level, pool: &Pool, mask: Option<&Mask<'_>>| {
             let a = Attention {
                 shape,
@@ -201,7 +203,7 @@ impl Case {
                     Kind::Full => Mode::Full,
                     Kind::Capture => Mode::FullCapture {
                         band,
-                        residual: Output::from_slice(&mut residual, strides),
+                        residual: Output::from_slice(&mut residual, kept),
                     },
                     Kind::Window => Mode::Window {
                         band,
@@ -209,7 +211,7 @@ impl Case {
                     },
                     Kind::WindowResidual => Mode::Window {
                         band,
-                        residual: Some(Input::from_slice(&residual, strides)),
+                        residual: Some(Input::from_slice(&residual, kept)),
                     },
                 },
             };

@@ -1,4 +1,4 @@
-//! Turning matrices, a few elements at a time: 4 × 4 with SSE or plain moves, 16 × 4 with AVX-512.
+//! Turning matrices, a few elements at a time: 4 × 4 with SSE or plain moves, 16 × 16 and 16 × 4 with AVX-512.
 
 #[cfg(target_arch = "x86_64")]
 use std::any::TypeId;
@@ -50,7 +50,10 @@ pub(crate) unsafe fn transpose<S: Simd, const READS: bool>(
     }
 }
 
-/// What can be turned 16 × 4 at a time; says how much of `outer` that was, all but the last `inner` % 4 of it.
+/// What can be turned 16 × 16 or 16 × 4 at a time; says how much of `outer` that was, all but the last `inner` % 4 of it.
+///
+/// Where lines are a multiple of 4 KB apart (16 heads of 64 channels) 16 of them do not fit the first cache together: what
+/// is not taken of a line at once has to be fetched again. 16 × 16 takes all of it.
 ///
 /// # Safety
 /// As for [`transpose`], rows and columns being `outer` and `inner` if `READS`, else the other way round.
@@ -68,8 +71,18 @@ unsafe fn wide<S: Simd, const READS: bool>(
         return 0;
     }
     let done = outer / 16 * 16;
+    let squares = inner / 16 * 16;
     for a in (0..done).step_by(16) {
-        for b in (0..inner / 4 * 4).step_by(4) {
+        for b in (0..squares).step_by(16) {
+            let (i, j) = if READS { (a, b) } else { (b, a) };
+            // SAFETY: 16 by 16 elements from here on lie inside; the level says that AVX-512 is there.
+            unsafe {
+                let from = from.offset(i as isize * from_stride + j as isize);
+                let to = to.offset(j as isize * to_stride + i as isize);
+                transpose_16x16(from, from_stride, to, to_stride);
+            }
+        }
+        for b in (squares..inner / 4 * 4).step_by(4) {
             // SAFETY: 16 by 4 elements from here on lie inside; the level says that AVX-512 is there.
             unsafe {
                 if READS {
@@ -126,6 +139,41 @@ unsafe fn transpose_4x4(from: *const f32, from_stride: isize, to: *mut f32, to_s
         for j in 0..4 {
             // SAFETY: the caller says that 4 × 4 elements can be read and written.
             unsafe { *to.offset(j * to_stride + i) = *from.offset(i * from_stride + j) }
+        }
+    }
+}
+
+/// 16 rows of 16: elements of four rows change places inside quarters of vectors, then quarters between vectors.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose_16x16(from: *const f32, from_stride: isize, to: *mut f32, to_stride: isize) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller says that 16 × 16 elements can be read and written.
+    unsafe {
+        let row = |i: isize| _mm512_loadu_ps(from.offset(i * from_stride));
+        let rows = |i: isize| turn([row(i), row(i + 1), row(i + 2), row(i + 3)]);
+        // Quarter q of `parts[g][j]` is column 4 q + j of the rows 4 g to 4 g + 3.
+        let parts = [rows(0), rows(4), rows(8), rows(12)];
+        for j in 0..4 {
+            let [a, b, c, d] = [parts[0][j], parts[1][j], parts[2][j], parts[3][j]];
+            let (ab, cd) = (
+                _mm512_shuffle_f32x4::<0x44>(a, b),
+                _mm512_shuffle_f32x4::<0x44>(c, d),
+            );
+            let (ab_high, cd_high) = (
+                _mm512_shuffle_f32x4::<0xee>(a, b),
+                _mm512_shuffle_f32x4::<0xee>(c, d),
+            );
+            let columns = [
+                _mm512_shuffle_f32x4::<0x88>(ab, cd),
+                _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+                _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high),
+                _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high),
+            ];
+            for (q, column) in columns.into_iter().enumerate() {
+                _mm512_storeu_ps(to.offset((4 * q + j) as isize * to_stride), column);
+            }
         }
     }
 }
