@@ -320,7 +320,7 @@ def test_sessions_do_not_share_state():
     [
         ({"plan": "{"}, ["step", "plan", "line 1"]),
         ({"layers": 4}, ["`layers` is 4"]),
-        ({"contract": 2}, ["version 2"]),
+        ({"contract": 3}, ["version 3"]),
         ({"core_layers": [7]}, ["layer 7 of 3"]),
     ],
 )

@@ -2,7 +2,9 @@
 
 use crate::account::Account;
 use crate::find::{Kind, Layer, Survey, Text};
+use crate::lower::Dense;
 use crate::onnx::{ModelFile, elem_type};
+use crate::run::dense::Measured;
 use crate::shapes::Facts;
 use crate::sizes::{self, Given};
 use comfy_table::{ContentArrangement, Table, presets};
@@ -18,6 +20,9 @@ pub struct Report {
     pub sites: Vec<Site>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<PlanReport>,
+    /// Who computes steps that stay dense, if that was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dense: Option<DenseReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<String>,
     /// Triton's configuration, if one was written.
@@ -131,6 +136,7 @@ impl Report {
                 .map(|s| site(s, &survey.facts))
                 .collect(),
             plan: None,
+            dense: None,
             output: None,
             triton_config: None,
         }
@@ -290,10 +296,44 @@ impl Report {
                 (None, None) => {}
             }
         }
+        if let Some(dense) = &self.dense {
+            let _ = writeln!(text, "{dense}");
+        }
         for file in self.output.iter().chain(&self.triton_config) {
             let _ = writeln!(text, "wrote {file}");
         }
         text
+    }
+}
+
+/// Who computes attention at steps that stay dense.
+#[derive(Debug, Serialize)]
+pub struct DenseReport {
+    pub by: Dense,
+    /// The layers that the host computes then.
+    pub layers: Vec<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
+}
+
+impl std::fmt::Display for DenseReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let who = match self.by {
+            Dense::Library => "the op library".to_owned(),
+            Dense::Host => format!(
+                "ONNX Runtime, with the model's own attention, in {} layer(s)",
+                self.layers.len()
+            ),
+        };
+        write!(f, "dense steps: by {who}")?;
+        let Some(m) = &self.measured else {
+            return Ok(());
+        };
+        write!(
+            f,
+            " (a step takes {:.1} ms by the library, {:.1} ms by ONNX Runtime: {:.3} of it, {} rounds, {} provider)",
+            m.library_ms, m.host_ms, m.ratio, m.rounds, m.provider
+        )
     }
 }
 

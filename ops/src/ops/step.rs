@@ -27,11 +27,14 @@ const LATENTS: usize = 4;
 const SAME_TIMESTEP: f64 = 1e-6;
 
 /// timestep, request id, start, end, latents, conditioning… → ticket `[2]`, then one bool per layer: true if the layer is
-/// served from the cache and its region skipped.
+/// served from the cache and its region skipped; then one bool for each of `dense_layers`: true if the host computes its
+/// attention with the exporter's nodes.
 #[derive(Debug)]
 pub(crate) struct Step {
     session: Arc<Session<CachedTensor>>,
     layers: usize,
+    /// Layers that keep the exporter's attention beside ours.
+    dense: Vec<usize>,
     logger: Option<Logger>,
 }
 
@@ -50,31 +53,18 @@ impl Kernel for Step {
                 "the attribute `layers` is {declared}, its plan has {layers} layers"
             )));
         }
-        let outputs = info.output_count()?;
-        if outputs != layers + 1 {
+        let core = layers_named(info, "core_layers", layers)?;
+        let dense = layers_named(info, "dense_layers", layers)?;
+        let (outputs, expected) = (info.output_count()?, 1 + layers + dense.len());
+        if outputs != expected {
             return Err(Error::graph(format!(
-                "it has {outputs} outputs, expected {}: the ticket and one per layer",
-                layers + 1
+                "it has {outputs} outputs, expected {expected}: the ticket, one per layer and one for each of `dense_layers`"
             )));
         }
-        let core = info
-            .ints("core_layers")
-            .unwrap_or_default()
-            .into_iter()
-            .map(|layer| {
-                usize::try_from(layer)
-                    .ok()
-                    .filter(|&layer| layer < layers)
-                    .ok_or_else(|| {
-                        Error::graph(format!(
-                            "the attribute `core_layers` names layer {layer} of {layers}"
-                        ))
-                    })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
         Ok(Step {
             session: Session::new(Arc::clone(&PROCESS), Program::new(plan, &core)),
             layers,
+            dense,
             logger: info.logger(),
         })
     }
@@ -100,14 +90,29 @@ impl Step {
             .as_mut_slice::<i64>()
             .ok_or_else(|| Error::graph("the ticket output is not int64"))?
             .copy_from_slice(&run.ticket());
-        for layer in 0..self.layers {
-            let mut skip = context.output(layer + 1, &[])?;
-            let byte = skip.bytes().and_then(<[u8]>::first_mut);
-            *byte.ok_or_else(|| Error::graph("a skip output is not bool"))? =
-                u8::from(run.skips(layer));
+        let skips = (0..self.layers).map(|layer| run.skips(layer));
+        let dense = self.dense.iter().map(|&layer| run.leaves_to_host(layer));
+        for (index, flag) in skips.chain(dense).enumerate() {
+            let mut output = context.output(index + 1, &[])?;
+            let byte = output.bytes().and_then(<[u8]>::first_mut);
+            *byte.ok_or_else(|| Error::graph("a skip output is not bool"))? = u8::from(flag);
         }
         Ok(())
     }
+}
+
+/// The layers that an attribute lists.
+fn layers_named(info: &Info<'_>, attribute: &str, layers: usize) -> Result<Vec<usize>, Error> {
+    let listed = info.ints(attribute).unwrap_or_default();
+    let known = |layer: i64| usize::try_from(layer).ok().filter(|&l| l < layers);
+    let check = |layer| {
+        known(layer).ok_or_else(|| {
+            Error::graph(format!(
+                "the attribute `{attribute}` names layer {layer} of {layers}"
+            ))
+        })
+    };
+    listed.into_iter().map(check).collect()
 }
 
 impl Drop for Step {

@@ -145,6 +145,23 @@ impl<T: Cached> Run<T> {
             && !self.program.is_core(layer)
     }
 
+    /// Whether the host may compute the attention of `layer` with the exporter's nodes: all rows, all keys, and no R to be
+    /// left. Where the op stands for a whole layer it also has to keep the output. Finishes such a layer: nobody else will.
+    pub fn leaves_to_host(&self, layer: usize) -> bool {
+        let Some(directive) = self.directives.get(layer) else {
+            return false;
+        };
+        let core = self.program.is_core(layer);
+        let leaves = directive.work == Work::Full
+            && directive.rows == Rows::All
+            && !directive.capture
+            && !(core && directive.keep);
+        if leaves && core {
+            self.finish(layer, 0, 1, None);
+        }
+        leaves
+    }
+
     /// The residual that window attention of `layer` adds.
     pub fn residual(&self, layer: usize) -> Option<Residual<T>> {
         self.touch();

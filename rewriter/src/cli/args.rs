@@ -1,9 +1,10 @@
 //! Every flag, once: help, usage errors and completions come from here.
 
-use super::run_args::{CfgArg, SearchArgs, StudyArgs, VerifyArgs};
+use super::run_args::{CfgArg, SearchArgs, StudyArgs, VerifyArgs, size};
 use crate::find::{Choice, InputsRequest, Pattern};
 use crate::lower::RequestInputs;
 use crate::onnx::{Links, ModelFile, ReadError};
+use crate::run::host::Provider;
 use crate::sizes::Given;
 use clap::builder::ArgPredicate;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -90,6 +91,8 @@ pub struct RewriteArgs {
     #[arg(long, value_enum, value_name = "WHERE", default_value = "hidden")]
     pub state: StateArg,
     #[command(flatten)]
+    pub dense: DenseArgs,
+    #[command(flatten)]
     pub file: FileArgs,
     #[command(flatten)]
     pub inputs: InputsArgs,
@@ -103,6 +106,59 @@ pub struct RewriteArgs {
     /// Print nothing but errors
     #[arg(short, long, conflicts_with = "json")]
     pub quiet: bool,
+}
+
+/// Who computes attention at steps that stay dense.
+#[derive(Debug, Default, Args)]
+pub struct DenseArgs {
+    /// Who computes attention at steps that stay dense and leave nothing for later ones
+    #[arg(
+        long = "dense",
+        value_enum,
+        value_name = "WHO",
+        default_value = "library"
+    )]
+    pub who: DenseArg,
+    /// For --dense measure: ONNX Runtime, libonnxruntime.so or a folder with it [default: ORT_DYLIB_PATH, else the wheel that python3
+    /// imports]
+    #[arg(long, value_name = "PATH")]
+    pub onnxruntime: Option<PathBuf>,
+    /// For --dense measure: what will run the model
+    #[arg(long, value_enum, value_name = "NAME", default_value = "cpu")]
+    pub provider: ProviderArg,
+    /// For --dense measure: threads of ONNX Runtime; 0: it chooses
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// For --dense measure: the size of a dimension that the model leaves open, by its name or as INPUT.AXIS
+    #[arg(long = "size", value_name = "NAME=N", value_parser = size)]
+    pub open_sizes: Vec<(String, usize)>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DenseArg {
+    /// The op library
+    #[default]
+    Library,
+    /// ONNX Runtime, with the attention that the model was exported with
+    Host,
+    /// Whichever is faster: a dense step is run in both forms, on random numbers
+    Measure,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ProviderArg {
+    #[default]
+    Cpu,
+    Cuda,
+}
+
+impl From<ProviderArg> for Provider {
+    fn from(arg: ProviderArg) -> Self {
+        match arg {
+            ProviderArg::Cpu => Self::Cpu,
+            ProviderArg::Cuda => Self::Cuda,
+        }
+    }
 }
 
 /// Sizes that the graph leaves open, for the accounting.

@@ -1,15 +1,18 @@
 //! `dfa-rewrite MODEL --plan PLAN`: read, find, lower, write.
 
-use super::args::{RewriteArgs, StateArg};
+use super::args::{DenseArg, DenseArgs, RewriteArgs, StateArg};
 use super::triton::configuration;
-use super::{Failure, inputs_failure, print, read_plan, write};
-use crate::find::survey;
-use crate::lower::{RequestInputs, State, Told, lower};
+use super::{Failure, INTERRUPTED, inputs_failure, print, read_plan, watch_interrupts, write};
+use crate::find::{Survey, survey};
+use crate::lower::{Dense, RequestInputs, State, Told, check_fit, lower_with};
 use crate::onnx::ModelFile;
-use crate::report::Report;
+use crate::report::{DenseReport, Report};
+use crate::run::dense::measure;
+use crate::run::host::Host;
 use anyhow::anyhow;
-use ditfastattn_plans::Cfg;
+use ditfastattn_plans::{Cfg, Plan};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
     let (Some(path), Some(plan)) = (&args.model, &args.plan) else {
@@ -36,7 +39,19 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
             "the plan's cfg is separate, in which one run of a step reads what the other left; explicit state has one state per run: use a plan with cond-first or uncond-first, or --state hidden"
         )));
     }
-    let lowered = lower(&model, &survey, &plan, state).map_err(|e| Failure::No(e.into()))?;
+    if args.state == StateArg::Io && args.dense.who != DenseArg::Library {
+        return Err(Failure::Bad(anyhow!(
+            "--dense {} needs --state hidden: with explicit state every step hands R on, which only the op library does",
+            if args.dense.who == DenseArg::Host {
+                "host"
+            } else {
+                "measure"
+            }
+        )));
+    }
+    let mut dense = dense(&args.dense, &model, &survey, &plan)?;
+    let lowered =
+        lower_with(&model, &survey, &plan, state, dense.by).map_err(|e| Failure::No(e.into()))?;
     let mut written = None;
     if !args.dry_run {
         let write_model = || write(&output, &lowered.pieces);
@@ -51,6 +66,11 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
         &(&args.sizes).into(),
         args.sizes.attention_share,
     );
+    if lowered.dense.is_empty() {
+        dense.by = Dense::Library;
+    }
+    dense.layers = lowered.dense;
+    report.dense = (args.dense.who != DenseArg::Library).then_some(dense);
     report.output = (!args.dry_run).then(|| output.display().to_string());
     report.triton_config = written.map(|path| path.display().to_string());
     match (args.quiet, args.json) {
@@ -58,6 +78,38 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
         (_, true) => print(&(serde_json::to_string_pretty(&report)? + "\n")),
         _ => print(&report.table()),
     }
+}
+
+/// Who computes dense steps, and what was measured to find out.
+fn dense(
+    args: &DenseArgs,
+    model: &ModelFile,
+    survey: &Survey,
+    plan: &Plan,
+) -> Result<DenseReport, Failure> {
+    let by = match args.who {
+        DenseArg::Library => Dense::Library,
+        DenseArg::Host => Dense::Host,
+        DenseArg::Measure => {
+            check_fit(survey, plan).map_err(|e| Failure::No(e.into()))?;
+            let host = Host::load(args.onnxruntime.as_deref(), None, args.threads)?;
+            let host = host.on(args.provider.into());
+            watch_interrupts();
+            let go_on = || !INTERRUPTED.load(Ordering::Relaxed);
+            let measured = measure(&host, model, survey, plan, &args.open_sizes, &go_on)?
+                .ok_or_else(|| Failure::No(anyhow!("stopped while dense steps were measured")))?;
+            return Ok(DenseReport {
+                by: measured.faster(),
+                layers: Vec::new(),
+                measured: Some(measured),
+            });
+        }
+    };
+    Ok(DenseReport {
+        by,
+        layers: Vec::new(),
+        measured: None,
+    })
 }
 
 /// `model.onnx` → `model.dfa.onnx`.

@@ -309,7 +309,7 @@ fn limit(value: &str) -> Result<f64, String> {
     number.ok_or_else(|| format!("expected a finite number from 0, found `{value}`"))
 }
 
-fn size(value: &str) -> Result<(String, usize), String> {
+pub fn size(value: &str) -> Result<(String, usize), String> {
     let pair = value.rsplit_once('=');
     pair.and_then(|(name, n)| Some((name.to_owned(), n.parse().ok().filter(|&n| n > 0)?)))
         .ok_or_else(|| format!("expected a name and a size, such as tokens=256, found `{value}`"))

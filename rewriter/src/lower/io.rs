@@ -188,6 +188,7 @@ pub fn build(
         nodes: w.nodes,
         ticket,
         skip,
+        dense: std::collections::BTreeMap::new(),
         inputs,
         outputs,
         initializers: Vec::new(),

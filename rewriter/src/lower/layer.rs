@@ -42,17 +42,17 @@ pub fn build(
     };
     match &layer.module {
         Ok(module) => lowering.module_form(module, names),
-        Err(_) => Ok(lowering.core_form(names)),
+        Err(_) => lowering.core_form(names),
     }
 }
 
-struct Lowering<'a> {
-    graph: &'a Graph,
+pub struct Lowering<'a> {
+    pub graph: &'a Graph,
     survey: &'a Survey,
-    layer: &'a Layer,
-    step: &'a Step,
+    pub layer: &'a Layer,
+    pub step: &'a Step,
     text: &'a TextTokens,
-    prefix: &'a str,
+    pub prefix: &'a str,
 }
 
 impl Lowering<'_> {
@@ -62,7 +62,7 @@ impl Lowering<'_> {
             .map_or(0, |(index, _)| index)
     }
 
-    fn fact(&self, value: &str) -> Fact {
+    pub fn fact(&self, value: &str) -> Fact {
         let mut fact = self.survey.facts.of(value);
         if fact.elem_type == 0 {
             fact.elem_type = self.layer.core.elem_type;
@@ -70,7 +70,7 @@ impl Lowering<'_> {
         fact
     }
 
-    fn attention<'a>(
+    pub fn attention<'a>(
         &'a self,
         renamed: &'a HashMap<String, String>,
         present: &'a str,
@@ -140,7 +140,7 @@ impl Lowering<'_> {
             .unwrap_or(0)
     }
 
-    fn core_form(&self, names: &mut Names) -> Patch {
+    fn core_form(&self, names: &mut Names) -> Result<Patch, LowerError> {
         let out = &self.layer.core.out.value;
         let mut w = Writer {
             nodes: Vec::new(),
@@ -149,11 +149,11 @@ impl Lowering<'_> {
         if self.step.io.is_some() {
             self.core_with_state(&mut w);
         } else {
-            self.attention(&HashMap::new(), "").write(&mut w);
+            self.attend(&mut w, &HashMap::new(), "")?;
         }
         let annotate = (self.step.io.is_some() || self.layer.core.out.prep.is_empty())
             && !self.graph.value_info.contains_key(out);
-        Patch {
+        Ok(Patch {
             position: self.position(out),
             nodes: w.nodes,
             moved: BTreeSet::new(),
@@ -161,7 +161,7 @@ impl Lowering<'_> {
                 .then(|| build::value_info(out, &self.fact(out)))
                 .into_iter()
                 .collect(),
-        }
+        })
     }
 
     /// The core form where the graph carries the state: without a memory of its own the op cannot serve `ast`, so an `If` does.
@@ -332,11 +332,10 @@ impl Lowering<'_> {
         w: &mut Writer<'_>,
     ) -> Result<(), LowerError> {
         let op_at = self.position(&self.layer.core.out.value);
-        let attention = self.attention(renamed, present);
         let mut attended = false;
         for &index in &module.inside {
             if index > op_at && !attended {
-                attention.write(w);
+                self.attend(w, renamed, present)?;
                 attended = true;
             }
             let node = &self.graph.nodes[index];
@@ -349,7 +348,7 @@ impl Lowering<'_> {
             w.nodes.push(moved);
         }
         if !attended {
-            attention.write(w);
+            self.attend(w, renamed, present)?;
         }
         Ok(())
     }
@@ -377,7 +376,7 @@ impl Lowering<'_> {
     }
 
     /// `node` as it stands inside the branch: the exporter's own bytes unless something in it changes.
-    fn moved_node(
+    pub fn moved_node(
         &self,
         node: &Node,
         renamed: &HashMap<String, String>,

@@ -5,6 +5,7 @@
 
 mod attention;
 mod build;
+mod dense;
 mod io;
 mod layer;
 mod order;
@@ -24,6 +25,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 pub const DOMAIN: &str = "ai.ditfastattn";
 pub const DOMAIN_VERSION: i64 = 1;
 
+pub use dense::Dense;
 pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
 pub use outputs::known_type;
 pub use step::plan_in;
@@ -127,11 +129,13 @@ pub struct Lowered {
     pub forms: Vec<Form>,
     /// Per layer the value that says whether it is served from the cache.
     pub skip: Vec<String>,
+    /// Layers whose attention the host computes at steps that stay dense.
+    pub dense: Vec<usize>,
     /// Per layer the names of its state, where the graph carries it.
     pub state: Vec<LayerState>,
 }
 
-/// Rewrites `model` for `plan`.
+/// Rewrites `model` for `plan`; the op computes all attention.
 ///
 /// # Errors
 /// See [`LowerError`]; the model itself is never changed.
@@ -141,9 +145,22 @@ pub fn lower(
     plan: &Plan,
     state: impl Into<State>,
 ) -> Result<Lowered, LowerError> {
+    lower_with(model, survey, plan, state.into(), Dense::Library)
+}
+
+/// Rewrites `model` for `plan`. Where the graph carries the state, `dense` makes no difference: the op always has R to hand on.
+///
+/// # Errors
+/// See [`LowerError`]; the model itself is never changed.
+pub fn lower_with(
+    model: &ModelFile,
+    survey: &Survey,
+    plan: &Plan,
+    state: State,
+    dense: Dense,
+) -> Result<Lowered, LowerError> {
     refuse_rewritten(model)?;
     check_fit(survey, plan)?;
-    let state = state.into();
     if state == State::Hidden(RequestInputs::Optional) && model.ir_version < 4 {
         return Err(LowerError::IrTooOld {
             found: model.ir_version,
@@ -151,8 +168,9 @@ pub fn lower(
     }
     let graph = &model.graph;
     let mut names = Names::new(graph);
+    let dense = dense::layers(graph, survey, dense);
     let step = match state {
-        State::Hidden(request) => step::build(survey, plan, request, &mut names)?,
+        State::Hidden(request) => step::build(survey, plan, request, &dense, &mut names)?,
         State::Io(told) => io::build(survey, plan, told, &mut names)?,
     };
     let mut edit = GraphEdit::default();
@@ -180,7 +198,15 @@ pub fn lower(
         }
         edit.added_value_info.extend(patch.value_info);
         moved.extend(patch.moved);
-        dead.extend(dead_without(graph, &layer.core));
+        let attention = dead_without(graph, &layer.core);
+        if !step.dense.contains_key(&layer.index) {
+            dead.extend(attention);
+        } else {
+            // What several layers' attention reads stays where it is.
+            let nodes = attention.iter().map(|&index| &graph.nodes[index]);
+            kept.extend(nodes.flat_map(|n| &n.proto.input).map(String::as_str));
+            moved.extend(attention);
+        }
         kept.extend(layer.core.reads());
         forms.push(if layer.module.is_ok() {
             Form::Module
@@ -218,6 +244,7 @@ pub fn lower(
         pieces,
         forms,
         skip: step.skip,
+        dense: step.dense.into_keys().collect(),
         state: step.io.map_or_else(Vec::new, |io| io.layers),
     })
 }

@@ -1,6 +1,7 @@
 //! The step op: one per model, in front of everything, with the inputs that say whose step it is.
 
 use super::build::{self, Names};
+use super::dense;
 use super::io::Io;
 use super::{DOMAIN, LowerError, RequestInputs};
 use crate::find::{Survey, Target};
@@ -13,6 +14,8 @@ use std::collections::BTreeMap;
 
 /// Version of the ops' graph contract; the library refuses a model of another version.
 pub(super) const CONTRACT: i64 = 1;
+/// The version that has `dense_layers`.
+const CONTRACT_WITH_DENSE: i64 = 2;
 
 const OP: &str = "DiTFastAttnStep";
 
@@ -22,6 +25,8 @@ pub struct Step {
     pub ticket: String,
     /// Per layer: whether AST serves it from the cache.
     pub skip: Vec<String>,
+    /// Whether the host computes its attention, of layers where it can.
+    pub dense: BTreeMap<usize, String>,
     pub inputs: Vec<Bytes>,
     pub outputs: Vec<Bytes>,
     pub initializers: Vec<Bytes>,
@@ -58,6 +63,7 @@ pub fn build(
     survey: &Survey,
     plan: &Plan,
     request: RequestInputs,
+    dense_layers: &[usize],
     names: &mut Names,
 ) -> Result<Step, LowerError> {
     let mut inputs = Vec::new();
@@ -93,6 +99,10 @@ pub fn build(
         .layers()
         .map(|l| names.fresh(&format!("dfa/layer_{}/skip", l.index)))
         .collect();
+    let dense: BTreeMap<usize, String> = dense_layers
+        .iter()
+        .map(|&l| (l, names.fresh(&format!("dfa/layer_{l}/dense"))))
+        .collect();
     let watched = [
         survey.inputs.timestep.as_str(),
         "dfa_request_id",
@@ -105,7 +115,7 @@ pub fn build(
         .chain(survey.inputs.conditioning.iter().map(String::as_str))
         .collect();
     let outputs: Vec<&str> = std::iter::once(ticket.as_str())
-        .chain(skip.iter().map(String::as_str))
+        .chain(skip.iter().chain(dense.values()).map(String::as_str))
         .collect();
     let core_layers: Vec<i64> = survey
         .layers()
@@ -113,12 +123,22 @@ pub fn build(
         .map(|l| l.index as i64)
         .collect();
     let mut attributes = vec![
-        AttributeProto::int("contract", CONTRACT),
+        AttributeProto::int(
+            "contract",
+            match dense.is_empty() {
+                true => CONTRACT,
+                false => CONTRACT_WITH_DENSE,
+            },
+        ),
         AttributeProto::int("layers", skip.len() as i64),
         AttributeProto::string("plan", &plan.to_json()),
     ];
     if !core_layers.is_empty() {
         attributes.push(AttributeProto::ints("core_layers", core_layers));
+    }
+    if !dense.is_empty() {
+        let layers = dense.keys().map(|&l| l as i64).collect();
+        attributes.push(AttributeProto::ints("dense_layers", layers));
     }
     let node = build::node(
         DOMAIN,
@@ -134,12 +154,14 @@ pub fn build(
     )];
     value_info.extend(
         skip.iter()
-            .map(|s| build::value_info(s, &Fact::of(elem_type::BOOL, Some(vec![])))),
+            .chain(dense.values())
+            .map(|name| dense::flag(name)),
     );
     Ok(Step {
         nodes: vec![node],
         ticket,
         skip,
+        dense,
         inputs,
         outputs: Vec::new(),
         initializers,

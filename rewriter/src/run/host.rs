@@ -1,6 +1,7 @@
 //! ONNX Runtime and the op library: where they are, and sessions with both.
 
 use ort::environment::{Environment, GlobalThreadPoolOptions};
+use ort::ep::{CUDA, ExecutionProviderDispatch};
 use ort::session::Session;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,11 +30,38 @@ pub enum HostError {
     Run { what: String, source: ort::Error },
 }
 
+/// What runs the nodes of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Provider {
+    #[default]
+    Cpu,
+    Cuda,
+}
+
+impl Provider {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "CPU",
+            Self::Cuda => "CUDA",
+        }
+    }
+
+    /// What a session is told; a host without the provider is an error, not slow.
+    fn providers(self) -> Vec<ExecutionProviderDispatch> {
+        match self {
+            Self::Cpu => Vec::new(),
+            Self::Cuda => vec![CUDA::default().build().error_on_failure()],
+        }
+    }
+}
+
 /// ONNX Runtime with the op library.
 pub struct Host {
     environment: Environment,
     library: PathBuf,
     version: (u32, u32),
+    provider: Provider,
 }
 
 impl Host {
@@ -70,7 +98,17 @@ impl Host {
             environment,
             library,
             version,
+            provider: Provider::Cpu,
         })
+    }
+
+    /// The same, but sessions run on `provider`.
+    pub fn on(self, provider: Provider) -> Self {
+        Self { provider, ..self }
+    }
+
+    pub fn provider(&self) -> Provider {
+        self.provider
     }
 
     /// A session for a model in memory whose external weights are in `folder`. `what` names it in errors.
@@ -93,6 +131,8 @@ impl Host {
             .with_operator_library(&self.library)
             .map_err(|e| failed(e.into()))?
             .with_log_level(ort::logging::LogLevel::Error)
+            .map_err(|e| failed(e.into()))?
+            .with_execution_providers(self.provider.providers())
             .map_err(|e| failed(e.into()))?;
         if !external {
             return builder.commit_from_memory(model).map_err(failed);

@@ -15,12 +15,14 @@
 //! | `whole` | a model in one session, as it is served |
 //! | `distance` | how far two results are apart |
 //! | `verify` | the rewritten model beside the original |
+//! | `dense` | who is faster at a dense step, the op library or the host |
 //! | `prepare` | from files to a model that is ready to run |
 //!
 //! Nothing here finds attention or changes a model.
 
 pub mod array;
 mod cut;
+pub mod dense;
 pub mod distance;
 pub mod engine;
 pub mod feed;

@@ -1,0 +1,102 @@
+//! Who computes attention at steps that stay dense: the op, or the exporter's own nodes, which then stay beside it.
+//!
+//! Owns that choice and the second `If` it takes, inside the layer's own. Knows nothing about which of the two is faster.
+
+use super::LowerError;
+use super::build::{self, Writer};
+use super::layer::Lowering;
+use crate::find::{Survey, dead_without};
+use crate::onnx::{AttributeProto, Graph, elem_type};
+use crate::shapes::Fact;
+use std::collections::HashMap;
+
+/// Who computes attention over all keys of all rows that leaves no R.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dense {
+    /// The op, as at every other step.
+    #[default]
+    Library,
+    /// The host, with the nodes that the exporter wrote.
+    Host,
+}
+
+/// The layers that keep the exporter's attention beside the op: all or none. ONNX Runtime (seen in 1.32) ends the process when it
+/// moves a DequantizeLinear towards an inner `If`, so models with such nodes are left to the op.
+pub fn layers(graph: &Graph, survey: &Survey, dense: Dense) -> Vec<usize> {
+    let quantised = graph.nodes.iter().any(|n| n.op() == "DequantizeLinear");
+    match dense {
+        Dense::Host if !quantised => survey.layers().map(|l| l.index).collect(),
+        _ => Vec::new(),
+    }
+}
+
+impl Lowering<'_> {
+    /// Writes the layer's attention; its result has the name of the exporter's. `present` is R after it where the graph carries
+    /// the state.
+    ///
+    /// # Errors
+    /// Nodes of the exporter's that cannot be moved.
+    pub fn attend(
+        &self,
+        w: &mut Writer<'_>,
+        renamed: &HashMap<String, String>,
+        present: &str,
+    ) -> Result<(), LowerError> {
+        let Some(dense) = self.step.dense.get(&self.layer.index) else {
+            self.attention(renamed, present).write(w);
+            return Ok(());
+        };
+        let (prefix, out) = (self.prefix, &self.layer.core.out.value);
+        let before = std::mem::take(&mut w.nodes);
+        let [ours, theirs] = ["attended", "dense"].map(|what| {
+            let result = w.names.fresh(&format!("{prefix}/{what}"));
+            let mut renamed = renamed.clone();
+            renamed.insert(out.clone(), result.clone());
+            (result, renamed)
+        });
+        // The op attends to some rows, the host to all: an `If` whose outputs had sizes would insist on them.
+        let rank = |name: &str| {
+            let fact = self.fact(out);
+            let sizes = fact.shape.map(|dims| vec![None; dims.len()]);
+            match sizes {
+                Some(sizes) => build::sized(name, fact.elem_type, &sizes),
+                None => build::value_info(name, &Fact::of(fact.elem_type, None)),
+            }
+        };
+        self.attention(&ours.1, present).write(w);
+        let nodes = std::mem::take(&mut w.nodes);
+        let ours = build::branch(
+            format!("{prefix}/by_library"),
+            nodes,
+            vec![rank(&ours.0)],
+            Vec::new(),
+        );
+        for index in dead_without(self.graph, &self.layer.core) {
+            let node = &self.graph.nodes[index];
+            let moved = self.moved_node(node, &theirs.1, None, false, w.names)?;
+            w.nodes.push(moved);
+        }
+        let nodes = std::mem::replace(&mut w.nodes, before);
+        let theirs = build::branch(
+            format!("{prefix}/by_host"),
+            nodes,
+            vec![rank(&theirs.0)],
+            Vec::new(),
+        );
+        let branches = [
+            AttributeProto::graph("then_branch", theirs),
+            AttributeProto::graph("else_branch", ours),
+        ];
+        let name = w.names.fresh(&format!("{prefix}/dense_if"));
+        let result = renamed.get(out).unwrap_or(out);
+        w.nodes
+            .push(build::node("", "If", name, &[dense], &[result], &branches));
+        Ok(())
+    }
+}
+
+/// The type annotation of a flag of the step operator.
+pub fn flag(name: &str) -> bytes::Bytes {
+    build::value_info(name, &Fact::of(elem_type::BOOL, Some(vec![])))
+}
