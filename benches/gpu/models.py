@@ -69,18 +69,26 @@ def single(out, op, heads, dim, tokens, rows=None):
     return f"{name}.onnx"
 
 
+# The plan that leaves everything full, with ONNX Runtime's attention in the rewritten model.
+HOST_DENSE = "full by host"
+
+
 def transformer(out, tool, name, layers, tokens, plans, mlp=True):
-    """A transformer with ONNX Runtime's attention, and the exporter's form of it rewritten under each plan."""
+    """A transformer with ONNX Runtime's attention, and the exporter's form of it rewritten under each plan; under the plan `full`
+    also the first one, whose dense steps ONNX Runtime computes (`--dense host`)."""
     entry = {"layers": layers, "tokens": tokens, "width": WIDTH, "planned": {}}
     for kind, fused in (("dense", True), ("exported", False)):
         path = out / f"{name}_{kind}.onnx"
         entry["weights"] = synthetic.dit(path, layers, WIDTH, HEADS, tokens, sparse=True, half=True, fused=fused, mlp=mlp)
         entry[kind] = path.name
-    for label, rows in plans.items():
+    forms = [(label, rows, "exported", "library") for label, rows in plans.items()]
+    if "full" in plans:
+        forms.append((HOST_DENSE, plans["full"], "dense", "host"))
+    for label, rows, source, dense in forms:
         (out / "plan.json").write_text(json.dumps(rows))
-        planned = out / f"{name}_{label.replace('+', '-')}.onnx"
+        planned = out / f"{name}_{label.replace('+', '-').replace(' ', '-')}.onnx"
         # IOBinding binds inputs only, not what has a default.
-        subprocess.run([tool, out / entry["exported"], "--plan", out / "plan.json", "-o", planned,
+        subprocess.run([tool, out / entry[source], "--plan", out / "plan.json", "-o", planned, "--dense", dense,
                         "--request-inputs", "required", "--force", "--quiet"], check=True)  # fmt: skip
         entry["planned"][label] = {"model": planned.name, "steps": len(rows["steps"])}
     return entry

@@ -156,7 +156,7 @@ unsafe fn transpose_16x16(from: *const f32, from_stride: isize, to: *mut f32, to
         // Quarter q of `parts[g][j]` is column 4 q + j of the rows 4 g to 4 g + 3.
         let parts = [rows(0), rows(4), rows(8), rows(12)];
         for j in 0..4 {
-            let [a, b, c, d] = [parts[0][j], parts[1][j], parts[2][j], parts[3][j]];
+            let [a, b, c, d] = parts.map(|rows| rows[j]);
             let (ab, cd) = (
                 _mm512_shuffle_f32x4::<0x44>(a, b),
                 _mm512_shuffle_f32x4::<0x44>(c, d),
