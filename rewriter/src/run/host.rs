@@ -24,9 +24,9 @@ pub enum HostError {
     Runtime { path: PathBuf, what: String },
     #[error("no op library at {}: expected libditfastattn.so there (`cargo build --release` makes it, `pip install ditfastattn` brings it); name it with --library", .0.display())]
     NoLibrary(PathBuf),
-    #[error("ONNX Runtime does not load {what}: {source}")]
+    #[error("ONNX Runtime does not load {what}")]
     Load { what: String, source: ort::Error },
-    #[error("ONNX Runtime does not run {what}: {source}")]
+    #[error("ONNX Runtime does not run {what}")]
     Run { what: String, source: ort::Error },
 }
 
