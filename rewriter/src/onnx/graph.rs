@@ -213,28 +213,29 @@ pub fn in_order(nodes: Vec<Node>) -> Result<Vec<Node>, String> {
     let mut order = Vec::with_capacity(nodes.len());
     let mut placed = vec![false; nodes.len()];
     let mut open = vec![false; nodes.len()];
+    // Each node waits with what it has not looked at yet: to begin anew after every result would take the square of its inputs.
+    let mut pending: Vec<(usize, std::vec::IntoIter<usize>)> = Vec::new();
     for start in 0..nodes.len() {
-        let mut pending = vec![start];
-        while let Some(&node) = pending.last() {
-            let missing = (!placed[node])
-                .then(|| needs(&nodes[node]).into_iter().find(|&n| !placed[n]))
-                .flatten();
-            match missing {
-                Some(next) => {
-                    if std::mem::replace(&mut open[node], true) && open[next] {
-                        let (a, b) = (nodes[node].label(), nodes[next].label());
-                        return Err(format!(
-                            "the nodes `{a}` and `{b}` need each other's results"
-                        ));
-                    }
-                    pending.push(next);
+        let mut next = (!placed[start]).then_some(start);
+        loop {
+            if let Some(node) = next {
+                if std::mem::replace(&mut open[node], true) {
+                    let waiting = pending.last().map_or(node, |(waiting, _)| *waiting);
+                    let (a, b) = (nodes[waiting].label(), nodes[node].label());
+                    return Err(format!(
+                        "the nodes `{a}` and `{b}` need each other's results"
+                    ));
                 }
-                None => {
-                    pending.pop();
-                    if !std::mem::replace(&mut placed[node], true) {
-                        order.push(node);
-                    }
-                }
+                pending.push((node, needs(&nodes[node]).into_iter()));
+            }
+            let Some((node, needed)) = pending.last_mut() else {
+                break;
+            };
+            next = needed.find(|&n| !placed[n]);
+            if next.is_none() {
+                placed[*node] = true;
+                order.push(*node);
+                pending.pop();
             }
         }
     }
