@@ -116,7 +116,7 @@ fn undefined(graph: &Graph) -> HashSet<String> {
         .filter(|name| {
             graph.producer(name).is_none()
                 && !graph.initializers.contains_key(*name)
-                && !graph.inputs.iter().any(|input| input.name == **name)
+                && !graph.is_input(name)
         })
         .cloned()
         .collect()

@@ -211,7 +211,7 @@ def contradictions():
     model.graph.node[0].input[0] = model.graph.output[0].name
     yield "a-circle", model.SerializeToString(), ["need each other"]
     # Putting them in order must not take the square of their number.
-    many = [b"v%d" % i for i in range(200_000)]
+    many = [b"many%d" % i for i in range(200_000)]
     reader = field(1, b"".join(field(1, name) for name in many) + field(2, b"sum") + field(4, b"Sum"))
     producers = b"".join(field(1, field(1, b"sample") + field(2, name) + field(4, b"Identity")) for name in many)
     model = honest()

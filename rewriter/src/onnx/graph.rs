@@ -268,6 +268,9 @@ pub struct Graph {
     pub value_info: HashMap<String, TypeProto>,
     producers: HashMap<String, (usize, usize)>,
     consumers: HashMap<String, Vec<usize>>,
+    /// The names in `inputs` and in `outputs`.
+    fed: HashSet<String>,
+    returned: HashSet<String>,
     fields: Vec<Field>,
 }
 
@@ -330,7 +333,7 @@ impl Graph {
                 value_info.insert(output.name.clone(), ty.clone());
             }
         }
-        let inputs = inputs
+        let inputs: Vec<GraphInput> = inputs
             .into_iter()
             .map(|input| {
                 let tensor = input.r#type.and_then(|t| t.tensor_type).unwrap_or_default();
@@ -367,7 +370,9 @@ impl Graph {
                 }
             }
         }
-        let outputs = outputs.into_iter().map(|o| o.name).collect();
+        let outputs: Vec<String> = outputs.into_iter().map(|o| o.name).collect();
+        let fed = inputs.iter().map(|i| i.name.clone()).collect();
+        let returned = outputs.iter().cloned().collect();
         Ok(Self {
             opset: 0,
             nodes,
@@ -377,6 +382,8 @@ impl Graph {
             value_info,
             producers,
             consumers,
+            fed,
+            returned,
             fields,
         })
     }
@@ -396,8 +403,12 @@ impl Graph {
         self.consumers.get(value).map_or(&[], Vec::as_slice)
     }
 
+    pub fn is_input(&self, value: &str) -> bool {
+        self.fed.contains(value)
+    }
+
     pub fn is_output(&self, value: &str) -> bool {
-        self.outputs.iter().any(|o| o == value)
+        self.returned.contains(value)
     }
 
     /// The only node that uses `value`, if it is the only use.
@@ -412,7 +423,7 @@ impl Graph {
     pub fn constant(&self, value: &str) -> Option<Constant> {
         if let Some(constant) = self.initializers.get(value) {
             // An initializer that is also a graph input is a default that callers may override.
-            return (!self.inputs.iter().any(|i| i.name == value)).then(|| constant.clone());
+            return (!self.is_input(value)).then(|| constant.clone());
         }
         let (node, _) = self.producer(value)?;
         if !node.is("Constant") {
