@@ -1,28 +1,21 @@
-//! Any bytes as a model: refused, or inspected and rewritten into something that can be read again.
+//! Any bytes as a model. Most mutations know that it is a protobuf message, or coverage would stop at the first length that is wrong.
 #![no_main]
 
-use bytes::Bytes;
-use ditfastattn_plans::Plan;
-use ditfastattn_rewriter::find::{Choice, InputsRequest, survey};
-use ditfastattn_rewriter::lower::{RequestInputs, lower};
-use ditfastattn_rewriter::onnx::ModelFile;
-use libfuzzer_sys::fuzz_target;
-use std::path::Path;
+use ditfastattn_fuzz::damage::Damage;
+use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 
 fuzz_target!(|bytes: &[u8]| {
-    let path = Path::new("fuzzed.onnx");
-    let Ok(model) = ModelFile::parse(path, Bytes::copy_from_slice(bytes)) else {
-        return;
-    };
-    let Ok(survey) = survey(&model.graph, &InputsRequest::default(), &Choice::default()) else {
-        return;
-    };
-    let layers = survey.layers().count();
-    if layers == 0 {
-        return;
+    ditfastattn_fuzz::model::check(bytes);
+});
+
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    let mut damage = Damage::new(seed.into());
+    if damage.below(4) == 0 {
+        return fuzzer_mutate(data, size, max_size);
     }
-    if let Ok(lowered) = lower(&model, &survey, &Plan::all_full(layers, 2), RequestInputs::Optional) {
-        let whole: Vec<u8> = lowered.pieces.iter().flat_map(|p| p.to_vec()).collect();
-        ModelFile::parse(path, whole.into()).expect("what was written can be read");
-    }
+    let mut bytes = data[..size].to_vec();
+    damage.strike(&mut bytes);
+    bytes.truncate(max_size);
+    data[..bytes.len()].copy_from_slice(&bytes);
+    bytes.len()
 });

@@ -2,7 +2,7 @@
 
 mod common;
 
-use ditfastattn_plans::{Action, Cfg, Fingerprint, HeatMap, Plan, Side, TextTokens};
+use ditfastattn_plans::{Action, Cfg, Fingerprint, Plan, Side, TextTokens};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -272,36 +272,6 @@ fn mutated() -> impl Strategy<Value = String> {
     })
 }
 
-/// Whatever the bytes, the answer is a plan that keeps all promises or an error inside the file.
-fn check(bytes: &[u8], schema: &jsonschema::Validator) -> Result<(), TestCaseError> {
-    match Plan::parse_bytes(bytes) {
-        Ok(plan) => {
-            let value: Value = serde_json::from_slice(bytes).unwrap();
-            prop_assert!(
-                schema.is_valid(&value),
-                "schema refuses what the parser accepts"
-            );
-            prop_assert_eq!(&Plan::parse(&plan.to_json()).unwrap(), &plan);
-            prop_assert!(HeatMap::new(&plan).to_svg().ends_with("</svg>\n"));
-        }
-        Err(error) => {
-            let lines: Vec<&[u8]> = bytes.split(|b| *b == b'\n').collect();
-            prop_assert!((1..=lines.len()).contains(&error.line), "{error}");
-            prop_assert!(
-                (1..=lines[error.line - 1].len() + 1).contains(&error.column),
-                "{error}"
-            );
-            prop_assert!(!error.message.chars().any(char::is_control));
-        }
-    }
-    if let Ok(text) = str::from_utf8(bytes)
-        && let Ok(plan) = Plan::import(text, 0.125, Cfg::CondFirst)
-    {
-        prop_assert_eq!(plan.validate(), Ok(()));
-    }
-    Ok(())
-}
-
 proptest! {
     #[test]
     fn plans_survive_being_written_and_read(plan in common::plans()) {
@@ -316,18 +286,18 @@ proptest! {
 
     #[test]
     fn bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-        check(&bytes, &schema())?;
+        ditfastattn_fuzz::plan::check(&bytes);
     }
 
     #[test]
     fn near_plans_never_panic(text in mutated()) {
-        check(text.as_bytes(), &schema())?;
+        ditfastattn_fuzz::plan::check(text.as_bytes());
     }
 
     #[test]
     fn foreign_plans_never_panic(
         text in r#"[\[{]("(block|step|attn)[0-9+]{1,3}": ?[{\["]?(OUTPUT_SHARE|full_attn)?"?[}\],]{0,2}){0,6}[}\]]?"#,
     ) {
-        check(text.as_bytes(), &schema())?;
+        ditfastattn_fuzz::plan::check(text.as_bytes());
     }
 }

@@ -197,6 +197,17 @@ def bombs(size=16 * MiB):
     yield "bomb-group", base + b"\x7b" * (size - len(base)), ["group"]
 
 
+def crowded(count=200_000):
+    """The honest model, and a node that stands before the `count` values that it reads."""
+    names = [b"many%d" % i for i in range(count)]
+    reader = field(1, b"".join(field(1, name) for name in names) + field(2, b"sum") + field(4, b"Sum"))
+    producers = b"".join(field(1, field(1, b"sample") + field(2, name) + field(4, b"Identity")) for name in names)
+    model = honest()
+    inner = model.graph.SerializeToString() + reader + producers
+    model.ClearField("graph")
+    return model.SerializeToString() + field(7, inner)
+
+
 # ---- contradictions ---------------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,14 @@ def test_bombs_cost_at_most_four_times_their_size(index, tmp_path):
     said(tmp_path, data, words, memory=OWN + 4 * len(data))
 
 
+def test_a_node_with_many_inputs_does_not_take_the_square_of_their_number(tmp_path):
+    place(tmp_path, hostile.crowded())
+    for command in (["inspect", "model.onnx"], REWRITE):
+        # Seconds of the processor. Two are taken; the square took 29 and more.
+        result = run(tmp_path, *command, limits=[(resource.RLIMIT_CPU, 20)])
+        assert result.returncode == 0, (command, result.returncode, result.stderr[-300:])
+
+
 def linked(folder, link):
     """A model whose weights file is made by `link` from a file elsewhere."""
     (folder / "elsewhere").mkdir()

@@ -2,17 +2,22 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import ditfastattn
 import numpy as np
 import onnxruntime
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
 PLAN = FIXTURES / "dit.plan.json"
 STEPS = len(json.loads(PLAN.read_text())["steps"])
 ARRAYS = np.load(FIXTURES / "dit.npz")
@@ -158,3 +163,22 @@ def test_sessions_are_created_at_the_same_time(rewritten):
 
 def test_the_package_is_typed():
     assert Path(ditfastattn.__file__).with_name("py.typed").exists()
+
+
+def linked(package):
+    """(name, version) of every crate in the binary that `package` builds, as cargo resolves them for the wheel's target."""
+    command = ["cargo", "tree", "--locked", "--package", package, "--target", f"{platform.machine()}-unknown-linux-gnu"]
+    command += ["--edges", "normal,no-proc-macro", "--prefix", "none", "--format", "{p}"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    return {(line.split()[0], line.split()[1].removeprefix("v")) for line in lines if line}
+
+
+@pytest.mark.parametrize(("package", "artefact"), [("ditfastattn-rewriter", "dfa-rewrite"), ("ditfastattn-ops", "libditfastattn")])
+def test_the_sbom_names_every_crate_that_is_linked(package, artefact):
+    text = distribution("ditfastattn").read_text(f"sboms/{artefact}.cdx.json")
+    bill = json.loads(text)
+    assert JsonStrictValidator(SchemaVersion.from_version(bill["specVersion"])).validate_str(text) is None
+    named = {(component["name"], component["version"]) for component in [bill["metadata"]["component"], *bill["components"]]}
+    expected = linked(package)
+    assert len(expected) > 20 and expected <= named, expected - named
+    assert str(ROOT) not in text, "the folder that it was built in"

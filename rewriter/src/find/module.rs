@@ -434,9 +434,12 @@ pub fn sweep_dead(
         };
         let was_used = outputs().any(|o| !graph.consumers(o).is_empty());
         let needed = outputs().any(|o| {
+            // All inputs of a consumer are live, unless its shape became a constant; looking through them takes the square of their number.
+            let reshaped = |user| matches!(retargeted.get(&user), Some(Target::Constant(_)));
             let uses = |user: usize| {
                 !dead.contains(&user)
-                    && live_inputs(&graph.nodes[user], user, retargeted).any(|input| input == o)
+                    && (!reshaped(user)
+                        || live_inputs(&graph.nodes[user], user, retargeted).any(|i| i == o))
             };
             graph.is_output(o)
                 || kept.contains(o.as_str())

@@ -358,9 +358,7 @@ fn unused_initializers(
     dead.iter()
         .chain(&reshaped)
         .flat_map(|&i| graph.nodes[i].proto.input.iter())
-        .filter(|name| {
-            graph.initializers.contains_key(*name) && !graph.inputs.iter().any(|i| i.name == **name)
-        })
+        .filter(|name| graph.initializers.contains_key(*name) && !graph.is_input(name))
         .filter(|name| !survey.layers().any(|l| l.core.reads().any(|r| r == *name)))
         .filter(|name| {
             let needed = |&user: &usize| {

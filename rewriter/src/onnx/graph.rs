@@ -213,28 +213,29 @@ pub fn in_order(nodes: Vec<Node>) -> Result<Vec<Node>, String> {
     let mut order = Vec::with_capacity(nodes.len());
     let mut placed = vec![false; nodes.len()];
     let mut open = vec![false; nodes.len()];
+    // Each node waits with what it has not looked at yet: to begin anew after every result would take the square of its inputs.
+    let mut pending: Vec<(usize, std::vec::IntoIter<usize>)> = Vec::new();
     for start in 0..nodes.len() {
-        let mut pending = vec![start];
-        while let Some(&node) = pending.last() {
-            let missing = (!placed[node])
-                .then(|| needs(&nodes[node]).into_iter().find(|&n| !placed[n]))
-                .flatten();
-            match missing {
-                Some(next) => {
-                    if std::mem::replace(&mut open[node], true) && open[next] {
-                        let (a, b) = (nodes[node].label(), nodes[next].label());
-                        return Err(format!(
-                            "the nodes `{a}` and `{b}` need each other's results"
-                        ));
-                    }
-                    pending.push(next);
+        let mut next = (!placed[start]).then_some(start);
+        loop {
+            if let Some(node) = next {
+                if std::mem::replace(&mut open[node], true) {
+                    let waiting = pending.last().map_or(node, |(waiting, _)| *waiting);
+                    let (a, b) = (nodes[waiting].label(), nodes[node].label());
+                    return Err(format!(
+                        "the nodes `{a}` and `{b}` need each other's results"
+                    ));
                 }
-                None => {
-                    pending.pop();
-                    if !std::mem::replace(&mut placed[node], true) {
-                        order.push(node);
-                    }
-                }
+                pending.push((node, needs(&nodes[node]).into_iter()));
+            }
+            let Some((node, needed)) = pending.last_mut() else {
+                break;
+            };
+            next = needed.find(|&n| !placed[n]);
+            if next.is_none() {
+                placed[*node] = true;
+                order.push(*node);
+                pending.pop();
             }
         }
     }
@@ -267,6 +268,9 @@ pub struct Graph {
     pub value_info: HashMap<String, TypeProto>,
     producers: HashMap<String, (usize, usize)>,
     consumers: HashMap<String, Vec<usize>>,
+    /// The names in `inputs` and in `outputs`.
+    fed: HashSet<String>,
+    returned: HashSet<String>,
     fields: Vec<Field>,
 }
 
@@ -329,7 +333,7 @@ impl Graph {
                 value_info.insert(output.name.clone(), ty.clone());
             }
         }
-        let inputs = inputs
+        let inputs: Vec<GraphInput> = inputs
             .into_iter()
             .map(|input| {
                 let tensor = input.r#type.and_then(|t| t.tensor_type).unwrap_or_default();
@@ -366,7 +370,9 @@ impl Graph {
                 }
             }
         }
-        let outputs = outputs.into_iter().map(|o| o.name).collect();
+        let outputs: Vec<String> = outputs.into_iter().map(|o| o.name).collect();
+        let fed = inputs.iter().map(|i| i.name.clone()).collect();
+        let returned = outputs.iter().cloned().collect();
         Ok(Self {
             opset: 0,
             nodes,
@@ -376,6 +382,8 @@ impl Graph {
             value_info,
             producers,
             consumers,
+            fed,
+            returned,
             fields,
         })
     }
@@ -395,8 +403,12 @@ impl Graph {
         self.consumers.get(value).map_or(&[], Vec::as_slice)
     }
 
+    pub fn is_input(&self, value: &str) -> bool {
+        self.fed.contains(value)
+    }
+
     pub fn is_output(&self, value: &str) -> bool {
-        self.outputs.iter().any(|o| o == value)
+        self.returned.contains(value)
     }
 
     /// The only node that uses `value`, if it is the only use.
@@ -411,7 +423,7 @@ impl Graph {
     pub fn constant(&self, value: &str) -> Option<Constant> {
         if let Some(constant) = self.initializers.get(value) {
             // An initializer that is also a graph input is a default that callers may override.
-            return (!self.inputs.iter().any(|i| i.name == value)).then(|| constant.clone());
+            return (!self.is_input(value)).then(|| constant.clone());
         }
         let (node, _) = self.producer(value)?;
         if !node.is("Constant") {
