@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use ditfastattn_plans::{Action, Cfg, Plan, Side, TextTokens};
 use ditfastattn_rewriter::find::{Choice, InputsRequest, Survey, survey};
-use ditfastattn_rewriter::lower::{LowerError, RequestInputs, State, Told, lower, plan_in};
+use ditfastattn_rewriter::lower::{
+    Dense, LowerError, RequestInputs, State, Told, lower, lower_with, plan_in,
+};
 use ditfastattn_rewriter::onnx::{Graph, GraphEdit, ModelFile};
 use ditfastattn_rewriter::report::Report;
 use std::collections::HashSet;
@@ -46,9 +48,11 @@ pub fn check(bytes: &[u8]) -> Reached {
     }
     let mut reached = Reached::NotLowered;
     for (plan, state) in cases(layers) {
-        if let Ok(lowered) = lower(&model, &survey, &plan, state) {
-            written(&model, &plan, state, joined(&lowered.pieces));
-            reached = Reached::Written;
+        for dense in [Dense::Library, Dense::Host] {
+            if let Ok(lowered) = lower_with(&model, &survey, &plan, state, dense) {
+                written(&model, &plan, state, joined(&lowered.pieces));
+                reached = Reached::Written;
+            }
         }
     }
     reached
