@@ -1,0 +1,244 @@
+"""Runs the tiny transformer of tiny.py while chosen allocations fail. Needs failing_malloc.c preloaded.
+
+Owns what may come of a failed allocation: an exception that speaks of memory, or numbers that are the plan's with some layers in full.
+"""
+
+import copy
+import ctypes
+import gc
+import itertools
+import threading
+
+import numpy as np
+import onnxruntime as ort
+
+import tiny as T
+
+SHIM = ctypes.CDLL(None)
+SHIM.failing_malloc_arm.argtypes = [ctypes.c_size_t] * 3 + [ctypes.c_long] * 2
+SHIM.failing_malloc_disarm.restype = ctypes.c_long
+NEVER, ALWAYS = 1 << 40, 1 << 40
+LARGE = 16 << 10
+
+# Every action, and each cached tensor read at the next step or the one after.
+STEPS = [["full"] * 3, ["ast", "wa-rs", "asc"], ["wa-rs", "ast", "ast"], ["wa-rs+asc", "wa-rs", "wa-rs"]]
+
+
+def library():
+    """Where the library's code is."""
+    T.stats()
+    name = T.LIB.rsplit("/", 1)[-1]
+    ranges = [line.split()[0].split("-") for line in open("/proc/self/maps") if name in line]
+    return int(ranges[0][0], 16), int(ranges[-1][1], 16)
+
+
+class Failing:
+    """Within the block the requests nth, nth + 1, … (`count` of them) of at least `least` bytes fail."""
+
+    def __init__(self, callers, nth, count=1, least=0):
+        self.arguments = (*callers, least, nth, count)
+
+    def __enter__(self):
+        SHIM.failing_malloc_arm(*self.arguments)
+        return self
+
+    def __exit__(self, *_):
+        failed = ctypes.c_long()
+        self.seen = SHIM.failing_malloc_disarm(ctypes.byref(failed))
+        self.failed = failed.value
+
+
+class Lossy(T.Reference):
+    """Layers `lost` have lost what the plan counts on: they are computed in full, and keep R if they did not want it."""
+
+    lost = ()
+
+    def layer(self, layer, action, x):
+        if layer not in self.lost:
+            return super().layer(layer, action, x)
+        spared = self.residual.get(layer) if action == "ast" else None
+        y = super().layer(layer, "full", x)
+        if spared is not None:
+            self.residual[layer] = spared
+        return y
+
+
+class Bench:
+    """A session, and one generation with what it should be, step by step."""
+
+    def __init__(self, threads=1, anonymous=False, **sizes):
+        self.tiny = T.Tiny({**T.random_plan(1, steps=4, layers=3), "steps": STEPS}, **sizes)
+        self.model = self.tiny.model().SerializeToString()
+        self.threads = threads
+        self.feeds = {} if anonymous else {"dfa_request_id": np.array(3, np.int64)}
+        self.session = self.make()
+        self.inputs = self.client().inputs
+        self.steps = range(len(STEPS))
+        self.right = [self.run(step) for step in self.steps]
+        # The definition's states before each step.
+        client, self.states = self.client(), []
+        reference = Lossy(self.tiny)
+        for step, right in zip(self.steps, self.right):
+            self.states.append(copy.deepcopy(reference))
+            assert near(self.define(reference, client, step), right), step
+
+    def make(self):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = self.threads, 4
+        # Every tensor is a request.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.register_custom_ops_library(T.LIB)
+        return ort.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
+
+    def client(self):
+        return self.tiny.client(0.1, **self.feeds)
+
+    def define(self, reference, client, step):
+        return reference.run(step, client.latents(step), client.timestep(step), client.prompt)
+
+    def run(self, step):
+        return self.session.run(None, self.inputs(step, dfa_start=np.array(step == 0)))[0]
+
+    def is_right(self):
+        """A whole generation, without faults. One without an id may be taken for the one that failed, and be dense."""
+        outputs = [self.run(step) for step in self.steps]
+        if self.feeds:
+            assert all(np.array_equal(*pair) for pair in zip(outputs, self.right))
+        self.check(outputs)
+
+    def check(self, outputs):
+        """The plan's numbers to the bit; after a loss, the plan's with some layers in full."""
+        states = None
+        for step, got in enumerate(outputs):
+            if states is None:
+                if np.array_equal(got, self.right[step]):
+                    continue
+                states = [self.states[step]]
+            client, after = self.client(), []
+            for state, count in itertools.product(states, range(4)):
+                for lost in itertools.combinations(range(3), count):
+                    reference = copy.deepcopy(state)
+                    reference.lost = lost
+                    if near(self.define(reference, client, step), got):
+                        after.append(reference)
+            assert after, f"step {step} is neither the plan's nor more of it"
+            states = after[:4]
+
+    def trial(self, failing):
+        """One generation with failing memory. Whether it ended in an exception; whatever was returned was right."""
+        # Numpy's and Python's own part of it is not what is tried.
+        feeds = [self.inputs(step, dfa_start=np.array(step == 0)) for step in self.steps]
+        outputs, raised = [], False
+        with failing:
+            try:
+                for step in self.steps:
+                    outputs.append(self.session.run(None, feeds[step])[0])
+            except Exception as error:
+                raised = error
+        if raised and not isinstance(raised, MemoryError):
+            assert "memory" in str(raised) or "alloc" in str(raised).lower(), raised
+        self.check(outputs)
+        return bool(raised)
+
+    def close(self):
+        del self.session
+        gc.collect()
+        s = T.stats()
+        left = ["sessions", "live_requests", "runs_in_flight", "bytes"]
+        assert all(s[name] == 0 for name in left), s
+        # Short lists of the whole process may stay there, as long as it does.
+        assert s["reserve_bytes"] <= 4096, s
+
+
+def near(a, b):
+    return np.abs(a - b).max() < 2e-4
+
+
+def on_a_new_thread(work):
+    """Threads begin without scratch memory."""
+    result = []
+
+    def body():
+        try:
+            result.append(work())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def every_call_of_a_generation(anonymous, count=1, every=1):
+    """Each request that the library makes fails once; then all from it on."""
+    bench = Bench(anonymous=anonymous, core=(1,))
+    raised = total = 0
+    for nth in itertools.count(1, every):
+        failing = Failing(library(), nth, count)
+        raised += bench.trial(failing)
+        if not failing.failed:
+            break
+        total += 1
+        bench.is_right()
+    bench.close()
+    print(f"{failing.seen} requests, {total} trials, {raised} raised")
+    return total, raised
+
+
+def every_large_call_of_anybody(threads, count=1):
+    """Each request for 16 KiB or more fails once, whoever makes it: scratch, cached tensors, the host's tensors."""
+    bench = Bench(threads=threads, core=(1,), tokens=96, head_dim=32)
+    raised = total = 0
+    for nth in itertools.count(1):
+        failing = Failing((0, 0), nth, count, LARGE)
+        raised += on_a_new_thread(lambda: bench.trial(failing))
+        if not failing.failed:
+            break
+        total += 1
+        bench.is_right()
+    bench.close()
+    print(f"{failing.seen} requests, {total} trials, {raised} raised")
+    return total, raised
+
+
+def every_call_of_a_session(count=1, every=1):
+    """Each request that the library makes while a session is made, and ends, fails once."""
+    bench = Bench(core=(1,))
+    raised = total = 0
+    for nth in itertools.count(1, every):
+        failing = Failing(library(), nth, count)
+        with failing:
+            try:
+                session = bench.make()
+            except Exception as error:
+                assert "memory" in str(error), error
+                session = None
+                raised += 1
+        if session:
+            client = bench.client()
+            assert np.array_equal(session.run(None, client.inputs(0))[0], bench.right[0])
+            with Failing(library(), 1, ALWAYS):
+                del session
+        if not failing.failed:
+            break
+        total += 1
+    bench.is_right()
+    with Failing(library(), 1, ALWAYS):
+        assert T.stats()["sessions"] == 1
+    bench.close()
+    print(f"{failing.seen} requests, {total} trials, {raised} raised")
+    return total, raised
+
+
+def every_small(n0=1):
+    bench = Bench(core=(1,))
+    for nth in itertools.count(n0):
+        print(nth, flush=True)
+        failing = Failing((0, 0), nth, 1, 0)
+        raised = bench.trial(failing)
+        if not failing.failed: break
+        bench.is_right()
+    bench.close()
