@@ -13,37 +13,49 @@ extern void *__libc_calloc(size_t, size_t);
 extern void *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
 
-static _Atomic uintptr_t low, high; /* callers that count; high = 0: all of them */
+static _Atomic uintptr_t low, high; /* code whose requests count; high = 0: everybody's */
+static atomic_int below;            /* so do those of whom it calls */
 static _Atomic size_t least;        /* bytes of the smallest request that counts */
-static _Atomic long first, last;    /* requests that fail, the first is 1 */
+static atomic_long first, last;     /* requests that fail, the first is 1 */
 static atomic_long seen, refused;
-static atomic_int armed, deep;
+static atomic_int armed;
 
+/* Frames that are looked at for the code: the host's functions are not deep when they ask for memory. */
 enum { DEPTH = 12 };
 
+static int inside(void *address) {
+    return (uintptr_t)address >= low && (uintptr_t)address < high;
+}
+
+static int counts(void *caller) {
+    if (!high || inside(caller)) return 1;
+    /* Looking takes a while. After the last that fails nobody needs the number. */
+    if (!below || seen >= last) return 0;
+    void *frames[DEPTH];
+    for (int i = backtrace(frames, DEPTH); i-- > 0;)
+        if (inside(frames[i])) return 1;
+    return 0;
+}
+
 static int fails(size_t size, void *caller) {
-    if (!atomic_load(&armed) || size < atomic_load(&least)) return 0;
-    uintptr_t from = (uintptr_t)caller, end = atomic_load(&high);
-    if (end && atomic_load(&deep)) {
-        if (atomic_load(&seen) >= atomic_load(&last)) return 0;
-        void *frames[DEPTH];
-        int count = backtrace(frames, DEPTH), found = 0;
-        for (int i = 0; i < count; i++) found |= (uintptr_t)frames[i] >= low && (uintptr_t)frames[i] < end;
-        if (!found) return 0;
-    } else if (end && (from < atomic_load(&low) || from >= end)) {
-        return 0;
-    }
-    long number = atomic_fetch_add(&seen, 1) + 1;
-    if (number < atomic_load(&first) || number > atomic_load(&last)) return 0;
-    atomic_fetch_add(&refused, 1);
+    if (!armed || size < least || !counts(caller)) return 0;
+    long number = ++seen;
+    if (number < first || number > last) return 0;
+    refused++;
     return 1;
 }
 
-void failing_malloc_arm(uintptr_t from, uintptr_t to, size_t bytes, long nth, long count, int below) {
+void failing_malloc_arm(uintptr_t from, uintptr_t to, size_t bytes, long nth, long count, int deep) {
     void *frame;
-    backtrace(&frame, 1); /* it loads a library when it is first called */
-    low = from, high = to, least = bytes, first = nth, last = nth + count - 1, seen = 0, refused = 0;
-    deep = below;
+    backtrace(&frame, 1); /* the first time it loads a library */
+    low = from;
+    high = to;
+    below = deep;
+    least = bytes;
+    first = nth;
+    last = nth + count - 1;
+    seen = 0;
+    refused = 0;
     armed = 1;
 }
 
@@ -75,17 +87,16 @@ void *realloc(void *old, size_t size) {
     return fails(size, CALLER) ? none() : __libc_realloc(old, size);
 }
 
-void *aligned_alloc(size_t align, size_t size) {
-    return fails(size, CALLER) ? none() : __libc_memalign(align, size);
-}
-
 void *memalign(size_t align, size_t size) {
     return fails(size, CALLER) ? none() : __libc_memalign(align, size);
 }
 
+void *aligned_alloc(size_t align, size_t size) {
+    return fails(size, CALLER) ? none() : __libc_memalign(align, size);
+}
+
 int posix_memalign(void **memory, size_t align, size_t size) {
-    if (fails(size, CALLER)) return ENOMEM;
-    void *got = __libc_memalign(align, size);
+    void *got = fails(size, CALLER) ? NULL : __libc_memalign(align, size);
     if (!got) return ENOMEM;
     *memory = got;
     return 0;

@@ -1,6 +1,6 @@
 //! What a node says about itself when its kernel is made: name, attributes, counts.
 
-use std::cell::Cell;
+use std::cell::OnceCell;
 use std::ffi::CString;
 
 use ort_sys::{OrtKernelInfo, OrtLogger, OrtLoggingLevel};
@@ -8,6 +8,9 @@ use ort_sys::{OrtKernelInfo, OrtLogger, OrtLoggingLevel};
 use super::context::log;
 use super::host::{Host, UNWRITTEN, answered, function, unanswered};
 use super::status::{Code, Error};
+
+/// What the host says of its own memory.
+const BAD_ALLOC: &str = "bad_alloc";
 
 /// What no attribute is, to see whether the host wrote one.
 const NO_INT: i64 = i64::MIN + 0x5eed;
@@ -18,8 +21,8 @@ const NO_FLOAT: f32 = f32::MIN;
 pub struct Info<'a> {
     host: &'a Host,
     raw: *const OrtKernelInfo,
-    /// The host has once neither answered nor said why: what was taken for left out may be there.
-    doubtful: Cell<bool>,
+    /// Why the host may not have answered, once: what was taken for left out may be there.
+    doubt: OnceCell<Error>,
 }
 
 impl<'a> Info<'a> {
@@ -29,23 +32,38 @@ impl<'a> Info<'a> {
         Info {
             host,
             raw,
-            doubtful: Cell::new(false),
+            doubt: OnceCell::new(),
         }
     }
 
     /// Whether what was read can be relied on. To be asked when all was.
     pub(crate) fn settle(&self) -> Result<(), Error> {
-        match self.doubtful.get() {
-            true => Err(unanswered("an attribute")),
-            false => Ok(()),
-        }
+        self.doubt.get().cloned().map_or(Ok(()), Err)
+    }
+
+    fn doubt(&self, error: Error) {
+        // The first says it all.
+        let _ = self.doubt.set(error);
+    }
+
+    /// Whether there is an answer. An error means that there is no such attribute, unless it is about memory.
+    fn found<T>(&self, answer: Result<T, Error>) -> Option<T> {
+        answer
+            .map_err(|error| {
+                if error.message.contains(BAD_ALLOC) {
+                    self.doubt(error);
+                }
+            })
+            .ok()
     }
 
     /// `value`, unless the host has left it as it was.
     fn written<T: PartialEq>(&self, value: T, before: T) -> Option<T> {
-        let written = value != before;
-        self.doubtful.set(self.doubtful.get() || !written);
-        written.then_some(value)
+        if value == before {
+            self.doubt(unanswered("an attribute"));
+            return None;
+        }
+        Some(value)
     }
 
     /// The node's name, empty if it has none or the host does not say.
@@ -98,7 +116,7 @@ impl<'a> Info<'a> {
         let status = unsafe {
             function!(self.host, KernelInfoGetAttribute_int64)(self.raw, name.as_ptr(), &mut value)
         };
-        self.host.check(status).ok()?;
+        self.found(self.host.check(status))?;
         self.written(value, NO_INT)
     }
 
@@ -110,14 +128,14 @@ impl<'a> Info<'a> {
         let status = unsafe {
             function!(self.host, KernelInfoGetAttribute_float)(self.raw, name.as_ptr(), &mut value)
         };
-        self.host.check(status).ok()?;
+        self.found(self.host.check(status))?;
         self.written(value, NO_FLOAT)
     }
 
     /// A string attribute; see [`Info::int`].
     pub fn string(&self, name: &str) -> Option<String> {
         let name = CString::new(name).ok()?;
-        self.text(|out, size| {
+        let text = self.text(|out, size| {
             // SAFETY: as in `int`; `out` is null or has `*size` bytes.
             unsafe {
                 function!(self.host, KernelInfoGetAttribute_string)(
@@ -127,8 +145,8 @@ impl<'a> Info<'a> {
                     size,
                 )
             }
-        })
-        .ok()
+        });
+        self.found(text)
     }
 
     /// A list of integers; see [`Info::int`].
@@ -138,12 +156,12 @@ impl<'a> Info<'a> {
         let mut len = UNWRITTEN;
         // SAFETY: as in `int`; a null buffer asks for the length.
         let status = unsafe { get(self.raw, name.as_ptr(), std::ptr::null_mut(), &mut len) };
-        self.host.check(status).ok()?;
+        self.found(self.host.check(status))?;
         let mut values = vec![NO_INT; self.written(len, UNWRITTEN)?];
         if len > 0 {
             // SAFETY: room for `len` numbers.
             let status = unsafe { get(self.raw, name.as_ptr(), values.as_mut_ptr(), &mut len) };
-            self.host.check(status).ok()?;
+            self.found(self.host.check(status))?;
             self.written(values[0], NO_INT)?;
         }
         Some(values)
@@ -174,10 +192,12 @@ impl<'a> Info<'a> {
         let mut bytes = Vec::new();
         // A plan may be long.
         bytes.try_reserve_exact(size).map_err(|_| {
-            Error::new(
+            let error = Error::new(
                 Code::Fail,
                 format!("no memory for an attribute of {size} bytes"),
-            )
+            );
+            self.doubt(error.clone());
+            error
         })?;
         bytes.resize(size, 0u8);
         if size == 0 {

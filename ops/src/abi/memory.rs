@@ -17,8 +17,8 @@ const CELL: usize = 128;
 /// 4 KiB that one takes at most. In pages that are never touched unless it is needed.
 const CELLS: usize = (1 << 20) / CELL;
 
-/// The largest request that it serves. Whatever grows with a model is asked for fallibly, or stays below.
-pub(crate) const LARGEST: usize = 16 << 10;
+/// From this size on requests are not served. Whatever grows with a model is asked for fallibly, or stays below.
+const LARGE: usize = 16 << 10;
 
 /// What the system has to have before an operator begins although the reserve is in use.
 const PROBE: usize = 64 << 10;
@@ -170,7 +170,7 @@ impl Reserve {
     /// Null if the request is too large, or the reserve is used up.
     #[cold]
     fn take(&self, layout: Layout) -> *mut u8 {
-        if layout.size() > LARGEST || layout.align() > CELL {
+        if layout.size() >= LARGE || layout.align() > CELL {
             return std::ptr::null_mut();
         }
         let count = layout.size().div_ceil(CELL).max(1);
@@ -233,9 +233,9 @@ mod tests {
     #[test]
     fn cells_are_lent_once_and_come_back() {
         let reserve: Box<Reserve> = Box::new(Reserve::new());
-        let sizes = [1, CELL, CELL + 1, LARGEST];
+        let sizes = [1, CELL, CELL + 1, LARGE - 1];
         let mut lent: Vec<_> = sizes.map(|size| (reserve.take(layout(size)), size)).into();
-        assert!(reserve.take(layout(LARGEST + 1)).is_null());
+        assert!(reserve.take(layout(LARGE)).is_null());
         assert!(
             reserve
                 .take(Layout::from_size_align(8, 2 * CELL).expect("a layout"))
@@ -263,8 +263,8 @@ mod tests {
         }
         assert_eq!(reserve.used(), 0);
         // In one piece again.
-        let all: Vec<_> = (0..CELL * CELLS / LARGEST)
-            .map(|_| reserve.take(layout(LARGEST)))
+        let all: Vec<_> = (0..CELL * CELLS / LARGE)
+            .map(|_| reserve.take(layout(LARGE - 1)))
             .collect();
         assert!(all.iter().all(|memory| !memory.is_null()));
         assert!(reserve.take(layout(1)).is_null());

@@ -298,9 +298,9 @@ unsafe extern "system" fn create<K: Kernel>(
         let node = info.node_name();
         let name = op.spec.display_name();
         let made = caught(|| {
-            let made = K::create(&info)?;
+            let made = K::create(&info);
             info.settle()?;
-            Ok(made)
+            made
         });
         let made = made.map_err(|error| error.at(name, &node))?;
         let instance = Box::new(Instance {
