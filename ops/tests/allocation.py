@@ -53,17 +53,23 @@ class Failing:
 
 
 class Lossy(T.Reference):
-    """Layers `lost` have lost what the plan counts on: they are computed in full, and keep R if they did not want it."""
+    """Layers may have lost what the plan counts on: they are computed in full. Of `fates` there is one for each layer."""
 
-    lost = ()
+    AS_PLANNED, LOST, LOST_BUT_R = range(3)
+
+    @classmethod
+    def possible(cls, action):
+        """What may become of a layer. Where it wanted its output only, R stays if it is there."""
+        return range({"full": 1, "ast": 3}.get(action, 2))
 
     def layer(self, layer, action, x):
-        if layer not in self.lost:
+        fate = self.fates[layer]
+        if fate == self.AS_PLANNED:
             return super().layer(layer, action, x)
-        spared = self.residual.get(layer) if action == "ast" else None
+        kept = self.residual.get(layer)
         y = super().layer(layer, "full", x)
-        if spared is not None:
-            self.residual[layer] = spared
+        if fate == self.LOST_BUT_R and kept is not None:
+            self.residual[layer] = kept
         return y
 
 
@@ -86,6 +92,7 @@ class Bench:
         # The definition's states before each step.
         client, self.states = self.client(), []
         reference = Lossy(self.tiny)
+        reference.fates = [Lossy.AS_PLANNED] * layers
         for step, right in zip(self.steps, self.right):
             self.states.append(copy.deepcopy(reference))
             assert near(self.define(reference, client, step), right), step
@@ -123,14 +130,14 @@ class Bench:
                     continue
                 states = [self.states[step]]
             client, after = self.client(), []
-            for state, count in itertools.product(states, range(4)):
-                for lost in itertools.combinations(range(3), count):
-                    reference = copy.deepcopy(state)
-                    reference.lost = lost
-                    if near(self.define(reference, client, step), got):
-                        after.append(reference)
+            for state, fates in itertools.product(states, itertools.product(*map(Lossy.possible, STEPS[step]))):
+                reference = copy.copy(state)
+                reference.residual, reference.output = dict(state.residual), dict(state.output)
+                reference.fates = fates
+                if near(self.define(reference, client, step), got):
+                    after.append(reference)
             assert after, f"step {step} is neither the plan's nor more of it"
-            states = after[:4]
+            states = after
 
     def trial(self, failing):
         """One generation with failing memory. Whether it ended in an exception; whatever was returned was right."""
