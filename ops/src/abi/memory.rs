@@ -13,9 +13,9 @@ use super::status::{Code, Error};
 /// Requests are rounded up to this, and aligned to it at most.
 const CELL: usize = 128;
 
-/// Half of it is for operators that begin while it is in use, half for those that are at work by then: 128 of them, at the
-/// 4 KiB that one takes at most. In pages that are never touched unless it is needed.
-const CELLS: usize = (1 << 20) / CELL;
+/// Half of it is for operators that begin while it is in use, half for what is at work by then: 128 threads, at the
+/// 16 KiB that a task of attention takes for its lists. In pages that are never touched unless they are needed.
+const CELLS: usize = (4 << 20) / CELL;
 
 /// From this size on requests are not served. Whatever grows with a model is asked for fallibly, or stays below.
 const LARGE: usize = 16 << 10;
@@ -232,7 +232,8 @@ mod tests {
 
     #[test]
     fn cells_are_lent_once_and_come_back() {
-        let reserve: Box<Reserve> = Box::new(Reserve::new());
+        static RESERVE: Reserve = Reserve::new();
+        let reserve = &RESERVE;
         let sizes = [1, CELL, CELL + 1, LARGE - 1];
         let mut lent: Vec<_> = sizes.map(|size| (reserve.take(layout(size)), size)).into();
         assert!(reserve.take(layout(LARGE)).is_null());
@@ -272,10 +273,10 @@ mod tests {
 
     #[test]
     fn threads_never_share_a_cell() {
-        let reserve = Reserve::new();
+        static RESERVE: Reserve = Reserve::new();
+        let reserve = &RESERVE;
         std::thread::scope(|scope| {
             for thread in 0..4u8 {
-                let reserve = &reserve;
                 scope.spawn(move || {
                     for round in 0..500 {
                         let size = 1 + (round * 37 + usize::from(thread) * 101) % 700;
