@@ -210,6 +210,8 @@ def generations(who, anonymous=False, count=1, every=1):
 
     def trial(fault):
         raised = bench.trial(fault)
+        # An operator that fails ends its run. One that cannot read its ticket does not know which: that run is taken for dead later.
+        assert who == "below" or T.stats()["runs_in_flight"] == 0
         bench.is_right()
         return raised
 

@@ -276,7 +276,7 @@ mod tests {
         static RESERVE: Reserve = Reserve::new();
         let reserve = &RESERVE;
         std::thread::scope(|scope| {
-            for thread in 0..4u8 {
+            let threads = [0u8, 1, 2, 3].map(|thread| {
                 scope.spawn(move || {
                     for round in 0..500 {
                         let size = 1 + (round * 37 + usize::from(thread) * 101) % 700;
@@ -290,8 +290,9 @@ mod tests {
                         assert!(bytes.iter().all(|&byte| byte == thread));
                         reserve.give(memory, layout(size));
                     }
-                });
-            }
+                })
+            });
+            threads.map(|thread| thread.join().expect("no panic"));
         });
         assert_eq!(reserve.used(), 0);
     }
