@@ -37,10 +37,14 @@ impl Parallel for Threads {
             }
         };
         std::thread::scope(|scope| {
-            for _ in 1..self.0.min(tasks) {
-                scope.spawn(work);
-            }
+            let others: Vec<_> = (1..self.0.min(tasks)).map(|_| scope.spawn(work)).collect();
             work();
+            // The scope would wait for them too, but in a way that ThreadSanitizer does not see.
+            for other in others {
+                if let Err(panic) = other.join() {
+                    std::panic::resume_unwind(panic);
+                }
+            }
         });
     }
 }

@@ -108,8 +108,8 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// The parts of a call.
-    pub fn all(a: &Attention<'_>, places: Places, limits: Limits) -> Vec<Part> {
+    /// The parts of a call. One after the other: there are as many as rows, which may be thousands.
+    pub fn all(a: &Attention<'_>, places: Places, limits: Limits) -> impl Iterator<Item = Part> {
         let planes = limits.floats.checked_div(places.plane);
         Part::of(
             a.shape.batch,
@@ -119,19 +119,15 @@ impl Part {
     }
 
     /// Parts of at most `planes` planes, or one.
-    fn of(batch: usize, kv_heads: usize, planes: usize) -> Vec<Part> {
+    fn of(batch: usize, kv_heads: usize, planes: usize) -> impl Iterator<Item = Part> {
         let rows = (planes / kv_heads).clamp(1, batch);
         let heads = planes.clamp(1, kv_heads);
-        let mut parts = Vec::new();
-        for b in (0..batch).step_by(rows) {
-            for h in (0..kv_heads).step_by(heads) {
-                parts.push(Part {
-                    batch: b..batch.min(b + rows),
-                    kv_heads: h..kv_heads.min(h + heads),
-                });
-            }
-        }
-        parts
+        (0..batch).step_by(rows).flat_map(move |b| {
+            (0..kv_heads).step_by(heads).map(move |h| Part {
+                batch: b..batch.min(b + rows),
+                kv_heads: h..kv_heads.min(h + heads),
+            })
+        })
     }
 
     fn planes(&self) -> usize {
@@ -363,7 +359,7 @@ mod tests {
     fn parts_are_every_plane_once() {
         for (batch, heads) in [(1, 1), (1, 5), (3, 4), (4, 1)] {
             for planes in [0, 1, 2, 3, 4, 7, 8, 100] {
-                let parts = Part::of(batch, heads, planes);
+                let parts: Vec<Part> = Part::of(batch, heads, planes).collect();
                 let mut seen = vec![0; batch * heads];
                 for part in &parts {
                     assert!(part.planes() <= planes.max(1));

@@ -1,10 +1,15 @@
 //! Memory a thread reuses from task to task and call to call, so that a call allocates nothing once warm.
 
 use std::cell::RefCell;
+use std::panic::resume_unwind;
 
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 struct Line([f32; 16]);
+
+/// Lines of the smallest buffer, 32 KiB: threads keep theirs, and small requests may be served from a reserve that is for
+/// what ends.
+const LEAST: usize = 512;
 
 /// A growing buffer of floats on cache-line boundaries.
 #[derive(Default)]
@@ -14,16 +19,16 @@ impl Scratch {
     /// Cuts the buffer into slices of `lens`, each on a cache line. Their contents are left from earlier use.
     ///
     /// # Panics
-    /// If there is no memory for it.
+    /// If there is no memory for it, without a word on stderr: the caller reports it.
     pub fn cut<const N: usize>(&mut self, lens: [usize; N]) -> [&mut [f32]; N] {
         let lines: usize = lens.iter().map(|n| n.div_ceil(16)).sum();
-        if let Some(more) = lines.checked_sub(self.0.len()) {
-            // A panic can become an error of the run; an allocation that fails ends the process.
-            if self.0.try_reserve(more).is_err() {
-                panic!(
-                    "no memory for {} bytes of scratch",
-                    lines * size_of::<Line>()
-                );
+        if lines > self.0.len() {
+            let lines = lines.max(LEAST);
+            // Unwinding can become an error of the run; an allocation that fails ends the process. Not a panic: its hook may
+            // want a backtrace, and memory for that.
+            if self.0.try_reserve(lines - self.0.len()).is_err() {
+                let bytes = lines * size_of::<Line>();
+                resume_unwind(Box::new(format!("no memory for {bytes} bytes of scratch")));
             }
             self.0.resize(lines, Line([0.0; 16]));
         }

@@ -3,11 +3,13 @@
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ditfastattn_kernels::Parallel;
 use ort_sys::{OrtKernelContext, OrtLogger, OrtLoggingLevel, OrtValue};
 
-use super::host::{Host, function};
+use super::host::{Host, UNWRITTEN, answered, function, unanswered};
+use super::memory;
 use super::status::Error;
 use super::tensor::{DeviceTensor, Tensor, TensorMut};
 
@@ -27,22 +29,22 @@ impl<'a> Context<'a> {
 
     /// How many inputs the node has, omitted trailing ones not counted.
     pub fn input_count(&self) -> Result<usize, Error> {
-        let mut count = 0;
+        let mut count = UNWRITTEN;
         // SAFETY: the context is live for `'a`.
         self.host.check(unsafe {
             function!(self.host, KernelContext_GetInputCount)(self.raw, &mut count)
         })?;
-        Ok(count)
+        answered(count, "the number of inputs")
     }
 
     /// How many outputs the node has.
     pub fn output_count(&self) -> Result<usize, Error> {
-        let mut count = 0;
+        let mut count = UNWRITTEN;
         // SAFETY: the context is live for `'a`.
         self.host.check(unsafe {
             function!(self.host, KernelContext_GetOutputCount)(self.raw, &mut count)
         })?;
-        Ok(count)
+        answered(count, "the number of outputs")
     }
 
     /// Input `index`, an error if it is missing.
@@ -117,7 +119,7 @@ impl<'a> Context<'a> {
             )
         })?;
         if value.is_null() {
-            return Err(Error::graph(format!("output {index} is missing")));
+            return Err(unanswered(&format!("memory for output {index}")));
         }
         Ok(value)
     }
@@ -184,6 +186,8 @@ pub(crate) unsafe fn log(
 struct Tasks<'a> {
     task: &'a (dyn Fn(usize) + Sync),
     panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    /// Tasks that have been called, whatever became of them.
+    called: AtomicUsize,
 }
 
 /// The body that ONNX Runtime's threads call.
@@ -194,7 +198,15 @@ unsafe extern "C" fn run_task(data: *mut c_void, index: usize) {
     // SAFETY: the caller's promise; shared by threads, hence only `&`.
     let tasks = unsafe { &*data.cast_const().cast::<Tasks<'_>>() };
     // A panic must not unwind into ONNX Runtime's C++ frames: keep it for the thread that started the loop.
-    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| (tasks.task)(index))) {
+    tasks.called.fetch_add(1, Ordering::Relaxed);
+    let work = || {
+        // Tasks of many threads take more than one operator does.
+        if memory::is_short() {
+            resume_unwind(Box::new("no memory for the tasks of the thread pool"));
+        }
+        (tasks.task)(index);
+    };
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(work)) {
         let mut first = tasks
             .panic
             .lock()
@@ -216,6 +228,7 @@ impl Parallel for Context<'_> {
         let shared = Tasks {
             task,
             panic: Mutex::new(None),
+            called: AtomicUsize::new(0),
         };
         // SAFETY: the call returns when all tasks have run, so `shared` outlives them; `run_task` takes it as shared
         // and never unwinds.
@@ -235,7 +248,11 @@ impl Parallel for Context<'_> {
         {
             resume_unwind(payload);
         }
-        if let Err(error) = self.host.check(status) {
+        let all = match shared.called.into_inner() == tasks {
+            true => Ok(()),
+            false => Err(unanswered("threads for all tasks")),
+        };
+        if let Err(error) = self.host.check(status).and(all) {
             panic!("the thread pool of ONNX Runtime refused to run: {error}");
         }
     }

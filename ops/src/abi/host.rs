@@ -7,6 +7,7 @@ use std::ffi::{CStr, CString};
 
 use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatusPtr};
 
+use super::last_resort;
 use super::status::{Code, Error};
 
 /// The oldest function table that has everything we call (`KernelContext_ParallelFor`).
@@ -89,6 +90,9 @@ impl Host {
     }
 
     /// Turns a status of the host into a result and releases it.
+    ///
+    /// A host without memory for a status says that all is well. So whoever asks it for something looks whether that
+    /// came, and else says [`unanswered`].
     pub(crate) fn check(&self, status: OrtStatusPtr) -> Result<(), Error> {
         if status.0.is_null() {
             return Ok(());
@@ -112,9 +116,33 @@ impl Host {
         let text = CString::new(text).unwrap_or_default();
         let create = function!(self, CreateStatus);
         // SAFETY: a valid code and a NUL-terminated string that the host copies.
-        unsafe { create(error.code.into(), text.as_ptr()) }
+        let make = || unsafe { create(error.code.into(), text.as_ptr()) };
+        let status = make();
+        if status.0.is_null() {
+            return last_resort::status(self, make);
+        }
+        status
     }
 }
+
+/// A call that the host neither did nor reported.
+pub(crate) fn unanswered(what: &str) -> Error {
+    Error::new(
+        Code::RuntimeException,
+        format!("ONNX Runtime did not give {what}, and had no memory to say why"),
+    )
+}
+
+/// What the host wrote, if it wrote anything.
+pub(crate) fn answered(count: usize, what: &str) -> Result<usize, Error> {
+    match count {
+        UNWRITTEN => Err(unanswered(what)),
+        count => Ok(count),
+    }
+}
+
+/// Where the host is to write a count, before.
+pub(crate) const UNWRITTEN: usize = usize::MAX;
 
 /// `1.32.0` → 32; hosts of another major version are newer than anything tried, and their minor is unknown.
 fn minor_version(version: &str) -> Option<u32> {

@@ -1,25 +1,69 @@
 //! What a node says about itself when its kernel is made: name, attributes, counts.
 
+use std::cell::OnceCell;
 use std::ffi::CString;
 
 use ort_sys::{OrtKernelInfo, OrtLogger, OrtLoggingLevel};
 
 use super::context::log;
-use super::host::{Host, function};
-use super::status::Error;
+use super::host::{Host, UNWRITTEN, answered, function, unanswered};
+use super::status::{Code, Error};
+
+/// What the host says of its own memory.
+const BAD_ALLOC: &str = "bad_alloc";
+
+/// What no attribute is, to see whether the host wrote one.
+const NO_INT: i64 = i64::MIN + 0x5eed;
+const NO_FLOAT: f32 = f32::MIN;
 
 /// The node a kernel is made for. Lives only as long as the creation.
 #[derive(Debug)]
 pub struct Info<'a> {
     host: &'a Host,
     raw: *const OrtKernelInfo,
+    /// Why the host may not have answered, once: what was taken for left out may be there.
+    doubt: OnceCell<Error>,
 }
 
 impl<'a> Info<'a> {
     /// # Safety
     /// `raw` is the info of a kernel creation that lasts for `'a`.
     pub(crate) unsafe fn new(host: &'a Host, raw: *const OrtKernelInfo) -> Self {
-        Info { host, raw }
+        Info {
+            host,
+            raw,
+            doubt: OnceCell::new(),
+        }
+    }
+
+    /// Whether what was read can be relied on. To be asked when all was.
+    pub(crate) fn settle(&self) -> Result<(), Error> {
+        self.doubt.get().cloned().map_or(Ok(()), Err)
+    }
+
+    fn doubt(&self, error: Error) {
+        // The first says it all.
+        let _ = self.doubt.set(error);
+    }
+
+    /// Whether there is an answer. An error means that there is no such attribute, unless it is about memory.
+    fn found<T>(&self, answer: Result<T, Error>) -> Option<T> {
+        answer
+            .map_err(|error| {
+                if error.message.contains(BAD_ALLOC) {
+                    self.doubt(error);
+                }
+            })
+            .ok()
+    }
+
+    /// `value`, unless the host has left it as it was.
+    fn written<T: PartialEq>(&self, value: T, before: T) -> Option<T> {
+        if value == before {
+            self.doubt(unanswered("an attribute"));
+            return None;
+        }
+        Some(value)
     }
 
     /// The node's name, empty if it has none or the host does not say.
@@ -33,22 +77,22 @@ impl<'a> Info<'a> {
 
     /// How many inputs the node has; skipped ones in the middle count.
     pub fn input_count(&self) -> Result<usize, Error> {
-        let mut count = 0;
+        let mut count = UNWRITTEN;
         // SAFETY: a live info.
         self.host.check(unsafe {
             function!(self.host, KernelInfo_GetInputCount)(self.raw, &mut count)
         })?;
-        Ok(count)
+        answered(count, "the number of inputs")
     }
 
     /// How many outputs the node has.
     pub fn output_count(&self) -> Result<usize, Error> {
-        let mut count = 0;
+        let mut count = UNWRITTEN;
         // SAFETY: a live info.
         self.host.check(unsafe {
             function!(self.host, KernelInfo_GetOutputCount)(self.raw, &mut count)
         })?;
-        Ok(count)
+        answered(count, "the number of outputs")
     }
 
     /// Whether input `index` is there and not skipped.
@@ -67,29 +111,31 @@ impl<'a> Info<'a> {
     /// type", so neither can we.)
     pub fn int(&self, name: &str) -> Option<i64> {
         let name = CString::new(name).ok()?;
-        let mut value = 0;
+        let mut value = NO_INT;
         // SAFETY: a live info, a NUL-terminated name, a place for the answer.
         let status = unsafe {
             function!(self.host, KernelInfoGetAttribute_int64)(self.raw, name.as_ptr(), &mut value)
         };
-        self.host.check(status).ok().map(|()| value)
+        self.found(self.host.check(status))?;
+        self.written(value, NO_INT)
     }
 
     /// A float attribute; see [`Info::int`].
     pub fn float(&self, name: &str) -> Option<f32> {
         let name = CString::new(name).ok()?;
-        let mut value = 0.0;
+        let mut value = NO_FLOAT;
         // SAFETY: as in `int`.
         let status = unsafe {
             function!(self.host, KernelInfoGetAttribute_float)(self.raw, name.as_ptr(), &mut value)
         };
-        self.host.check(status).ok().map(|()| value)
+        self.found(self.host.check(status))?;
+        self.written(value, NO_FLOAT)
     }
 
     /// A string attribute; see [`Info::int`].
     pub fn string(&self, name: &str) -> Option<String> {
         let name = CString::new(name).ok()?;
-        self.text(|out, size| {
+        let text = self.text(|out, size| {
             // SAFETY: as in `int`; `out` is null or has `*size` bytes.
             unsafe {
                 function!(self.host, KernelInfoGetAttribute_string)(
@@ -99,23 +145,24 @@ impl<'a> Info<'a> {
                     size,
                 )
             }
-        })
-        .ok()
+        });
+        self.found(text)
     }
 
     /// A list of integers; see [`Info::int`].
     pub fn ints(&self, name: &str) -> Option<Vec<i64>> {
         let name = CString::new(name).ok()?;
         let get = function!(self.host, KernelInfoGetAttributeArray_int64);
-        let mut len = 0;
+        let mut len = UNWRITTEN;
         // SAFETY: as in `int`; a null buffer asks for the length.
         let status = unsafe { get(self.raw, name.as_ptr(), std::ptr::null_mut(), &mut len) };
-        self.host.check(status).ok()?;
-        let mut values = vec![0; len];
+        self.found(self.host.check(status))?;
+        let mut values = vec![NO_INT; self.written(len, UNWRITTEN)?];
         if len > 0 {
             // SAFETY: room for `len` numbers.
             let status = unsafe { get(self.raw, name.as_ptr(), values.as_mut_ptr(), &mut len) };
-            self.host.check(status).ok()?;
+            self.found(self.host.check(status))?;
+            self.written(values[0], NO_INT)?;
         }
         Some(values)
     }
@@ -137,12 +184,34 @@ impl<'a> Info<'a> {
         &self,
         get: impl Fn(*mut std::ffi::c_char, *mut usize) -> ort_sys::OrtStatusPtr,
     ) -> Result<String, Error> {
-        let mut size = 0;
+        let mut size = UNWRITTEN;
         self.host.check(get(std::ptr::null_mut(), &mut size))?;
-        let mut bytes = vec![0u8; size];
+        if self.written(size, UNWRITTEN).is_none() {
+            return Err(unanswered("a text"));
+        }
+        let mut bytes = Vec::new();
+        // A plan may be long.
+        bytes.try_reserve_exact(size).map_err(|_| {
+            let error = Error::new(
+                Code::Fail,
+                format!("no memory for an attribute of {size} bytes"),
+            );
+            self.doubt(error.clone());
+            error
+        })?;
+        bytes.resize(size, 0u8);
+        if size == 0 {
+            return Ok(String::new());
+        }
+        bytes[size - 1] = 1;
         self.host.check(get(bytes.as_mut_ptr().cast(), &mut size))?;
+        // The NUL at the end comes last.
+        if self.written(bytes[bytes.len() - 1], 1).is_none() {
+            return Err(unanswered("a text"));
+        }
         bytes.truncate(size.saturating_sub(1));
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+        Ok(String::from_utf8(bytes)
+            .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
     }
 }
 

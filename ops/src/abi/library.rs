@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use ort_sys::{OrtApiBase, OrtCustomOpDomain, OrtSessionOptions, OrtStatusPtr};
 
-use super::host::{Host, function};
+use super::host::{Host, function, unanswered};
+use super::last_resort;
 use super::op::Op;
 use super::status::{Error, guard};
 
@@ -45,6 +46,7 @@ pub(crate) unsafe fn register(
         Ok(host) => host,
         Err(status) => return status,
     };
+    last_resort::fill(&host);
     guard(&host, || {
         let mut already = 0;
         // SAFETY: live options, a NUL-terminated key.
@@ -78,6 +80,9 @@ fn domain(
     let mut raw = std::ptr::null_mut();
     // SAFETY: a NUL-terminated name, a place for the answer.
     host.check(unsafe { function!(host, CreateCustomOpDomain)(name.as_ptr(), &mut raw) })?;
+    if raw.is_null() {
+        return Err(unanswered("a domain for operators"));
+    }
     for op in ops(*host) {
         // SAFETY: a live domain; the op is never freed.
         host.check(unsafe { function!(host, CustomOpDomain_Add)(raw, op.raw()) })?;

@@ -13,6 +13,7 @@ use ort_sys::{
 use super::context::Context;
 use super::host::Host;
 use super::info::Info;
+use super::last_resort;
 use super::status::{Error, caught, guard};
 
 /// What computes a node.
@@ -296,7 +297,12 @@ unsafe extern "system" fn create<K: Kernel>(
         let info = unsafe { Info::new(&op.host, info) };
         let node = info.node_name();
         let name = op.spec.display_name();
-        let made = caught(|| K::create(&info)).map_err(|error| error.at(name, &node))?;
+        let made = caught(|| {
+            let made = K::create(&info);
+            info.settle()?;
+            made
+        });
+        let made = made.map_err(|error| error.at(name, &node))?;
         let instance = Box::new(Instance {
             host: op.host,
             op: name,
@@ -315,6 +321,7 @@ unsafe extern "system" fn compute<K: Kernel>(
 ) -> OrtStatusPtr {
     // SAFETY: made by `create::<K>`, alive until `destroy::<K>`; shared by threads, hence only `&`.
     let instance = unsafe { &*kernel.cast_const().cast::<Instance<K>>() };
+    last_resort::refill(&instance.host);
     guard(&instance.host, || {
         // SAFETY: the context lives during this call.
         let context = unsafe { Context::new(&instance.host, context) };

@@ -5,7 +5,7 @@
 use half::{bf16, f16};
 use ort_sys::{ONNXTensorElementDataType, OrtTensorTypeAndShapeInfo, OrtValue};
 
-use super::host::{Host, function};
+use super::host::{Host, UNWRITTEN, answered, function, unanswered};
 use super::status::Error;
 
 /// Element type of a tensor. `Other` keeps the number of a type that we cannot read (strings, 4-bit, complex, …).
@@ -270,6 +270,9 @@ unsafe fn describe(host: &Host, value: *const OrtValue) -> Result<Described, Err
     let mut info: *mut OrtTensorTypeAndShapeInfo = std::ptr::null_mut();
     // SAFETY: a live tensor, and a place for the answer.
     host.check(unsafe { function!(host, GetTensorTypeAndShape)(value, &mut info) })?;
+    if info.is_null() {
+        return Err(unanswered("a tensor's type and shape"));
+    }
     // SAFETY: `info` was just made by the host.
     let described = unsafe { dims_and_element(host, info) };
     // SAFETY: made above, released once.
@@ -309,10 +312,12 @@ pub(crate) unsafe fn dims_and_element(
     host: &Host,
     info: *const OrtTensorTypeAndShapeInfo,
 ) -> Result<(Vec<usize>, ElementType), Error> {
-    let mut rank = 0usize;
+    let mut rank = UNWRITTEN;
     // SAFETY: live info, place for the answer.
     host.check(unsafe { function!(host, GetDimensionsCount)(info, &mut rank) })?;
-    let mut dims = vec![0i64; rank];
+    let rank = answered(rank, "a tensor's rank")?;
+    // −1 is refused below.
+    let mut dims = vec![-1i64; rank];
     // SAFETY: room for `rank` numbers.
     host.check(unsafe { function!(host, GetDimensions)(info, dims.as_mut_ptr(), rank) })?;
     // Read as a number: a newer host may answer with a type that our enum does not have.

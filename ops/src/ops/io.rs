@@ -7,6 +7,7 @@
 use ditfastattn_plans::{Cfg, Plan};
 
 use crate::abi::info::Info;
+use crate::abi::memory;
 use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
@@ -87,8 +88,9 @@ impl Io {
 /// afterwards, plus 16 where the output is.
 ///
 /// # Errors
-/// If they are no int64 vector that has the layer, or the number means nothing.
+/// If they are no int64 vector that has the layer, or the number means nothing; and while memory is short.
 pub(super) fn directive(directives: &Tensor<'_>, layer: usize) -> Result<Directive, Error> {
+    memory::check()?;
     let all = directives.as_slice::<i64>().unwrap_or_default();
     let code = *all.get(layer).ok_or_else(|| {
         Error::invalid(format!(

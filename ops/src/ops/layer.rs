@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 use crate::abi::context::Context;
 use crate::abi::info::Info;
+use crate::abi::memory;
 use crate::abi::status::{Code, Error, caught};
 use crate::abi::tensor::{ElementType, Tensor};
 use crate::state::{Directive, Run, StateError};
@@ -20,6 +21,7 @@ impl From<StateError> for Error {
         let code = match error {
             StateError::UnknownTicket(..) => Code::RuntimeException,
             StateError::NoSuchLayer { .. } => Code::InvalidGraph,
+            StateError::NoMemory { .. } => Code::RuntimeException,
         };
         Error::new(code, error.to_string())
     }
@@ -77,7 +79,10 @@ pub(super) fn in_run(
         )));
     };
     let run = PROCESS.run([id, check])?;
-    let result = caught(|| body(&run, run.directive(layer)?));
+    let result = caught(|| {
+        memory::check()?;
+        body(&run, run.directive(layer)?)
+    });
     if result.is_err() {
         run.fail();
     }
@@ -136,11 +141,15 @@ fn copy_parts<T: Copy + Send + Sync>(
         look(from);
         return;
     }
-    let parts: Vec<_> = from
-        .chunks(chunk)
-        .zip(to.chunks_mut(chunk))
-        .map(Mutex::new)
-        .collect();
+    let mut parts = Vec::new();
+    // A list as long as the tensor takes; without memory for it this thread copies alone.
+    if parts.try_reserve_exact(from.len().div_ceil(chunk)).is_err() {
+        to.copy_from_slice(from);
+        look(from);
+        return;
+    }
+    let pairs = from.chunks(chunk).zip(to.chunks_mut(chunk));
+    parts.extend(pairs.map(Mutex::new));
     context.run(parts.len(), &|i| {
         // Each task locks its own part: the lock only proves to the compiler that parts are disjoint.
         let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);

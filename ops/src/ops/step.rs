@@ -9,8 +9,9 @@ use half::{bf16, f16};
 
 use crate::abi::context::Context;
 use crate::abi::info::{Info, Logger};
+use crate::abi::memory;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
+use crate::abi::status::{Code, Error};
 use crate::abi::tensor::{ElementType, Tensor};
 use crate::state::{Call, Evidence, Feed, Program, Run, Session, Signature, Values};
 
@@ -25,6 +26,9 @@ const LATENTS: usize = 4;
 
 /// Rows of one timestep tensor may differ by this part of their size and still be one timestep.
 const SAME_TIMESTEP: f64 = 1e-6;
+
+/// What a plan of one byte takes at most while it is read and once it is.
+const PARSED: usize = 32;
 
 /// timestep, request id, start, end, latents, conditioning… → ticket `[2]`, then one bool per layer: true if the layer is
 /// served from the cache and its region skipped; then one bool for each of `dense_layers`: true if the host computes its
@@ -44,6 +48,7 @@ impl Kernel for Step {
         let text = info
             .string("plan")
             .ok_or_else(|| Error::graph("the attribute `plan` (string) is missing"))?;
+        room_to_parse(&text)?;
         let plan = Plan::parse(&text)
             .map_err(|error| Error::graph(format!("the attribute `plan`: {error}")))?;
         let layers = plan.layers();
@@ -70,8 +75,9 @@ impl Kernel for Step {
     }
 
     fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+        memory::check()?;
         let call = read_call(context, self.session.needs_evidence())?;
-        let (run, notices) = self.session.begin(call);
+        let (run, notices) = self.session.begin(call)?;
         for notice in notices {
             context.warn(&notice.to_string());
         }
@@ -133,6 +139,18 @@ impl Drop for Step {
     }
 }
 
+/// Reading a plan takes many lists of which only long ones could be refused, each of them an end of the process. So
+/// memory for all of it is asked for once, before.
+fn room_to_parse(text: &str) -> Result<(), Error> {
+    let bytes = text.len().saturating_mul(PARSED);
+    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| {
+        Error::new(
+            Code::Fail,
+            format!("no memory for the attribute `plan`: reading it takes {bytes} bytes"),
+        )
+    })
+}
+
 fn read_call(context: &Context<'_>, always_look: bool) -> Result<Call, Error> {
     let request = context.input(REQUEST)?;
     let request = match request.as_slice::<i64>() {
@@ -154,11 +172,13 @@ fn read_call(context: &Context<'_>, always_look: bool) -> Result<Call, Error> {
         .first()
         .and_then(|latents| latents.dims().first().copied())
         .unwrap_or(1);
-    let evidence = (request == 0 || always_look).then(|| {
-        let feeds: Vec<Feed<'_>> = fed.iter().map(feed).collect();
-        let (latents, conditioning) = feeds.split_first()?;
-        Some(Evidence::new(*latents, conditioning, rows))
-    });
+    let feeds: Vec<Feed<'_>> = fed.iter().map(feed).collect();
+    let evidence = match feeds.split_first() {
+        Some((latents, conditioning)) if request == 0 || always_look => {
+            Some(Evidence::new(*latents, conditioning, rows)?)
+        }
+        _ => None,
+    };
     Ok(Call {
         timestep: timestep(&context.input(TIMESTEP)?)?,
         request,
@@ -170,7 +190,7 @@ fn read_call(context: &Context<'_>, always_look: bool) -> Result<Call, Error> {
                 .map(|tensor| (tag(tensor.element()), tensor.dims().to_vec()))
                 .collect(),
         ),
-        evidence: evidence.flatten(),
+        evidence,
     })
 }
 

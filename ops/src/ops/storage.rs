@@ -6,6 +6,7 @@ use ditfastattn_kernels::cuda::{Buffer, Device, Stream};
 use ditfastattn_kernels::{DType, Element};
 use half::{bf16, f16};
 
+use crate::abi::memory;
 use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
 use crate::state::{Cached, Lease, Rows, Run};
@@ -127,6 +128,9 @@ pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<R
     let mut values = Vec::new();
     // The tensor is only a cache: where the system has no memory for it, the layer goes without.
     values.try_reserve_exact(len).ok()?;
+    if memory::is_reserved(&values) {
+        return None;
+    }
     values.resize(len, T::default());
     Some(Room { values, lease })
 }

@@ -6,10 +6,12 @@
 
 use std::collections::VecDeque;
 use std::hash::BuildHasher;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use half::{bf16, f16};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+use super::{StateError, list};
 
 /// Latents whose relative distance to the last ones is at least this do not continue them. Independent noise is at
 /// √2 ≈ 1.41; one step of a 10-step schedule moves about 0.13, a whole generation about 1.
@@ -101,14 +103,21 @@ pub struct Evidence {
 
 impl Evidence {
     /// `rows` is the batch: a float input of no more elements may be a schedule that moves with the steps.
-    pub fn new(latents: Feed<'_>, conditioning: &[Feed<'_>], rows: usize) -> Self {
-        Evidence {
+    ///
+    /// # Errors
+    /// If there is no memory for the samples.
+    pub fn new(
+        latents: Feed<'_>,
+        conditioning: &[Feed<'_>],
+        rows: usize,
+    ) -> Result<Self, StateError> {
+        Ok(Evidence {
             conditioning: conditioning
                 .iter()
                 .map(|feed| Fingerprint::new(feed, rows))
                 .collect(),
-            latents: Sketch::new(&latents),
-        }
+            latents: Sketch::new(&latents)?,
+        })
     }
 }
 
@@ -149,22 +158,22 @@ impl Fingerprint {
 /// The latents of one run: enough of them to tell how far apart two runs are.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sketch {
-    samples: Vec<f32>,
+    /// Shared: they are remembered in several places.
+    samples: Arc<Vec<f32>>,
     digest: Option<u128>,
 }
 
 impl Sketch {
-    fn new(feed: &Feed<'_>) -> Self {
+    fn new(feed: &Feed<'_>) -> Result<Self, StateError> {
         let len = feed.values.len();
         // A stride prime to the usual powers of two, so that samples do not line up in one channel or column.
         let stride = (len.div_ceil(SAMPLES)).max(1) | 1;
-        Sketch {
-            samples: (0..len)
-                .step_by(stride)
-                .map(|i| feed.values.get(i) as f32)
-                .collect(),
+        let mut samples = list("samples of the latents", len.div_ceil(stride))?;
+        samples.extend((0..len).step_by(stride).map(|i| feed.values.get(i) as f32));
+        Ok(Sketch {
+            samples: Arc::new(samples),
             digest: digest(feed),
-        }
+        })
     }
 
     fn identical(&self, other: &Sketch) -> bool {
@@ -180,7 +189,7 @@ impl Sketch {
             return f64::INFINITY;
         }
         let (mut apart, mut a2, mut b2) = (0.0, 0.0, 0.0);
-        for (&a, &b) in self.samples.iter().zip(&other.samples) {
+        for (&a, &b) in self.samples.iter().zip(&*other.samples) {
             let (a, b) = (f64::from(a), f64::from(b));
             apart += (a - b) * (a - b);
             a2 += a * a;
@@ -554,7 +563,7 @@ mod tests {
             bytes: Some(&latent_bytes),
             ..feed(latents)
         };
-        Evidence::new(latents, &feeds, rows)
+        Evidence::new(latents, &feeds, rows).expect("memory")
     }
 
     fn toward(from: &[f32], to: &[f32], part: f32) -> Vec<f32> {

@@ -38,6 +38,16 @@ pub struct Process<T> {
     sessions: Mutex<Vec<Weak<Session<T>>>>,
 }
 
+/// Makes sure that one more entry takes no memory.
+pub(super) fn room_for_one<T>(
+    map: &mut HashMap<i64, T>,
+    what: &'static str,
+) -> Result<(), StateError> {
+    let twice = (map.len() + 1) * 2;
+    map.try_reserve(1)
+        .map_err(|_| StateError::no_memory::<(i64, T)>(what, twice))
+}
+
 impl<T> std::fmt::Debug for Process<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Process")
@@ -96,10 +106,16 @@ impl<T: Cached> Process<T> {
         [id as i64, self.secret.hash_one(id) as i64]
     }
 
-    pub(super) fn enter(&self, run: &Arc<Run<T>>) {
+    /// The run can be found by its ticket from now on.
+    ///
+    /// # Errors
+    /// If there is no memory for one more.
+    pub(super) fn enter(&self, run: &Arc<Run<T>>) -> Result<(), StateError> {
         let runs = self.shard(run.ticket()[0]);
         let mut runs = runs.write().unwrap_or_else(PoisonError::into_inner);
+        room_for_one(&mut runs, "tickets")?;
         runs.insert(run.ticket()[0], Arc::clone(run));
+        Ok(())
     }
 
     pub(super) fn now(&self) -> u64 {
@@ -109,6 +125,7 @@ impl<T: Cached> Process<T> {
     pub(super) fn add_session(&self, session: &Arc<Session<T>>) {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.retain(|session| session.strong_count() > 0);
+        // A word each, of sessions that take hundreds of kilobytes.
         sessions.push(Arc::downgrade(session));
     }
 

@@ -59,11 +59,4 @@ impl<T: Cached> Request<T> {
     pub fn is_blank(&self) -> bool {
         self.in_flight.is_none() && self.trail == Trail::default() && self.caches.is_empty()
     }
-
-    /// The caches, for a run to own.
-    pub fn take_caches(&mut self, layers: usize) -> Vec<LayerCaches<T>> {
-        let mut caches = std::mem::take(&mut self.caches);
-        caches.resize_with(layers, LayerCaches::default);
-        caches
-    }
 }

@@ -14,7 +14,7 @@ use super::guard::Evidence;
 use super::process::Process;
 use super::program::Program;
 use super::session::{Session, Signature};
-use super::{Cached, StateError};
+use super::{Cached, StateError, list};
 
 /// One run in flight. Reached through its ticket.
 #[derive(Debug)]
@@ -24,8 +24,9 @@ pub struct Run<T> {
     pub(super) session: Weak<Session<T>>,
     program: Arc<Program>,
     branch: usize,
-    directives: Vec<Directive>,
-    layers: Vec<Mutex<Layer<T>>>,
+    layers: Vec<Slot<T>>,
+    /// Where the caches go when the run ends; room for all, so that ending takes no memory.
+    home: Mutex<Vec<LayerCaches<T>>>,
     unfinished: AtomicUsize,
     /// Grows whenever a layer does anything: a run whose progress stands still while another one completes is dead.
     progress: AtomicUsize,
@@ -63,6 +64,28 @@ pub(super) enum Title<T> {
     Nobody,
 }
 
+/// One layer of a run.
+#[derive(Debug)]
+pub(super) struct Slot<T> {
+    directive: Directive,
+    layer: Mutex<Layer<T>>,
+}
+
+impl<T> Slot<T> {
+    pub fn new(directive: Directive, caches: LayerCaches<T>) -> Self {
+        Slot {
+            directive,
+            layer: Mutex::new(Layer {
+                caches,
+                captured: None,
+                outputs: Vec::new(),
+                sinks_done: 0,
+                finished: false,
+            }),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Layer<T> {
     caches: LayerCaches<T>,
@@ -80,32 +103,21 @@ impl<T: Cached> Run<T> {
         session: Weak<Session<T>>,
         program: Arc<Program>,
         branch: usize,
-        plan: Vec<(Directive, LayerCaches<T>)>,
+        layers: Vec<Slot<T>>,
+        home: Vec<LayerCaches<T>>,
         evict_before: u64,
         now: u64,
         claim: Claim<T>,
     ) -> Self {
-        let (directives, caches): (Vec<_>, Vec<_>) = plan.into_iter().unzip();
         Run {
             ticket,
             process,
             session,
             program,
             branch,
-            unfinished: AtomicUsize::new(directives.len()),
-            directives,
-            layers: caches
-                .into_iter()
-                .map(|caches| {
-                    Mutex::new(Layer {
-                        caches,
-                        captured: None,
-                        outputs: Vec::new(),
-                        sinks_done: 0,
-                        finished: false,
-                    })
-                })
-                .collect(),
+            unfinished: AtomicUsize::new(layers.len()),
+            layers,
+            home: Mutex::new(home),
             progress: AtomicUsize::new(0),
             touched: AtomicU64::new(now),
             disowned: AtomicBool::new(false),
@@ -128,20 +140,17 @@ impl<T: Cached> Run<T> {
     /// # Errors
     /// If the plan has no such layer.
     pub fn directive(&self, layer: usize) -> Result<Directive, StateError> {
-        self.directives
-            .get(layer)
-            .copied()
-            .ok_or(StateError::NoSuchLayer {
-                layer,
-                layers: self.directives.len(),
-            })
+        let slot = self.layers.get(layer).ok_or(StateError::NoSuchLayer {
+            layer,
+            layers: self.layers.len(),
+        })?;
+        Ok(slot.directive)
     }
 
     /// Whether the whole region of `layer` is skipped because its output is cached.
     pub fn skips(&self, layer: usize) -> bool {
-        self.directives
-            .get(layer)
-            .is_some_and(|directive| directive.work == Work::Reuse)
+        self.directive(layer)
+            .is_ok_and(|directive| directive.work == Work::Reuse)
             && !self.program.is_core(layer)
     }
 
@@ -290,12 +299,20 @@ impl<T: Cached> Run<T> {
 
     /// Frees what this run, which seems dead, can do without if it is not: window attention without its residual is
     /// computed in full. Cached outputs stay, since skipped regions cannot be computed.
+    ///
+    /// For the caller to free when it holds no lock; without memory for the list they are freed here.
     pub(super) fn give_up_residuals(&self) -> Vec<Residual<T>> {
-        (0..self.layers.len())
+        let mut freed = list("residuals", 2 * self.layers.len()).unwrap_or_default();
+        let residuals = (0..self.layers.len())
             .filter_map(|layer| self.layer(layer))
             .flat_map(|mut layer| std::mem::take(&mut layer.caches.residual))
-            .flatten()
-            .collect()
+            .flatten();
+        for residual in residuals {
+            if freed.len() < freed.capacity() {
+                freed.push(residual);
+            }
+        }
+        freed
     }
 
     pub(super) fn progress(&self) -> usize {
@@ -310,17 +327,18 @@ impl<T: Cached> Run<T> {
         self.unfinished.load(Ordering::Acquire) == 0
     }
 
-    /// The caches of a finished run.
+    /// The caches of a run that has ended, once.
     pub(super) fn take_caches(&self) -> Vec<LayerCaches<T>> {
-        (0..self.layers.len())
-            .filter_map(|layer| self.layer(layer))
-            .map(|mut layer| std::mem::take(&mut layer.caches))
-            .collect()
+        let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut caches = std::mem::take(&mut *home);
+        let layers = (0..self.layers.len()).filter_map(|layer| self.layer(layer));
+        caches.extend(layers.map(|mut layer| std::mem::take(&mut layer.caches)));
+        caches
     }
 
     fn layer(&self, layer: usize) -> Option<MutexGuard<'_, Layer<T>>> {
-        let layer = self.layers.get(layer)?;
-        Some(layer.lock().unwrap_or_else(PoisonError::into_inner))
+        let slot = self.layers.get(layer)?;
+        Some(slot.layer.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn touch(&self) {

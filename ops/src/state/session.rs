@@ -6,16 +6,16 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Cached;
 use super::caches::LayerCaches;
 use super::counters::Counters;
 use super::directive::{Loss, Mode, Rows, Situation, Work};
 use super::guard::{CONTINUES, Evidence, Guard, reach_of_step};
-use super::process::Process;
+use super::process::{Process, room_for_one};
 use super::program::Program;
 use super::request::Request;
-use super::run::{Claim, Run, Title};
+use super::run::{Claim, Run, Slot, Title};
 use super::schedule::{Place, Schedule, Trail};
+use super::{Cached, StateError, list};
 
 /// The request id of runs that do not name one.
 const ANONYMOUS: i64 = 0;
@@ -112,6 +112,9 @@ struct Inner<T> {
     runs: HashMap<i64, Arc<Run<T>>>,
 }
 
+/// What is to be freed once no lock is held. Lists of caches rather than caches, so that it hardly takes memory.
+type Graveyard<T> = Vec<Vec<LayerCaches<T>>>;
+
 /// How a run relates to its request, decided under the lock.
 struct Decision<T> {
     mode: Mode,
@@ -168,20 +171,28 @@ impl<T: Cached> Session<T> {
     }
 
     /// A run begins: finds its place, decides what every layer does, and hands it the caches of its request.
-    pub fn begin(self: &Arc<Self>, call: Call) -> (Arc<Run<T>>, Vec<Notice>) {
+    ///
+    /// # Errors
+    /// If there is no memory for its bookkeeping. Nothing has happened then, or at worst the request has lost its caches.
+    pub fn begin(self: &Arc<Self>, call: Call) -> Result<(Arc<Run<T>>, Vec<Notice>), StateError> {
         let now = self.process.now();
-        self.count(|c| &c.steps, 1);
+        let layer_count = self.program.layers();
+        let mut layers = list("the layers of a run", layer_count)?;
+        let home = list("the caches of a run", layer_count)?;
         let mut notices = Vec::new();
         // Declared before the lock so that what dies is freed after it.
         let mut graveyard = Vec::new();
         let mut inner = self.lock();
         self.reclaim_idle(&mut inner, now, &mut graveyard);
+        room_for_one(&mut inner.runs, "runs in flight")?;
+        room_for_one(&mut inner.requests, "requests")?;
 
+        self.count(|c| &c.steps, 1);
         let evict_before = inner
             .requests
             .get(&call.request)
             .map_or(0, |request| request.last_used);
-        let mut decision = self.decide(&mut inner, &call, now, &mut notices, &mut graveyard);
+        let decision = self.decide(&mut inner, &call, now, &mut notices, &mut graveyard);
         if decision.mode != Mode::Planned {
             self.count(|c| &c.dense_steps, 1);
         }
@@ -198,15 +209,13 @@ impl<T: Cached> Session<T> {
                 && call.rows.is_multiple_of(2),
             may_share: decision.may_share,
         };
-        decision
-            .caches
-            .resize_with(self.program.layers(), LayerCaches::default);
-        let mut layers = Vec::with_capacity(self.program.layers());
-        for (layer, mut caches) in decision.caches.into_iter().enumerate() {
+        let mut cached = decision.caches.into_iter();
+        for layer in 0..layer_count {
+            let mut caches = cached.next().unwrap_or_default();
             self.count(|c| &c.non_finite, caches.drop_unsound() as u64);
             let (directive, loss) = situation.decide(layer, &mut caches);
             self.count_layer(directive.work, directive.rows, loss);
-            layers.push((directive, caches));
+            layers.push(Slot::new(directive, caches));
         }
         if decision.mode == Mode::Planned && !situation.halves && self.program.batch_has_halves() {
             let row = &self.program.plan().steps[situation.step];
@@ -222,6 +231,7 @@ impl<T: Cached> Session<T> {
             Arc::clone(&self.program),
             situation.branch,
             layers,
+            home,
             evict_before,
             now,
             Claim {
@@ -234,7 +244,7 @@ impl<T: Cached> Session<T> {
                 recapturing: decision.mode == Mode::Recapture,
             },
         ));
-        self.process.enter(&run);
+        self.process.enter(&run)?;
         inner.runs.insert(run.ticket[0], Arc::clone(&run));
         if matches!(run.claim.title, Title::Owner)
             && let Some(request) = inner.requests.get_mut(&call.request)
@@ -249,7 +259,7 @@ impl<T: Cached> Session<T> {
         notices.retain(|notice| {
             self.noticed.fetch_or(notice.bit(), Ordering::Relaxed) & notice.bit() == 0
         });
-        (run, notices)
+        Ok((run, notices))
     }
 
     fn decide(
@@ -258,7 +268,7 @@ impl<T: Cached> Session<T> {
         call: &Call,
         now: u64,
         notices: &mut Vec<Notice>,
-        graveyard: &mut Vec<LayerCaches<T>>,
+        graveyard: &mut Graveyard<T>,
     ) -> Decision<T> {
         let unplanned = |notices: &mut Vec<Notice>| {
             self.count(|c| &c.unplanned, 1);
@@ -338,7 +348,7 @@ impl<T: Cached> Session<T> {
                     notices.push(Notice::Contested);
                     if !request.guard.contested {
                         request.guard.contest(next, branch_of_due);
-                        graveyard.append(&mut request.caches);
+                        graveyard.push(std::mem::take(&mut request.caches));
                     }
                     request.trail.observe(value);
                     self.note(request, place, evidence, None);
@@ -416,7 +426,7 @@ impl<T: Cached> Session<T> {
         request: &mut Request<T>,
         at: Option<(usize, f64)>,
         place: usize,
-        graveyard: &mut Vec<LayerCaches<T>>,
+        graveyard: &mut Graveyard<T>,
     ) -> Decision<T> {
         self.count(|c| &c.generations, 1);
         request.trail = Trail::default();
@@ -433,9 +443,9 @@ impl<T: Cached> Session<T> {
         &self,
         request: &mut Request<T>,
         at: Option<(usize, f64)>,
-        graveyard: &mut Vec<LayerCaches<T>>,
+        graveyard: &mut Graveyard<T>,
     ) -> Decision<T> {
-        graveyard.append(&mut request.caches);
+        graveyard.push(std::mem::take(&mut request.caches));
         request.signature = [None, None];
         Decision {
             mode: Mode::Recapture,
@@ -463,7 +473,7 @@ impl<T: Cached> Session<T> {
             },
             title: Title::Owner,
             at,
-            caches: request.take_caches(self.program.layers()),
+            caches: std::mem::take(&mut request.caches),
             may_share,
         }
     }
@@ -503,7 +513,8 @@ impl<T: Cached> Session<T> {
     pub(super) fn complete(&self, run: &Run<T>) {
         let now = self.process.now();
         let claim = &run.claim;
-        let mut graveyard = run.take_caches();
+        let mut graveyard = Graveyard::new();
+        let mut caches = run.take_caches();
         let mut others = Vec::new();
         let mut inner = self.lock();
         inner.runs.remove(&run.ticket[0]);
@@ -546,7 +557,7 @@ impl<T: Cached> Session<T> {
                 request.in_flight = None;
                 request.last_used = now;
                 request.recapturing = claim.recapturing;
-                std::mem::swap(&mut request.caches, &mut graveyard);
+                std::mem::swap(&mut request.caches, &mut caches);
                 if let Some((place, value)) = claim.at {
                     let branch = place % self.program.runs_per_step();
                     request.trail.advance(place, value);
@@ -559,14 +570,14 @@ impl<T: Cached> Session<T> {
             if claim.end && request.in_flight.is_none() {
                 if claim.request != ANONYMOUS {
                     let removed = inner.requests.remove(&claim.request);
-                    graveyard.extend(removed.into_iter().flat_map(|request| request.caches));
+                    graveyard.extend(removed.map(|request| request.caches));
                 } else if rightful {
-                    graveyard.append(&mut request.retire());
+                    graveyard.push(request.retire());
                 }
             }
         }
         drop(inner);
-        drop((graveyard, others));
+        drop((graveyard, caches, others));
     }
 
     /// `run` will not finish.
@@ -584,51 +595,45 @@ impl<T: Cached> Session<T> {
     }
 
     /// Forgets requests that have been idle for too long and runs that are dead.
-    fn reclaim_idle(&self, inner: &mut Inner<T>, now: u64, graveyard: &mut Vec<LayerCaches<T>>) {
+    fn reclaim_idle(&self, inner: &mut Inner<T>, now: u64, graveyard: &mut Graveyard<T>) {
         let limit = self.process.limits.idle_ms;
-        let dead: Vec<i64> = inner
-            .runs
-            .iter()
-            .filter(|(_, run)| {
-                let patience = if run.is_disowned() {
-                    DEAD_DISOWNED_RUN_MS
-                } else {
-                    limit.max(DEAD_RUN_MS)
-                };
-                now.saturating_sub(run.touched()) > patience
-            })
-            .map(|(id, _)| *id)
-            .collect();
-        for id in dead {
+        let Inner { requests, runs } = inner;
+        let dead = runs.extract_if(|_, run| {
+            let patience = if run.is_disowned() {
+                DEAD_DISOWNED_RUN_MS
+            } else {
+                limit.max(DEAD_RUN_MS)
+            };
+            now.saturating_sub(run.touched()) > patience
+        });
+        for (id, run) in dead {
             self.process.forget(id);
-            if let Some(run) = inner.runs.remove(&id) {
-                // One that another run took over was counted then.
-                if !run.is_disowned() {
-                    self.count(|c| &c.aborted, 1);
-                }
-                run.disown();
-                for request in inner.requests.values_mut() {
-                    if request.owned_by(&run) {
-                        request.in_flight = None;
-                    }
-                }
-                graveyard.append(&mut run.take_caches());
+            // One that another run took over was counted then.
+            if !run.is_disowned() {
+                self.count(|c| &c.aborted, 1);
             }
+            run.disown();
+            for request in requests.values_mut() {
+                if request.owned_by(&run) {
+                    request.in_flight = None;
+                }
+            }
+            graveyard.push(run.take_caches());
         }
-        inner.requests.retain(|id, request| {
+        requests.retain(|id, request| {
             let idle = now.saturating_sub(request.last_used) > limit;
             if !idle || request.in_flight.is_some() || request.is_blank() {
                 return true;
             }
             self.count(|c| &c.idle_reclaims, 1);
-            graveyard.append(&mut request.retire());
+            graveyard.push(request.retire());
             request.guard.forget();
             *id == ANONYMOUS
         });
     }
 
     /// Makes room for the bookkeeping of one more request.
-    fn make_room(&self, inner: &mut Inner<T>, coming: i64, graveyard: &mut Vec<LayerCaches<T>>) {
+    fn make_room(&self, inner: &mut Inner<T>, coming: i64, graveyard: &mut Graveyard<T>) {
         if inner.requests.len() < MAX_REQUESTS || inner.requests.contains_key(&coming) {
             return;
         }
@@ -640,7 +645,7 @@ impl<T: Cached> Session<T> {
             .map(|(id, _)| *id);
         if let Some(mut request) = oldest.and_then(|id| inner.requests.remove(&id)) {
             self.count(|c| &c.evictions, 1);
-            graveyard.append(&mut request.caches);
+            graveyard.push(std::mem::take(&mut request.caches));
         }
     }
 

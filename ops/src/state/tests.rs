@@ -127,7 +127,7 @@ impl Bench {
             evidence: None,
         };
         call(&mut whole);
-        let (run, _) = self.session.begin(whole);
+        let (run, _) = self.session.begin(whole).expect("memory");
         self.runs += 1;
         assert_eq!(
             self.process.run(run.ticket()).map(|r| r.ticket()),
@@ -553,7 +553,7 @@ impl Picture {
             values,
         };
         let latents = feed(&bytes[..], Values::F32(&latents));
-        Evidence::new(latents, &[feed(&prompt[..], Values::Other)], 2)
+        Evidence::new(latents, &[feed(&prompt[..], Values::Other)], 2).expect("memory")
     }
 }
 
@@ -582,7 +582,8 @@ fn with_branch(mut evidence: Evidence, branch: usize) -> Evidence {
             bytes: Some(&bytes),
             values: Values::Other,
         };
-        evidence.conditioning = Evidence::new(nothing, &[nothing], 1).conditioning;
+        let other = Evidence::new(nothing, &[nothing], 1).expect("memory");
+        evidence.conditioning = other.conditioning;
     }
     evidence
 }
