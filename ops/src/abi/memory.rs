@@ -292,7 +292,9 @@ mod tests {
                     }
                 })
             });
-            threads.map(|thread| thread.join().expect("no panic"));
+            for thread in threads {
+                thread.join().expect("no panic");
+            }
         });
         assert_eq!(reserve.used(), 0);
     }

@@ -157,7 +157,7 @@ impl<T: Cached> Run<T> {
     /// Whether the host may compute the attention of `layer` with the exporter's nodes: all rows, all keys, and no R to be
     /// left. Where the op stands for a whole layer it also has to keep the output. Finishes such a layer: nobody else will.
     pub fn leaves_to_host(&self, layer: usize) -> bool {
-        let Some(directive) = self.directives.get(layer) else {
+        let Ok(directive) = self.directive(layer) else {
             return false;
         };
         let core = self.program.is_core(layer);
