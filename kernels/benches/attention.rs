@@ -215,7 +215,7 @@ impl Case {
                     },
                 },
             };
-            attention_at(&a, pool, level).expect("a valid call");
+            attention_at(&a, pool, level, Products::Float32).expect("a valid call");
         };
         Case {
             kind,

@@ -85,7 +85,7 @@ mod mask;
 pub mod oracle;
 mod parallel;
 
-pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Shape, Strides};
+pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Products, Shape, Strides};
 #[doc(hidden)]
 pub use cpu::Level;
 pub use error::KernelError;
@@ -102,18 +102,31 @@ pub use parallel::{Parallel, Sequential, Threads};
 /// # Errors
 /// [`KernelError`] if shapes, strides, mask and band do not fit together; nothing is written then.
 pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<Computed, KernelError> {
-    attention_at(a, pool, Level::best())
+    attention_in(a, pool, Products::Float32)
 }
 
-/// [`attention`] at a given instruction set, which must be [available](Level::available); for tests and benchmarks.
+/// [`attention`], multiplying as `products` says where the machine and the tensors allow it.
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_in(
+    a: &Attention<'_>,
+    pool: &dyn Parallel,
+    products: Products,
+) -> Result<Computed, KernelError> {
+    attention_at(a, pool, Level::best(), products)
+}
+
+/// [`attention_in`] at a given instruction set, which must be [available](Level::available); for tests and benchmarks.
 #[doc(hidden)]
 pub fn attention_at(
     a: &Attention<'_>,
     pool: &dyn Parallel,
     level: Level,
+    products: Products,
 ) -> Result<Computed, KernelError> {
     check::check(a)?;
-    Ok(cpu::attention(a, pool, level))
+    Ok(cpu::attention(a, pool, level, products))
 }
 
 /// What a call has learnt about what it wrote.

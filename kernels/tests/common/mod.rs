@@ -202,6 +202,7 @@ pub struct Problem<T> {
     pub shape: Shape,
     pub scale: f32,
     pub band: Band,
+    pub products: Products,
     pub q: Tensor<T>,
     pub k: Tensor<T>,
     pub v: Tensor<T>,
@@ -220,6 +221,7 @@ impl<T: Element> Problem<T> {
             shape,
             scale: 1.0 / (s.head_dim.max(1) as f32).sqrt(),
             band,
+            products: Products::Float32,
             q: Tensor::new(
                 [s.batch, s.heads, s.q_tokens, s.head_dim],
                 layouts[0],
@@ -272,7 +274,8 @@ impl<T: Element> Problem<T> {
 
     /// Output and, in captures, residual, in the order (batch, head, token, channel).
     pub fn run(&mut self, level: Level, pool: &dyn Parallel) -> (Vec<f32>, Option<Vec<f32>>) {
-        self.call(|a| attention_at(a, pool, level))
+        let products = self.products;
+        self.call(|a| attention_at(a, pool, level, products))
             .expect("a valid call");
         let residual = (self.kind == Kind::Capture).then(|| self.residual.values());
         (self.out.values(), residual)

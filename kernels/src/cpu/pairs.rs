@@ -1,0 +1,140 @@
+//! Lines of tensors as pairs of bfloat16, the first of a pair in the low half of a 32-bit word.
+//!
+//! Owns how they are rounded and interleaved. Float16 has three bits more, which are rounded to nearest.
+
+use super::pack::{read_line, round_bf16};
+use crate::api::{DType, Input};
+
+/// Elements at a time.
+const CHUNK: usize = 64;
+
+/// Reads `n` elements from the `at`-th on, `stride` apart, two neighbours to a word; beside an odd last one is 0.
+///
+/// # Safety
+/// They must lie inside the tensor.
+#[inline(always)]
+pub(crate) unsafe fn read_along(t: &Input<'_>, at: isize, stride: isize, n: usize, to: &mut [f32]) {
+    let mut bits = [0; CHUNK];
+    for (i, words) in to[..n.div_ceil(2)].chunks_mut(CHUNK / 2).enumerate() {
+        let first = i * CHUNK;
+        let len = CHUNK.min(n - first);
+        // SAFETY: a part of the line that the caller speaks of.
+        unsafe { read(t, at + first as isize * stride, stride, &mut bits[..len]) };
+        bits[len..].fill(0);
+        for (word, pair) in words.iter_mut().zip(bits.as_chunks().0) {
+            *word = join(*pair);
+        }
+    }
+}
+
+/// Reads two lines, an element of each to a word: `to.len()` elements each, from the `first`-th and the `second`-th on,
+/// `stride` apart. Without a second line there is 0 beside the first.
+///
+/// # Safety
+/// They must lie inside the tensor.
+#[inline(always)]
+pub(crate) unsafe fn read_across(
+    t: &Input<'_>,
+    first: isize,
+    second: Option<isize>,
+    stride: isize,
+    to: &mut [f32],
+) {
+    let mut bits = [[0; CHUNK]; 2];
+    for (i, words) in to.chunks_mut(CHUNK).enumerate() {
+        let skip = (i * CHUNK) as isize * stride;
+        let [low, high] = &mut bits;
+        let (low, high) = (&mut low[..words.len()], &mut high[..words.len()]);
+        // SAFETY: parts of the lines that the caller speaks of.
+        unsafe {
+            read(t, first + skip, stride, low);
+            if let Some(second) = second {
+                read(t, second + skip, stride, high);
+            }
+        }
+        for (i, word) in words.iter_mut().enumerate() {
+            *word = join([low[i], high[i]]);
+        }
+    }
+}
+
+#[inline(always)]
+fn join([low, high]: [u16; 2]) -> f32 {
+    f32::from_bits(u32::from(low) | u32::from(high) << 16)
+}
+
+/// The bits of at most [`CHUNK`] elements, rounded to bfloat16.
+///
+/// # Safety
+/// They must lie inside the tensor.
+#[inline(always)]
+unsafe fn read(t: &Input<'_>, at: isize, stride: isize, to: &mut [u16]) {
+    if t.dtype == DType::BF16 {
+        let p = t.data.cast::<u16>().wrapping_offset(at);
+        // SAFETY (both): promised by the caller.
+        if stride == 1 {
+            unsafe { p.copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) }
+        } else {
+            for (i, x) in to.iter_mut().enumerate() {
+                *x = unsafe { *p.offset(i as isize * stride) };
+            }
+        }
+        return;
+    }
+    let mut line = [0f32; CHUNK];
+    let line = &mut line[..to.len()];
+    // SAFETY: promised by the caller.
+    unsafe { read_line(t, at, stride, line) };
+    for (x, y) in to.iter_mut().zip(line) {
+        *x = round_bf16(*y).to_bits();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::api::{Element, Strides};
+
+    /// Every length around a chunk and stride, against the half crate's rounding.
+    fn lines<T: Element>() {
+        let data: Vec<T> = (0..1000)
+            .map(|i| T::from_f32(i as f32 * 0.37 - 99.0))
+            .collect();
+        let t = Input::from_slice(&data, Strides::default());
+        let bits = |at: usize| u32::from(bf16::from_f32(data[at].to_f32()).to_bits());
+        let words = |x: &[f32]| -> Vec<u32> { x.iter().map(|x| x.to_bits()).collect() };
+        for stride in [1, 3] {
+            for n in [0, 1, 2, 7, 63, 64, 65, 128, 131] {
+                let mut to = vec![f32::NAN; n];
+                // SAFETY (all): 10 + 131 · 3 and 500 + 131 · 3 are below 1000.
+                unsafe { read_along(&t, 10, stride as isize, n, &mut to) };
+                let want: Vec<u32> = (0..n.div_ceil(2))
+                    .map(|i| {
+                        let high = 2 * i + 1;
+                        let high = if high < n {
+                            bits(10 + high * stride)
+                        } else {
+                            0
+                        };
+                        bits(10 + 2 * i * stride) | high << 16
+                    })
+                    .collect();
+                assert_eq!(words(&to[..n.div_ceil(2)]), want);
+                unsafe { read_across(&t, 10, Some(500), stride as isize, &mut to) };
+                let want = |i: usize| bits(10 + i * stride) | bits(500 + i * stride) << 16;
+                assert_eq!(words(&to), (0..n).map(want).collect::<Vec<_>>());
+                unsafe { read_across(&t, 10, None, stride as isize, &mut to) };
+                let want = |i: usize| bits(10 + i * stride);
+                assert_eq!(words(&to), (0..n).map(want).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn lines_become_pairs() {
+        lines::<bf16>();
+        lines::<f16>();
+    }
+}
