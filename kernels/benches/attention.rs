@@ -66,14 +66,33 @@ fn main() {
             ));
         }
     }
-    cases.push(Case::new::<f16>(Kind::Full, 2, 16, 1024, 72, 0, "f16"));
-    cases.push(Case::new::<bf16>(Kind::Full, 2, 16, 1024, 72, 0, "bf16"));
+    // Half precision in both arithmetics, side by side.
+    for (tokens, dim) in [
+        (1024, 64),
+        (1024, 72),
+        (1024, 128),
+        (4096, 64),
+        (4096, 72),
+        (4096, 128),
+    ] {
+        for products in [Products::Float32, Products::Bfloat16] {
+            for kind in [Kind::Full, Kind::Capture, Kind::WindowResidual] {
+                let case = Case::new::<bf16>(kind, 1, 16, tokens, dim, 0, "bf16");
+                cases.push(case.with(products));
+            }
+            for kind in [Kind::Full, Kind::Capture, Kind::WindowResidual] {
+                let case = Case::new::<f16>(kind, 1, 16, tokens, dim, 0, "f16");
+                cases.push(case.with(products));
+            }
+        }
+    }
     for masked in [Masked::Padding, Masked::Causal, Masked::Bias] {
         for kind in [Kind::Full, Kind::Window] {
             let case = Case::new::<f32>(kind, 2, 16, 1024, 72, 0, "f32");
             cases.push(case.masked(masked));
         }
     }
+    cases.retain(|c| c.products.available());
     cases.retain(|c| filter.is_empty() || filter.iter().any(|f| c.name().contains(f)));
 
     let mut peaks = Vec::new();
@@ -97,7 +116,7 @@ fn main() {
         peaks[peaks.len() / 2]
     );
     println!(
-        "{:34} {:>9} {:>9} {:>18} {:>6} {:>15}",
+        "{:38} {:>9} {:>9} {:>18} {:>6} {:>15}",
         "case", "wall ms", "cpu ms", "GFLOP/s per thread", "peak", "share (of pairs)"
     );
     let mut full = (0.0, 0.0);
@@ -110,7 +129,7 @@ fn main() {
             full = (best, case.pairs());
         }
         println!(
-            "{:34} {:9.3} {:9.3} {:9.1} ({:6.1}) {:5.0}% {:7.3} ({:.3})",
+            "{:38} {:9.3} {:9.3} {:9.1} ({:6.1}) {:5.0}% {:7.3} ({:.3})",
             case.name(),
             wall * 1e3,
             best * 1e3,
@@ -141,13 +160,14 @@ enum Masked {
     Bias,
 }
 
-type Call = Box<dyn FnMut(Level, &Pool, Option<&Mask<'_>>)>;
+type Call = Box<dyn FnMut(Level, Products, &Pool, Option<&Mask<'_>>)>;
 
 struct Case {
     kind: Kind,
     shape: Shape,
     band: Band,
     dtype: &'static str,
+    products: Products,
     masked: Option<(Masked, Vec<f32>, Vec<u8>)>,
     call: Call,
 }
@@ -190,7 +210,7 @@ impl Case {
         let strides = Strides::bshd(heads, tokens, dim);
         // As the operators keep it.
         let kept = Strides::bhsd(heads, tokens, dim);
-        let call = move |level: Level, pool: &Pool, mask: Option<&Mask<'_>>| {
+        let call = move |level: Level, products: Products, pool: &Pool, mask: Option<&Mask<'_>>| {
             let a = Attention {
                 shape,
                 scale: (dim as f32).powf(-0.5),
@@ -215,16 +235,22 @@ impl Case {
                     },
                 },
             };
-            attention_at(&a, pool, level, Products::Float32).expect("a valid call");
+            attention_at(&a, pool, level, products).expect("a valid call");
         };
         Case {
             kind,
             shape,
             band,
             dtype,
+            products: Products::Float32,
             masked: None,
             call: Box::new(call),
         }
+    }
+
+    fn with(mut self, products: Products) -> Self {
+        self.products = products;
+        self
     }
 
     fn masked(mut self, masked: Masked) -> Self {
@@ -244,13 +270,17 @@ impl Case {
     fn name(&self) -> String {
         let s = &self.shape;
         format!(
-            "{}x{}x{}x{} {} {:?}{}",
+            "{}x{}x{}x{} {} {:?}{}{}",
             s.batch,
             s.heads,
             s.head_dim,
             s.q_tokens,
             self.dtype,
             self.kind,
+            match self.products {
+                Products::Float32 => "",
+                Products::Bfloat16 => " in bf16",
+            },
             self.masked
                 .as_ref()
                 .map_or(String::new(), |m| format!(" {:?}", m.0))
@@ -286,7 +316,7 @@ impl Case {
             }
         });
         let clock = Clock::start();
-        (self.call)(level, pool, mask.as_ref());
+        (self.call)(level, self.products, pool, mask.as_ref());
         clock.stop()
     }
 }
