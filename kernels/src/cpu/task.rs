@@ -721,7 +721,11 @@ fn softmax<S: Simd, A: Arithmetic>(
         let mut sum = load(simd, block.sum.as_ptr().add(at));
         let limit = simd.add_f32s(reference, simd.splat_f32s(SLACK));
         if simd.first_true_m32s(simd.greater_than_f32s(top, limit)) < S::F32_LANES {
-            let new = simd.select_f32s(simd.greater_than_f32s(top, reference), top, reference);
+            let raises = simd.greater_than_f32s(top, reference);
+            // Relative to a whole power of two, what is rounded is rounded alike whatever the reference, so that O − W plus
+            // W is O.
+            let top = if A::EACH == 2 { round(simd, top) } else { top };
+            let new = simd.select_f32s(raises, top, reference);
             // Equal includes −∞ both times, whose difference would be NaN.
             let same = simd.equal_f32s(reference, new);
             let change =
@@ -771,6 +775,14 @@ fn softmax<S: Simd, A: Arithmetic>(
         let sum = simd.add_f32s(sum, simd.add_f32s(sums[0], sums[1]));
         store(simd, block.sum.as_mut_ptr().add(at), sum);
     }
+}
+
+/// Some whole number near `x`; infinities stay.
+#[inline(always)]
+fn round<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // Beside 1.5 · 2²³ there is no room for fractions.
+    let magic = simd.splat_f32s(12_582_912.0);
+    simd.sub_f32s(simd.add_f32s(x, magic), magic)
 }
 
 /// Scores of a segment become words of probabilities, in place (see [`place`]), and are added to `sum`. A key of a pair that
