@@ -76,7 +76,7 @@ impl Arithmetic for Float32 {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::Bfloat16;
+pub(crate) use x86::{Bfloat16, join};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -177,11 +177,13 @@ mod x86 {
         _mm512_dpbf16_ps(c, a, b)
     }
 
+    /// Words of pairs.
+    ///
     /// # Safety
     /// The machine must have AVX-512 BF16 and BW.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn join(first: __m512, second: __m512) -> __m512 {
+    pub(crate) unsafe fn join(first: __m512, second: __m512) -> __m512 {
         // 16 bfloat16 of the first, then 16 of the second, one of each to a word.
         const BESIDE: [u16; 32] = {
             let mut at = [0; 32];
