@@ -76,11 +76,11 @@ fn main() {
         (4096, 128),
     ] {
         for products in [Products::Float32, Products::Bfloat16] {
-            for kind in [Kind::Full, Kind::Capture, Kind::WindowResidual] {
+            for kind in [Kind::Full, Kind::WindowResidual] {
                 let case = Case::new::<bf16>(kind, 1, 16, tokens, dim, 0, "bf16");
                 cases.push(case.with(products));
             }
-            for kind in [Kind::Full, Kind::Capture, Kind::WindowResidual] {
+            for kind in [Kind::Full, Kind::WindowResidual] {
                 let case = Case::new::<f16>(kind, 1, 16, tokens, dim, 0, "f16");
                 cases.push(case.with(products));
             }
@@ -197,7 +197,7 @@ impl Case {
             text_at_start: false,
         };
         let mut seed = 1u32;
-        let mut tensor = || -> Vec<T> {
+        let mut tensor = move || -> Vec<T> {
             (0..batch * heads * tokens * dim)
                 .map(|_| {
                     seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -205,25 +205,27 @@ impl Case {
                 })
                 .collect()
         };
-        let (q, k, v) = (tensor(), tensor(), tensor());
-        let (mut out, mut residual) = (tensor(), tensor());
+        // Made when first needed: most cases are filtered out.
+        let mut tensors = std::cell::OnceCell::new();
         let strides = Strides::bshd(heads, tokens, dim);
         // As the operators keep it.
         let kept = Strides::bhsd(heads, tokens, dim);
         let call = move |level: Level, products: Products, pool: &Pool, mask: Option<&Mask<'_>>| {
+            tensors.get_or_init(|| [(); 5].map(|()| tensor()));
+            let [q, k, v, out, residual] = tensors.get_mut().expect("they were made");
             let a = Attention {
                 shape,
                 scale: (dim as f32).powf(-0.5),
-                q: Input::from_slice(&q, strides),
-                k: Input::from_slice(&k, strides),
-                v: Input::from_slice(&v, strides),
+                q: Input::from_slice(q, strides),
+                k: Input::from_slice(k, strides),
+                v: Input::from_slice(v, strides),
                 mask: mask.copied(),
-                out: Output::from_slice(&mut out, strides),
+                out: Output::from_slice(out, strides),
                 mode: match kind {
                     Kind::Full => Mode::Full,
                     Kind::Capture => Mode::FullCapture {
                         band,
-                        residual: Output::from_slice(&mut residual, kept),
+                        residual: Output::from_slice(residual, kept),
                     },
                     Kind::Window => Mode::Window {
                         band,
@@ -231,7 +233,7 @@ impl Case {
                     },
                     Kind::WindowResidual => Mode::Window {
                         band,
-                        residual: Some(Input::from_slice(&residual, kept)),
+                        residual: Some(Input::from_slice(residual, kept)),
                     },
                 },
             };
