@@ -75,6 +75,18 @@ impl Arithmetic for Float32 {
     }
 }
 
+/// Pairs of bfloat16 at `level`; `None` where level or machine lack the instructions.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn bfloat16(level: Level) -> Option<Bfloat16> {
+    Bfloat16::new().filter(|_| level == Level::Avx512)
+}
+
+/// No such machine has them so far.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn bfloat16(_: Level) -> Option<Float32> {
+    None
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Bfloat16, join};
 

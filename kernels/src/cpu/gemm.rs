@@ -286,10 +286,9 @@ mod tests {
         }
     }
 
-    #[cfg(target_arch = "x86_64")]
     #[test]
     fn products_of_pairs_of_integers_are_exact() {
-        let Some(pairs) = super::super::arithmetic::Bfloat16::new() else {
+        let Some(pairs) = super::super::arithmetic::bfloat16(Level::Avx512) else {
             println!("skipped: products of pairs, which need AVX-512 BF16");
             return;
         };

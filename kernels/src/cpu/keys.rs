@@ -104,7 +104,7 @@ impl Places {
             let words = match word {
                 Word::Number => t.dtype == DType::F32,
                 Word::Channels => {
-                    t.dtype == DType::BF16 && channels % 2 == 0 && t.strides.token % 2 == 0
+                    t.dtype == DType::BF16 && channels.is_multiple_of(2) && t.strides.token % 2 == 0
                 }
                 Word::Keys => false,
             };

@@ -24,8 +24,6 @@ use std::sync::atomic::AtomicBool;
 use crate::Computed;
 use crate::api::{Attention, DType, Mode, Products};
 use crate::parallel::Parallel;
-#[cfg(target_arch = "x86_64")]
-use arithmetic::Bfloat16;
 use arithmetic::{Arithmetic, Float32};
 use gemm::QUERIES;
 use keys::{Keys, Limits, Part, Places};
@@ -66,10 +64,7 @@ fn is_empty(a: &Attention<'_>) -> bool {
 
 /// Whether this machine multiplies pairs of bfloat16 at `level`.
 pub(crate) fn has_bfloat16(level: Level) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return level == Level::Avx512 && Bfloat16::new().is_some();
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
+    arithmetic::bfloat16(level).is_some()
 }
 
 fn run(
@@ -83,15 +78,12 @@ fn run(
     let half = [a.q.dtype, a.k.dtype, a.v.dtype]
         .iter()
         .all(|&dtype| dtype != DType::F32);
-    #[cfg(target_arch = "x86_64")]
-    if let Some(bfloat16) = Bfloat16::new()
-        && products == Products::Bfloat16
-        && level == Level::Avx512
-        && half
-    {
-        return run_in(bfloat16, a, pool, level, limits, finite);
+    match arithmetic::bfloat16(level) {
+        Some(pairs) if half && products == Products::Bfloat16 => {
+            run_in(pairs, a, pool, level, limits, finite);
+        }
+        _ => run_in(Float32, a, pool, level, limits, finite),
     }
-    run_in(Float32, a, pool, level, limits, finite);
 }
 
 fn run_in<A: Arithmetic + Sync>(
