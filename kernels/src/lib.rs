@@ -55,6 +55,11 @@
 //!
 //! **Values.** O += Vᵀ·P, `[v_dim, 64]`, by the same matrix kernel.
 //!
+//! **Products in bfloat16** ([`Products`]). A step of both products takes a pair of neighbours in one 32-bit word (`arithmetic`): two channels
+//! of K and Q, two keys of V and P. K in bfloat16 is that already, everything else is rounded and interleaved where it
+//! is copied anyway (`pairs`), P in place after the exponential. A segment that begins or ends inside a pair has a
+//! probability of 0 there. References are whole powers of two then: rounded probabilities are the same in every mode.
+//!
 //! **The band.** `sight` cuts each key block into segments in which the same vectors of queries see something;
 //! blocks without any are skipped, corners are computed to one vector of queries, and scores inside a segment that a
 //! query does not see become −∞. Capture is one walk in two passes: the keys inside the band first, then W = O / sum
