@@ -68,6 +68,8 @@ fn main() {
     }
     // Half precision in both arithmetics, side by side.
     for (tokens, dim) in [
+        (256, 72),
+        (1024, 16),
         (1024, 64),
         (1024, 72),
         (1024, 128),
