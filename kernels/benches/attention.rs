@@ -66,14 +66,35 @@ fn main() {
             ));
         }
     }
-    cases.push(Case::new::<f16>(Kind::Full, 2, 16, 1024, 72, 0, "f16"));
-    cases.push(Case::new::<bf16>(Kind::Full, 2, 16, 1024, 72, 0, "bf16"));
+    // Half precision in both arithmetics, side by side.
+    for (tokens, dim) in [
+        (256, 72),
+        (1024, 16),
+        (1024, 64),
+        (1024, 72),
+        (1024, 128),
+        (4096, 64),
+        (4096, 72),
+        (4096, 128),
+    ] {
+        for products in [Products::Float32, Products::Bfloat16] {
+            for kind in [Kind::Full, Kind::WindowResidual] {
+                let case = Case::new::<bf16>(kind, 1, 16, tokens, dim, 0, "bf16");
+                cases.push(case.with(products));
+            }
+            for kind in [Kind::Full, Kind::WindowResidual] {
+                let case = Case::new::<f16>(kind, 1, 16, tokens, dim, 0, "f16");
+                cases.push(case.with(products));
+            }
+        }
+    }
     for masked in [Masked::Padding, Masked::Causal, Masked::Bias] {
         for kind in [Kind::Full, Kind::Window] {
             let case = Case::new::<f32>(kind, 2, 16, 1024, 72, 0, "f32");
             cases.push(case.masked(masked));
         }
     }
+    cases.retain(|c| c.products.available());
     cases.retain(|c| filter.is_empty() || filter.iter().any(|f| c.name().contains(f)));
 
     let mut peaks = Vec::new();
@@ -97,7 +118,7 @@ fn main() {
         peaks[peaks.len() / 2]
     );
     println!(
-        "{:34} {:>9} {:>9} {:>18} {:>6} {:>15}",
+        "{:38} {:>9} {:>9} {:>18} {:>6} {:>15}",
         "case", "wall ms", "cpu ms", "GFLOP/s per thread", "peak", "share (of pairs)"
     );
     let mut full = (0.0, 0.0);
@@ -110,7 +131,7 @@ fn main() {
             full = (best, case.pairs());
         }
         println!(
-            "{:34} {:9.3} {:9.3} {:9.1} ({:6.1}) {:5.0}% {:7.3} ({:.3})",
+            "{:38} {:9.3} {:9.3} {:9.1} ({:6.1}) {:5.0}% {:7.3} ({:.3})",
             case.name(),
             wall * 1e3,
             best * 1e3,
@@ -141,13 +162,14 @@ enum Masked {
     Bias,
 }
 
-type Call = Box<dyn FnMut(Level, &Pool, Option<&Mask<'_>>)>;
+type Call = Box<dyn FnMut(Level, Products, &Pool, Option<&Mask<'_>>)>;
 
 struct Case {
     kind: Kind,
     shape: Shape,
     band: Band,
     dtype: &'static str,
+    products: Products,
     masked: Option<(Masked, Vec<f32>, Vec<u8>)>,
     call: Call,
 }
@@ -177,7 +199,7 @@ impl Case {
             text_at_start: false,
         };
         let mut seed = 1u32;
-        let mut tensor = || -> Vec<T> {
+        let mut tensor = move || -> Vec<T> {
             (0..batch * heads * tokens * dim)
                 .map(|_| {
                     seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -185,25 +207,27 @@ impl Case {
                 })
                 .collect()
         };
-        let (q, k, v) = (tensor(), tensor(), tensor());
-        let (mut out, mut residual) = (tensor(), tensor());
+        // Made when first needed: most cases are filtered out.
+        let mut tensors = std::cell::OnceCell::new();
         let strides = Strides::bshd(heads, tokens, dim);
         // As the operators keep it.
         let kept = Strides::bhsd(heads, tokens, dim);
-        let call = move |level: Level, pool: &Pool, mask: Option<&Mask<'_>>| {
+        let call = move |level: Level, products: Products, pool: &Pool, mask: Option<&Mask<'_>>| {
+            tensors.get_or_init(|| [(); 5].map(|()| tensor()));
+            let [q, k, v, out, residual] = tensors.get_mut().expect("they were made");
             let a = Attention {
                 shape,
                 scale: (dim as f32).powf(-0.5),
-                q: Input::from_slice(&q, strides),
-                k: Input::from_slice(&k, strides),
-                v: Input::from_slice(&v, strides),
+                q: Input::from_slice(q, strides),
+                k: Input::from_slice(k, strides),
+                v: Input::from_slice(v, strides),
                 mask: mask.copied(),
-                out: Output::from_slice(&mut out, strides),
+                out: Output::from_slice(out, strides),
                 mode: match kind {
                     Kind::Full => Mode::Full,
                     Kind::Capture => Mode::FullCapture {
                         band,
-                        residual: Output::from_slice(&mut residual, kept),
+                        residual: Output::from_slice(residual, kept),
                     },
                     Kind::Window => Mode::Window {
                         band,
@@ -211,20 +235,26 @@ impl Case {
                     },
                     Kind::WindowResidual => Mode::Window {
                         band,
-                        residual: Some(Input::from_slice(&residual, kept)),
+                        residual: Some(Input::from_slice(residual, kept)),
                     },
                 },
             };
-            attention_at(&a, pool, level).expect("a valid call");
+            attention_at(&a, pool, level, products).expect("a valid call");
         };
         Case {
             kind,
             shape,
             band,
             dtype,
+            products: Products::Float32,
             masked: None,
             call: Box::new(call),
         }
+    }
+
+    fn with(mut self, products: Products) -> Self {
+        self.products = products;
+        self
     }
 
     fn masked(mut self, masked: Masked) -> Self {
@@ -244,13 +274,17 @@ impl Case {
     fn name(&self) -> String {
         let s = &self.shape;
         format!(
-            "{}x{}x{}x{} {} {:?}{}",
+            "{}x{}x{}x{} {} {:?}{}{}",
             s.batch,
             s.heads,
             s.head_dim,
             s.q_tokens,
             self.dtype,
             self.kind,
+            match self.products {
+                Products::Float32 => "",
+                Products::Bfloat16 => " in bf16",
+            },
             self.masked
                 .as_ref()
                 .map_or(String::new(), |m| format!(" {:?}", m.0))
@@ -286,7 +320,7 @@ impl Case {
             }
         });
         let clock = Clock::start();
-        (self.call)(level, pool, mask.as_ref());
+        (self.call)(level, self.products, pool, mask.as_ref());
         clock.stop()
     }
 }

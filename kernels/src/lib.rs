@@ -55,6 +55,11 @@
 //!
 //! **Values.** O += Vᵀ·P, `[v_dim, 64]`, by the same matrix kernel.
 //!
+//! **Products in bfloat16** ([`Products`]). A step of both products takes a pair of neighbours in one 32-bit word (`arithmetic`): two channels
+//! of K and Q, two keys of V and P. K in bfloat16 is that already, everything else is rounded and interleaved where it
+//! is copied anyway (`pairs`), P in place after the exponential. A segment that begins or ends inside a pair has a
+//! probability of 0 there. References are whole powers of two then: rounded probabilities are the same in every mode.
+//!
 //! **The band.** `sight` cuts each key block into segments in which the same vectors of queries see something;
 //! blocks without any are skipped, corners are computed to one vector of queries, and scores inside a segment that a
 //! query does not see become −∞. Capture is one walk in two passes: the keys inside the band first, then W = O / sum
@@ -85,7 +90,7 @@ mod mask;
 pub mod oracle;
 mod parallel;
 
-pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Shape, Strides};
+pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Products, Shape, Strides};
 #[doc(hidden)]
 pub use cpu::Level;
 pub use error::KernelError;
@@ -102,18 +107,31 @@ pub use parallel::{Parallel, Sequential, Threads};
 /// # Errors
 /// [`KernelError`] if shapes, strides, mask and band do not fit together; nothing is written then.
 pub fn attention(a: &Attention<'_>, pool: &dyn Parallel) -> Result<Computed, KernelError> {
-    attention_at(a, pool, Level::best())
+    attention_in(a, pool, Products::Float32)
 }
 
-/// [`attention`] at a given instruction set, which must be [available](Level::available); for tests and benchmarks.
+/// [`attention`], multiplying as `products` says where the machine and the tensors allow it.
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_in(
+    a: &Attention<'_>,
+    pool: &dyn Parallel,
+    products: Products,
+) -> Result<Computed, KernelError> {
+    attention_at(a, pool, Level::best(), products)
+}
+
+/// [`attention_in`] at a given instruction set, which must be [available](Level::available); for tests and benchmarks.
 #[doc(hidden)]
 pub fn attention_at(
     a: &Attention<'_>,
     pool: &dyn Parallel,
     level: Level,
+    products: Products,
 ) -> Result<Computed, KernelError> {
     check::check(a)?;
-    Ok(cpu::attention(a, pool, level))
+    Ok(cpu::attention(a, pool, level, products))
 }
 
 /// What a call has learnt about what it wrote.

@@ -32,33 +32,77 @@ fn same(x: &[f32], y: &[f32]) -> bool {
     x.len() == y.len() && x.iter().zip(y).all(|(x, y)| x.to_bits() == y.to_bits())
 }
 
+fn any_pool<T: Element>(level: Level, products: Products) {
+    for kind in KINDS {
+        let band = Band {
+            half_width: 20,
+            text: 7,
+            text_at_start: false,
+        };
+        let mut p = Problem::<T>::new(kind, shape(2, 3, 300, 24), band, [Layout::Bshd; 4], 8);
+        p.products = products;
+        let first = p.run(level, &Sequential);
+        for pool in [
+            &Backwards as &dyn Parallel,
+            &Threads(2),
+            &Threads(5),
+            &Threads(1000),
+        ] {
+            // A residual that is read was made before; one that is written is overwritten.
+            let again = p.run(level, pool);
+            assert!(same(&first.0, &again.0));
+            assert!(same(
+                &first.1.clone().unwrap_or_default(),
+                &again.1.unwrap_or_default()
+            ));
+        }
+    }
+}
+
 #[test]
 fn results_do_not_depend_on_the_pool() {
     for level in Level::available() {
-        for kind in KINDS {
-            let band = Band {
-                half_width: 20,
-                text: 7,
-                text_at_start: false,
-            };
-            let mut p = Problem::<f32>::new(kind, shape(2, 3, 300, 24), band, [Layout::Bshd; 4], 8);
-            let first = p.run(level, &Sequential);
-            for pool in [
-                &Backwards as &dyn Parallel,
-                &Threads(2),
-                &Threads(5),
-                &Threads(1000),
-            ] {
-                // A residual that is read was made before; one that is written is overwritten.
-                let again = p.run(level, pool);
-                assert!(same(&first.0, &again.0));
-                assert!(same(
-                    &first.1.clone().unwrap_or_default(),
-                    &again.1.unwrap_or_default()
-                ));
-            }
-        }
+        any_pool::<f32>(level, Products::Float32);
     }
+    any_pool::<f16>(Level::best(), Products::Bfloat16);
+    any_pool::<bf16>(Level::best(), Products::Bfloat16);
+}
+
+#[test]
+fn products_in_bfloat16_are_for_half_precision_and_machines_that_have_them() {
+    fn differ<T: Element>(level: Level) -> bool {
+        let s = shape(1, 2, 150, 24);
+        let mut p = Problem::<T>::new(Kind::Full, s, Band::new(9), [Layout::Bshd; 4], 8);
+        let plain = p.run(level, &Sequential).0;
+        p.products = Products::Bfloat16;
+        !same(&plain, &p.run(level, &Sequential).0)
+    }
+    for level in Level::available() {
+        let there = level == Level::best() && Products::Bfloat16.available();
+        assert!(!differ::<f32>(level));
+        assert_eq!(differ::<f16>(level), there, "{level:?}");
+        assert_eq!(differ::<bf16>(level), there, "{level:?}");
+    }
+    // One input in float32 is enough.
+    let s = shape(1, 2, 150, 24);
+    let p = Problem::<bf16>::new(Kind::Full, s, Band::new(9), [Layout::Bshd; 4], 8);
+    let k = p.k.convert::<f32>();
+    let [plain, other] = [Products::Float32, Products::Bfloat16].map(|products| {
+        let mut out = p.out.clone();
+        let a = Attention {
+            shape: s,
+            scale: p.scale,
+            q: p.q.input(),
+            k: k.input(),
+            v: p.v.input(),
+            mask: None,
+            out: out.output(),
+            mode: Mode::Full,
+        };
+        attention_in(&a, &Sequential, products).unwrap();
+        out.values()
+    });
+    assert!(same(&plain, &other));
 }
 
 #[test]
@@ -80,7 +124,7 @@ fn work_is_split_into_independent_tasks() {
 }
 
 /// R = O − W: adding the window back gives O again, within one rounding of each.
-fn capture_then_window<T: Element>(step: f32) {
+fn capture_then_window<T: Element>(step: f32, levels: &[Level], products: Products) {
     for band in [
         Band::new(31),
         Band {
@@ -89,7 +133,7 @@ fn capture_then_window<T: Element>(step: f32) {
             text_at_start: true,
         },
     ] {
-        for level in Level::available() {
+        for &level in levels {
             let mut p = Problem::<T>::new(
                 Kind::Capture,
                 shape(1, 2, 250, 72),
@@ -97,6 +141,7 @@ fn capture_then_window<T: Element>(step: f32) {
                 [Layout::Bshd; 4],
                 2,
             );
+            p.products = products;
             let (full, residual) = p.run(level, &Sequential);
             p.kind = Kind::Window;
             let (window, _) = p.run(level, &Sequential);
@@ -126,17 +171,24 @@ fn capture_then_window<T: Element>(step: f32) {
 #[test]
 fn window_and_residual_give_full_attention_float32() {
     // Sums in another order differ by a few roundings.
-    capture_then_window::<f32>(8.0 * f32::EPSILON);
+    capture_then_window::<f32>(8.0 * f32::EPSILON, &Level::available(), Products::Float32);
 }
 
 #[test]
 fn window_and_residual_give_full_attention_float16() {
-    capture_then_window::<f16>(1.0 / 1024.0);
+    capture_then_window::<f16>(1.0 / 1024.0, &Level::available(), Products::Float32);
 }
 
 #[test]
 fn window_and_residual_give_full_attention_bfloat16() {
-    capture_then_window::<bf16>(1.0 / 128.0);
+    capture_then_window::<bf16>(1.0 / 128.0, &Level::available(), Products::Float32);
+}
+
+#[test]
+fn window_and_residual_give_full_attention_with_products_in_bfloat16() {
+    // Probabilities are rounded alike in each mode, so this is no worse than with products in float32.
+    capture_then_window::<f16>(1.0 / 1024.0, &[Level::best()], Products::Bfloat16);
+    capture_then_window::<bf16>(1.0 / 128.0, &[Level::best()], Products::Bfloat16);
 }
 
 #[test]
@@ -178,6 +230,13 @@ fn a_query_that_sees_one_key_returns_its_value() {
             assert!((x - v).abs() <= 2.0 * f32::EPSILON * v.abs(), "{x} {v}");
         }
     }
+    // Rounded probabilities add up to 1 too: what is summed is what is multiplied.
+    let s = shape(1, 1, 150, 20);
+    let mut p = Problem::<bf16>::new(Kind::Window, s, Band::new(0), [Layout::Bhsd; 4], 1);
+    p.products = Products::Bfloat16;
+    assert_eq!(p.run(Level::best(), &Sequential).0, p.v.values());
+    (p.kind, p.v.data) = (Kind::Full, vec![bf16::from_f32(1.7); 150 * 20]);
+    assert_eq!(p.run(Level::best(), &Sequential).0, p.v.values());
 }
 
 #[test]
@@ -255,22 +314,32 @@ fn no_keys_give_zeros_and_no_channels_give_the_mean() {
 }
 
 /// Puts `bad` at one element of one input and compares which results are not finite with the definition.
-fn spoil(kind: Kind, band: Band, level: Level, bad: f32, which: usize, token: usize) {
-    let mut p = Problem::<f32>::new(kind, shape(1, 1, 200, 8), band, [Layout::Bhsd; 4], 3);
+fn spoil<T: Element>(
+    kind: Kind,
+    band: Band,
+    level: Level,
+    products: Products,
+    bad: f32,
+    which: usize,
+    token: usize,
+) {
+    let mut p = Problem::<T>::new(kind, shape(1, 1, 200, 8), band, [Layout::Bhsd; 4], 3);
+    p.products = products;
+    let tolerance = if T::DTYPE == DType::F32 { 1e-4 } else { 0.05 };
     let t = match which {
         0 => &mut p.q,
         1 => &mut p.k,
         _ => &mut p.v,
     };
     let at = t.at([0, 0, token, 5]);
-    t.data[at] = bad;
+    t.data[at] = T::from_f32(bad);
     let want = p.oracle();
     let got = p.run(level, &Sequential);
     let compare = |got: &[f32], want: &[f64], what: &str| {
         for (i, (x, y)) in got.iter().zip(want).enumerate() {
             let same = (x.is_nan() && y.is_nan())
                 || f64::from(*x) == *y
-                || (x.is_finite() && y.is_finite() && (f64::from(*x) - y).abs() < 1e-4);
+                || (x.is_finite() && y.is_finite() && (f64::from(*x) - y).abs() < tolerance);
             assert!(
                 same,
                 "{what} [{}, {}] is {x}, by definition {y}: {kind:?} {band:?} {level:?} {bad} in {which} at {token}",
@@ -298,8 +367,23 @@ fn numbers_that_are_not_finite_go_where_they_go_by_definition() {
                 for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                     for which in 0..3 {
                         for token in [0, 63, 64, 90, 130, 199] {
-                            spoil(kind, band, level, bad, which, token);
+                            spoil::<f32>(kind, band, level, Products::Float32, bad, which, token);
                         }
+                    }
+                }
+            }
+        }
+    }
+    let level = Level::best();
+    for kind in KINDS {
+        for band in [Band::new(20), Band::new(21), text] {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                for which in 0..3 {
+                    // Even and odd ones, which share a pair with a key that others see; 189 is the first of the text.
+                    for token in [0, 63, 64, 90, 131, 188, 199] {
+                        let products = Products::Bfloat16;
+                        spoil::<bf16>(kind, band, level, products, bad, which, token);
+                        spoil::<f16>(kind, band, level, products, bad, which, token);
                     }
                 }
             }

@@ -21,33 +21,6 @@ fn some(dims: [usize; 4], gap: usize, boolean: bool, hidden: f32, seed: u32) -> 
     })
 }
 
-fn convert<T: Element>(mask: TestMask<f32>) -> TestMask<T> {
-    TestMask {
-        data: match mask.data {
-            MaskData::Boolean(data) => MaskData::Boolean(data),
-            MaskData::Additive(data) => {
-                MaskData::Additive(data.into_iter().map(T::from_f32).collect())
-            }
-        },
-        strides: mask.strides,
-        guarded: mask.guarded,
-    }
-}
-
-fn check<T: Element>(mut p: Problem<T>, level: Level) {
-    let (want, naive) = (p.oracle(), p.naive());
-    let got = p.run(level, &Sequential);
-    let mask = p
-        .mask
-        .as_ref()
-        .map(|mask| (mask.mask().kind(), mask.strides));
-    let what = format!("{:?} {:?} {:?} {mask:?} {level:?}", p.kind, p.shape, p.band);
-    compare::<T>(&got.0, &naive.0, &want.out, &what);
-    if let (Some(got), Some(naive), Some(want)) = (got.1, naive.1, want.residual) {
-        compare::<T>(&got, &naive, &want, &format!("residual, {what}"));
-    }
-}
-
 fn band(tokens: usize, text: usize) -> Band {
     Band {
         half_width: tokens / 8,
@@ -85,7 +58,7 @@ fn every_broadcast<T: Element>(tokens: usize, levels: &[Level]) {
                     let mut p = Problem::<T>::new(kind, shape, band(tokens, text), layouts, seed);
                     let mut mask = some(dims, gap, boolean, 0.3, seed);
                     mask.guarded = seed % 4 < 2;
-                    p.mask = Some(convert(mask));
+                    p.mask = Some(mask.convert());
                     check(p, level);
                 }
             }
@@ -294,45 +267,52 @@ fn rows_that_see_nothing() {
 
 #[test]
 fn hidden_keys_and_values_may_be_anything() {
-    let tokens = 200;
     for level in Level::available() {
-        for kind in KINDS {
-            for boolean in [false, true] {
-                for query_axis in [1, tokens] {
-                    for bad in [f32::NAN, f32::INFINITY] {
-                        let mut p = Problem::<f32>::new(
-                            kind,
-                            shape(1, 1, tokens, 8),
-                            band(tokens, 9),
-                            [Layout::Bhsd; 4],
-                            7,
+        hidden_numbers::<f32>(level, Products::Float32, 1e-4);
+    }
+    hidden_numbers::<bf16>(Level::best(), Products::Bfloat16, 0.03);
+    hidden_numbers::<f16>(Level::best(), Products::Bfloat16, 0.03);
+}
+
+fn hidden_numbers<T: Element>(level: Level, products: Products, tolerance: f64) {
+    let tokens = 200;
+    for kind in KINDS {
+        for boolean in [false, true] {
+            for query_axis in [1, tokens] {
+                for bad in [f32::NAN, f32::INFINITY] {
+                    let mut p = Problem::<T>::new(
+                        kind,
+                        shape(1, 1, tokens, 8),
+                        band(tokens, 9),
+                        [Layout::Bhsd; 4],
+                        7,
+                    );
+                    p.products = products;
+                    let mut at = 0;
+                    p.mask = Some(TestMask::new(
+                        [1, 1, query_axis, tokens],
+                        1,
+                        boolean,
+                        || {
+                            at += 1;
+                            let (i, j) = ((at - 1) / tokens, (at - 1) % tokens);
+                            if j % 50 == 7 && i != 130 { HIDDEN } else { 0.0 }
+                        },
+                    ));
+                    for token in [7, 57, 107, 157] {
+                        let at = [p.k.at([0, 0, token, 3]), p.v.at([0, 0, token, 3])];
+                        p.k.data[at[0]] = T::from_f32(bad);
+                        p.v.data[at[1]] = T::from_f32(bad);
+                    }
+                    let (want, got) = (p.oracle(), p.run(level, &Sequential));
+                    let pairs = got.0.iter().zip(&want.out).enumerate();
+                    for (i, (x, y)) in pairs {
+                        let close = (f64::from(*x) - y).abs() < tolerance;
+                        assert!(
+                            close || !(x.is_finite() || y.is_finite()),
+                            "{i}: {x}, not {y}"
                         );
-                        let mut at = 0;
-                        p.mask = Some(TestMask::new(
-                            [1, 1, query_axis, tokens],
-                            1,
-                            boolean,
-                            || {
-                                at += 1;
-                                let (i, j) = ((at - 1) / tokens, (at - 1) % tokens);
-                                if j % 50 == 7 && i != 130 { HIDDEN } else { 0.0 }
-                            },
-                        ));
-                        for token in [7, 57, 107, 157] {
-                            let at = [p.k.at([0, 0, token, 3]), p.v.at([0, 0, token, 3])];
-                            p.k.data[at[0]] = bad;
-                            p.v.data[at[1]] = bad;
-                        }
-                        let (want, got) = (p.oracle(), p.run(level, &Sequential));
-                        let pairs = got.0.iter().zip(&want.out).enumerate();
-                        for (i, (x, y)) in pairs {
-                            let close = (f64::from(*x) - y).abs() < 1e-4;
-                            assert!(
-                                close || !(x.is_finite() || y.is_finite()),
-                                "{i}: {x}, not {y}"
-                            );
-                            assert!(x.is_finite() || i / 8 == 130 && query_axis > 1);
-                        }
+                        assert!(x.is_finite() || i / 8 == 130 && query_axis > 1);
                     }
                 }
             }

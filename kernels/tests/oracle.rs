@@ -1,4 +1,4 @@
-//! Every mode, dtype, layout, size and instruction set against the definition in float64.
+//! Every mode, dtype, layout, size, instruction set and arithmetic against the definition in float64.
 
 mod common;
 
@@ -6,23 +6,6 @@ use common::*;
 use ditfastattn_kernels::*;
 use half::{bf16, f16};
 use proptest::prelude::*;
-
-fn check<T: Element>(mut p: Problem<T>, level: Level) {
-    let want = p.oracle();
-    let naive = p.naive();
-    let got = p.run(level, &Sequential);
-    let what = format!(
-        "{:?} {:?} {:?} {:?} {level:?}",
-        T::DTYPE,
-        p.kind,
-        p.shape,
-        p.band
-    );
-    assert_close::<T>(&got.0, &naive.0, &want.out, &what);
-    if let (Some(got), Some(naive), Some(want)) = (got.1, naive.1, want.residual) {
-        assert_close::<T>(&got, &naive, &want, &format!("residual, {what}"));
-    }
-}
 
 /// Bands worth trying on a sequence of `tokens`: narrow, wide, everything, with text at either end.
 fn bands(tokens: usize) -> Vec<Band> {
@@ -44,7 +27,7 @@ fn bands(tokens: usize) -> Vec<Band> {
     bands
 }
 
-const DIMS: [usize; 7] = [1, 8, 18, 32, 64, 72, 128];
+const DIMS: [usize; 9] = [1, 8, 18, 32, 33, 64, 72, 128, 256];
 const TOKENS: [usize; 9] = [1, 2, 3, 17, 63, 64, 65, 130, 257];
 
 #[test]

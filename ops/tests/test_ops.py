@@ -522,3 +522,39 @@ def test_every_element_type_and_folded_heads(kind, tolerance, layout):
         np.testing.assert_allclose(got, expected, atol=tolerance, rtol=0)
     s = T.stats()
     assert (s["layers_full"], s["layers_window"], s["layers_reused"]) == (1, 1, 1)
+
+
+OUTPUTS = """
+    import tiny as T
+    for dtype in ["float32", "float16"]:
+        t = T.Tiny(T.random_plan(1), dtype=dtype, tokens=200, head_dim=24)
+        client = t.client(0.1, session=t.session())
+        for step in range(8):
+            got, want = client.run(step), client.planned(step)
+            assert abs(got - want).max() < {"float32": 2e-4, "float16": 3e-2}[dtype], step
+            print(dtype, got.tobytes().hex())
+"""
+
+
+@pytest.mark.skipif(T.PROVIDERS[0] != "CPUExecutionProvider", reason="the choice is for the CPU")
+def test_products_in_bfloat16_are_chosen_by_the_environment():
+    def outputs(**env):
+        lines = child(OUTPUTS, **env).stdout.splitlines()
+        return [line for line in lines if line.startswith("float32")], [line for line in lines if line.startswith("float16")]
+
+    plain = outputs(DITFASTATTN_BF16_DOT="")
+    assert outputs(DITFASTATTN_BF16_DOT="0") == plain
+    singles, halves = outputs(DITFASTATTN_BF16_DOT="1")
+    assert singles == plain[0]
+    flags = open("/proc/cpuinfo").read() if sys.platform == "linux" else ""
+    there = "avx512_bf16" in flags
+    if not there:
+        print("skipped: products in bfloat16, which need AVX-512 BF16")
+    assert (halves != plain[1]) == there
+    # bfloat16 tensors, in every layout.
+    child("""
+        import test_ops
+        for layout in ["BHSD", "BSHD", "BSD"]:
+            test_ops.T.reset()
+            test_ops.test_every_element_type_and_folded_heads("BFLOAT16", 3e-2, layout)
+    """, DITFASTATTN_BF16_DOT="1")

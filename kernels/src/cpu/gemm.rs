@@ -1,7 +1,8 @@
 //! The one matrix kernel both products of attention run on: C += A·B with vectors of queries.
 //!
-//! B (`[steps, QUERIES]`) and C (`[rows, QUERIES]`) have a query per lane; A is read one scalar at a time and
-//! broadcast. So scores are C = K·Qᵀ (rows are keys, steps are channels) and outputs are C = Vᵀ·P (rows are
+//! B (`[steps, QUERIES]`) and C (`[rows, QUERIES]`) have a query per lane; A is read one word at a time and
+//! broadcast. What a word is and how two are multiplied is the arithmetic's: a number, or a pair of numbers, of which a
+//! step then takes two. So scores are C = K·Qᵀ (rows are keys, steps are channels) and outputs are C = Vᵀ·P (rows are
 //! channels, steps are keys): neither needs a transposition per block, neither pads head_dim or the number of keys,
 //! and everything the softmax does between them is vertical. A tile of C stays in registers over all steps.
 
@@ -9,12 +10,13 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::vector::{load, mul_add, store};
+use super::arithmetic::Arithmetic;
+use super::vector::{load, store};
 
 /// Queries in a block: the row length of every matrix with a query per lane.
 pub(crate) const QUERIES: usize = 64;
 
-/// One product. All pointers may be unaligned.
+/// One product of words in 32 bits. All pointers may be unaligned.
 #[derive(Clone, Copy)]
 pub(crate) struct Gemm {
     pub a: *const f32,
@@ -42,7 +44,12 @@ impl Gemm {
     /// `b + step·QUERIES + lane` must be readable, `c + row·QUERIES + lane` readable and writable, and C must not
     /// overlap A or B.
     #[inline(always)]
-    pub unsafe fn run<S: Simd>(self, simd: S, mut between: impl FnMut()) {
+    pub unsafe fn run<S: Simd, A: Arithmetic>(
+        self,
+        simd: S,
+        arithmetic: A,
+        mut between: impl FnMut(),
+    ) {
         // With 32 registers 6 × 4 accumulators, 4 of B and a broadcast; with 16 registers 6 × 2, 2 and 1.
         let wide = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
         let mut done = 0;
@@ -58,10 +65,10 @@ impl Gemm {
             // SAFETY: a part of the columns of what this function's contract allows.
             unsafe {
                 match n {
-                    4 => columns::<S, 4>(simd, part, &mut between),
-                    3 => columns::<S, 3>(simd, part, &mut between),
-                    2 => columns::<S, 2>(simd, part, &mut between),
-                    _ => columns::<S, 1>(simd, part, &mut between),
+                    4 => columns::<S, A, 4>(simd, arithmetic, part, &mut between),
+                    3 => columns::<S, A, 3>(simd, arithmetic, part, &mut between),
+                    2 => columns::<S, A, 2>(simd, arithmetic, part, &mut between),
+                    _ => columns::<S, A, 1>(simd, arithmetic, part, &mut between),
                 }
             }
             done += n;
@@ -71,7 +78,12 @@ impl Gemm {
 
 /// NR vectors of columns, rows in sixes.
 #[inline(always)]
-unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm, between: &mut dyn FnMut()) {
+unsafe fn columns<S: Simd, A: Arithmetic, const NR: usize>(
+    simd: S,
+    arithmetic: A,
+    g: Gemm,
+    between: &mut dyn FnMut(),
+) {
     let sixes = g.rows / 6 * 6;
     let head = Gemm { rows: sixes, ..g };
     let tail = Gemm {
@@ -82,13 +94,13 @@ unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm, between: &mut dyn 
     };
     // SAFETY: parts of the rows of what the caller promised.
     unsafe {
-        tiles::<S, 6, NR>(simd, head, between);
+        tiles::<S, A, 6, NR>(simd, arithmetic, head, between);
         match tail.rows {
-            5 => tiles::<S, 5, NR>(simd, tail, between),
-            4 => tiles::<S, 4, NR>(simd, tail, between),
-            3 => tiles::<S, 3, NR>(simd, tail, between),
-            2 => tiles::<S, 2, NR>(simd, tail, between),
-            1 => tiles::<S, 1, NR>(simd, tail, between),
+            5 => tiles::<S, A, 5, NR>(simd, arithmetic, tail, between),
+            4 => tiles::<S, A, 4, NR>(simd, arithmetic, tail, between),
+            3 => tiles::<S, A, 3, NR>(simd, arithmetic, tail, between),
+            2 => tiles::<S, A, 2, NR>(simd, arithmetic, tail, between),
+            1 => tiles::<S, A, 1, NR>(simd, arithmetic, tail, between),
             _ => {}
         }
     }
@@ -96,36 +108,38 @@ unsafe fn columns<S: Simd, const NR: usize>(simd: S, g: Gemm, between: &mut dyn 
 
 /// `rows / MR` tiles. A function of its own, so that the compiler allots registers to one shape of tile at a time.
 #[inline(never)]
-unsafe fn tiles<S: Simd, const MR: usize, const NR: usize>(
+unsafe fn tiles<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
     simd: S,
+    arithmetic: A,
     g: Gemm,
     between: &mut dyn FnMut(),
 ) {
-    struct Tiles<'a, const MR: usize, const NR: usize>(Gemm, &'a mut dyn FnMut());
-    impl<const MR: usize, const NR: usize> WithSimd for Tiles<'_, MR, NR> {
+    struct Tiles<'a, A, const MR: usize, const NR: usize>(A, Gemm, &'a mut dyn FnMut());
+    impl<A: Arithmetic, const MR: usize, const NR: usize> WithSimd for Tiles<'_, A, MR, NR> {
         type Output = ();
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let g = self.0;
+            let Tiles(arithmetic, g, between) = self;
             // SAFETY: made by `tiles` only, whose caller promised.
             unsafe {
                 // The stride that is 1 is told to the compiler, for simpler addresses.
                 if g.a_step == 1 {
-                    tile_loop::<S, MR, NR>(simd, g, g.a_row, 1, self.1);
+                    tile_loop::<S, A, MR, NR>(simd, arithmetic, g, g.a_row, 1, between);
                 } else {
-                    tile_loop::<S, MR, NR>(simd, g, 1, g.a_step, self.1);
+                    tile_loop::<S, A, MR, NR>(simd, arithmetic, g, 1, g.a_step, between);
                 }
             }
         }
     }
     debug_assert!(g.a_step == 1 || g.a_row == 1);
-    simd.vectorize(Tiles::<MR, NR>(g, between))
+    arithmetic.vectorize(simd, Tiles::<A, MR, NR>(arithmetic, g, between))
 }
 
 #[inline(always)]
-unsafe fn tile_loop<S: Simd, const MR: usize, const NR: usize>(
+unsafe fn tile_loop<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
     simd: S,
+    arithmetic: A,
     g: Gemm,
     a_row: usize,
     a_step: usize,
@@ -138,14 +152,15 @@ unsafe fn tile_loop<S: Simd, const MR: usize, const NR: usize>(
             ..g
         };
         // SAFETY: row + MR ≤ rows, which the caller promised.
-        unsafe { tile_body::<S, MR, NR>(simd, part, a_row, a_step) };
+        unsafe { tile_body::<S, A, MR, NR>(simd, arithmetic, part, a_row, a_step) };
         between();
     }
 }
 
 #[inline(always)]
-unsafe fn tile_body<S: Simd, const MR: usize, const NR: usize>(
+unsafe fn tile_body<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
     simd: S,
+    arithmetic: A,
     g: Gemm,
     a_row: usize,
     a_step: usize,
@@ -167,9 +182,9 @@ unsafe fn tile_body<S: Simd, const MR: usize, const NR: usize>(
                 bs[j] = load(simd, b.add(j * S::F32_LANES));
             }
             for i in 0..MR {
-                let x = simd.splat_f32s(*a.add(i * a_row));
+                let x = simd.splat_f32s(a.add(i * a_row).read_unaligned());
                 for j in 0..NR {
-                    acc[i][j] = mul_add(simd, x, bs[j], acc[i][j]);
+                    acc[i][j] = arithmetic.mul_add(simd, x, bs[j], acc[i][j]);
                 }
             }
             a = a.wrapping_add(a_step);
@@ -179,6 +194,106 @@ unsafe fn tile_body<S: Simd, const MR: usize, const NR: usize>(
             for j in 0..NR {
                 store(simd, g.c.add(i * QUERIES + j * S::F32_LANES), acc[i][j]);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::Level;
+    use super::super::arithmetic::Float32;
+    use super::*;
+
+    /// Small integers, whose products and sums are exact in either arithmetic.
+    fn number(at: usize) -> f32 {
+        (at * 37 % 17) as f32 - 8.0
+    }
+
+    /// A product of `rows` by `numbers` by all queries, beside exact sums.
+    struct Product<A>(A, usize, usize);
+
+    impl<A: Arithmetic> WithSimd for Product<A> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Product(arithmetic, rows, numbers) = self;
+            let a = |row: usize, n: usize| number(row * numbers + n);
+            let b = |n: usize, lane: usize| number(1 + n * QUERIES + lane);
+            let steps = numbers.div_ceil(A::EACH);
+            let word = |x: &dyn Fn(usize) -> f32, step: usize| {
+                let bits = |n: usize| if n < numbers { x(n) } else { 0.0 };
+                if A::EACH == 1 {
+                    return x(step);
+                }
+                let [low, high] =
+                    [2 * step, 2 * step + 1].map(|n| u32::from(bf16::from_f32(bits(n)).to_bits()));
+                f32::from_bits(low | high << 16)
+            };
+            for by_row in [false, true] {
+                let (a_row, a_step) = if by_row { (steps, 1) } else { (1, rows) };
+                let mut words = vec![0f32; rows * steps];
+                for row in 0..rows {
+                    for step in 0..steps {
+                        words[row * a_row + step * a_step] = word(&|n| a(row, n), step);
+                    }
+                }
+                let b_words: Vec<f32> = (0..steps * QUERIES)
+                    .map(|at| word(&|n| b(n, at % QUERIES), at / QUERIES))
+                    .collect();
+                for vectors in 1..=QUERIES / S::F32_LANES {
+                    for add in [false, true] {
+                        let mut c = vec![1f32; rows * QUERIES];
+                        let g = Gemm {
+                            a: words.as_ptr(),
+                            a_row,
+                            a_step,
+                            b: b_words.as_ptr(),
+                            c: c.as_mut_ptr(),
+                            rows,
+                            steps,
+                            vectors,
+                            add,
+                        };
+                        // SAFETY: the matrices have these sizes.
+                        unsafe { g.run(simd, arithmetic, || {}) };
+                        for (at, &c) in c.iter().enumerate() {
+                            let (row, lane) = (at / QUERIES, at % QUERIES);
+                            let sum: f32 = (0..numbers).map(|n| a(row, n) * b(n, lane)).sum();
+                            let want = if lane >= vectors * S::F32_LANES {
+                                1.0
+                            } else {
+                                sum + f32::from(u8::from(add))
+                            };
+                            assert_eq!(c, want, "{rows} rows of {numbers}, at {at}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    const SIZES: [(usize, usize); 7] = [(1, 1), (2, 2), (5, 3), (6, 8), (7, 9), (12, 0), (120, 33)];
+
+    #[test]
+    fn products_of_integers_are_exact() {
+        for level in Level::available() {
+            for (rows, numbers) in SIZES {
+                level.run(Product(Float32, rows, numbers));
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_pairs_of_integers_are_exact() {
+        let Some(pairs) = super::super::arithmetic::bfloat16(Level::Avx512) else {
+            println!("skipped: products of pairs, which need AVX-512 BF16");
+            return;
+        };
+        for (rows, numbers) in SIZES {
+            pairs.run(Level::Avx512, Product(pairs, rows, numbers));
         }
     }
 }

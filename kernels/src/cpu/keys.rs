@@ -1,4 +1,4 @@
-//! Keys and values as tasks read them: float32, each (batch, head) by itself, in blocks of [`KEYS`].
+//! Keys and values as tasks read them: float32 or pairs of bfloat16, each (batch, head) by itself, in blocks of [`KEYS`].
 //!
 //! Tensors that are like that already are read where they are, and so are those with other heads between the lines of
 //! one, where few blocks of queries see a key. Others are copied: by each task for itself, or, where many see a key, once
@@ -11,12 +11,13 @@ use std::ops::Range;
 
 use super::gemm::QUERIES;
 use super::pack::{Ahead, Order, Plane, gather, offset, read_line};
+use super::pairs::{read_across, read_along};
 use super::scratch::Scratch;
 use crate::api::{Attention, DType, Input, Mode};
 use crate::parallel::Parallel;
 
 /// Keys in a block. With the queries of a block it sets the working set: scores, Q, O, K and V of a block should stay in
-/// L2 and mostly in L1.
+/// L2 and mostly in L1. Even, so that no pair of keys is in two blocks.
 pub(crate) const KEYS: usize = 120;
 
 /// What decides how keys and values are read.
@@ -24,15 +25,15 @@ pub(crate) const KEYS: usize = 120;
 pub(crate) struct Limits {
     /// Where more blocks of queries than this see a key, a copy in advance is worth its traffic.
     pub reads: usize,
-    /// Floats that are copied in advance at a time: calls that need more are done in several parts, and those of
+    /// Words that are copied in advance at a time: calls that need more are done in several parts, and those of
     /// which one head needs more are not copied in advance.
-    pub floats: usize,
+    pub words: usize,
 }
 
 impl Limits {
     pub const BEST: Limits = Limits {
         reads: 20,
-        floats: 12 << 20,
+        words: 12 << 20,
     };
 }
 
@@ -47,55 +48,93 @@ enum Place {
     Task,
 }
 
+/// What a 32-bit word of a matrix holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    /// A float32.
+    Number,
+    /// Two neighbouring channels of a key, in bfloat16: scores are sums over channels.
+    Channels,
+    /// Two neighbouring keys of a channel, in bfloat16: outputs are sums over keys.
+    Keys,
+}
+
+impl Word {
+    /// Words that keys and channels take, along each.
+    fn of(self, keys: usize, channels: usize) -> (usize, usize) {
+        match self {
+            Word::Number => (keys, channels),
+            Word::Channels => (keys, channels.div_ceil(2)),
+            Word::Keys => (keys.div_ceil(2), channels),
+        }
+    }
+}
+
 /// Where the keys and the values of a call are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Places {
-    k: Place,
-    v: Place,
-    /// Floats that one plane of both needs in memory of the call.
+    k: (Place, Word),
+    v: (Place, Word),
+    /// Words that one plane of both needs in memory of the call.
     plane: usize,
 }
 
 impl Places {
-    pub fn of(a: &Attention<'_>, limits: Limits) -> Self {
+    /// `each` is how many numbers a word holds.
+    pub fn of(a: &Attention<'_>, each: usize, limits: Limits) -> Self {
         let seen_by = match &a.mode {
             Mode::Window { band, .. } => (band.half_width.saturating_mul(2))
                 .saturating_add(band.text + 1)
                 .min(a.shape.q_tokens),
             _ => a.shape.q_tokens,
         };
-        let early = Places::new(a, true);
-        if seen_by > limits.reads * QUERIES && early.plane <= limits.floats {
+        let early = Places::new(a, each, true);
+        if seen_by > limits.reads * QUERIES && early.plane <= limits.words {
             early
         } else {
-            Places::new(a, false)
+            Places::new(a, each, false)
         }
     }
 
-    fn new(a: &Attention<'_>, early: bool) -> Self {
+    fn new(a: &Attention<'_>, each: usize, early: bool) -> Self {
         let s = a.shape;
-        let place = |t: &Input<'_>, channels: usize| {
+        let place = |t: &Input<'_>, word: Word, channels: usize| {
             // Lines beside each other are read as fast as a copy of them.
             let dense = t.strides.token == channels as isize;
-            let lines = t.dtype == DType::F32 && t.strides.channel == 1 && t.strides.token > 0;
+            let words = match word {
+                Word::Number => t.dtype == DType::F32,
+                Word::Channels => {
+                    t.dtype == DType::BF16 && channels.is_multiple_of(2) && t.strides.token % 2 == 0
+                }
+                Word::Keys => false,
+            };
+            let lines = words && t.strides.channel == 1 && t.strides.token > 0;
             match (lines && (dense || !early), early) {
                 (true, _) => Place::There,
                 (_, true) => Place::Call,
                 _ => Place::Task,
             }
         };
-        let (k, v) = (place(&a.k, s.head_dim), place(&a.v, s.v_dim));
-        let floats = |place, channels| match place {
+        let (k_word, v_word) = match each {
+            1 => (Word::Number, Word::Number),
+            _ => (Word::Channels, Word::Keys),
+        };
+        let k = (place(&a.k, k_word, s.head_dim), k_word);
+        let v = (place(&a.v, v_word, s.v_dim), v_word);
+        let words = |(place, word): (Place, Word), channels| match place {
             // Inputs that repeat elements may have any number of tokens.
-            Place::Call => (s.kv_tokens.div_ceil(KEYS))
-                .saturating_mul(KEYS)
-                .saturating_mul(channels),
+            Place::Call => {
+                let (along_keys, along_channels) = word.of(KEYS, channels);
+                (s.kv_tokens.div_ceil(KEYS))
+                    .saturating_mul(along_keys)
+                    .saturating_mul(along_channels)
+            }
             _ => 0,
         };
         Places {
             k,
             v,
-            plane: floats(k, s.head_dim).saturating_add(floats(v, s.v_dim)),
+            plane: words(k, s.head_dim).saturating_add(words(v, s.v_dim)),
         }
     }
 }
@@ -110,7 +149,7 @@ pub(crate) struct Part {
 impl Part {
     /// The parts of a call. One after the other: there are as many as rows, which may be thousands.
     pub fn all(a: &Attention<'_>, places: Places, limits: Limits) -> impl Iterator<Item = Part> {
-        let planes = limits.floats.checked_div(places.plane);
+        let planes = limits.words.checked_div(places.plane);
         Part::of(
             a.shape.batch,
             a.shape.kv_heads,
@@ -146,10 +185,11 @@ pub(crate) struct Matrix<'a> {
     channels: usize,
     tokens: usize,
     order: Order,
-    /// Distance between the lines of two keys.
+    /// Words between the lines of two keys, or of two pairs of keys.
     row: usize,
     part: Part,
     place: Place,
+    word: Word,
     /// The memory of the call, if that is the place.
     copy: *mut f32,
 }
@@ -159,14 +199,21 @@ pub(crate) struct Matrix<'a> {
 unsafe impl Sync for Matrix<'_> {}
 
 impl<'a> Matrix<'a> {
-    fn new(from: Input<'a>, part: &Part, tokens: usize, channels: usize, place: Place) -> Self {
+    fn new(
+        from: Input<'a>,
+        part: &Part,
+        tokens: usize,
+        channels: usize,
+        (place, word): (Place, Word),
+    ) -> Self {
+        let (stride, along_channels) = word.of(KEYS, channels);
         let order = match place {
             Place::There => Order::Tokens,
-            _ => Order::natural(from.strides, KEYS),
+            _ => Order::natural(from.strides, stride),
         };
         let row = match place {
-            Place::There => from.strides.token.unsigned_abs(),
-            _ => channels,
+            Place::There => word.of(0, from.strides.token.unsigned_abs()).1,
+            _ => along_channels,
         };
         Matrix {
             from,
@@ -176,43 +223,56 @@ impl<'a> Matrix<'a> {
             row,
             part: part.clone(),
             place,
+            word,
             copy: std::ptr::null_mut(),
         }
     }
 
-    /// Floats that the call has for the matrix.
+    /// Words of a block.
+    fn block_len(&self) -> usize {
+        let (along_keys, along_channels) = self.word.of(KEYS, self.channels);
+        along_keys * along_channels
+    }
+
+    /// Words that the call has for the matrix.
     fn len(&self) -> usize {
         match self.place {
-            Place::Call => self.part.planes() * self.tokens.next_multiple_of(KEYS) * self.channels,
+            Place::Call => self.part.planes() * self.tokens.div_ceil(KEYS) * self.block_len(),
             _ => 0,
         }
     }
 
-    /// Floats that a task needs for a block of a head.
+    /// Words that a task needs for a block of a head.
     pub fn task_len(&self) -> usize {
         match self.place {
-            Place::Task => KEYS * self.channels,
+            Place::Task => self.block_len(),
             _ => 0,
         }
     }
 
-    /// The block `keys` of a plane, whose first is a multiple of [`KEYS`]. `room` has [`Matrix::task_len`] floats.
+    /// The block `keys` of a plane, whose first is a multiple of [`KEYS`]. `room` has [`Matrix::task_len`] words.
+    /// Where pairs are read in the tensor itself, words are not aligned.
     ///
     /// # Safety
     /// The keys must lie inside the shape.
     #[inline(always)]
     pub unsafe fn block(&self, p: Plane, keys: Range<usize>, room: &mut [f32]) -> *const f32 {
         match self.place {
-            Place::There => (self.from.data.cast::<f32>()).wrapping_offset(offset(
-                self.from.strides,
-                p,
-                keys.start,
-                0,
-            )),
+            Place::There => {
+                let at = offset(self.from.strides, p, keys.start, 0);
+                let bytes = at * self.from.dtype.size() as isize;
+                self.from.data.wrapping_offset(bytes).cast()
+            }
             Place::Call => self.copy.wrapping_add(self.at(p, keys.start)),
             Place::Task => {
-                // SAFETY: promised by the caller.
-                unsafe { gather(&self.from, p, keys, self.channels, self.order, room) };
+                // SAFETY (both): promised by the caller.
+                if self.word == Word::Number {
+                    unsafe { gather(&self.from, p, keys, self.channels, self.order, room) };
+                } else {
+                    for i in 0..self.shape(keys.len()).0 {
+                        unsafe { self.read(p, keys.clone(), i, room) };
+                    }
+                }
                 room.as_ptr()
             }
         }
@@ -220,7 +280,51 @@ impl<'a> Matrix<'a> {
 
     /// Where in the memory of the call a block is.
     fn at(&self, p: Plane, first: usize) -> usize {
-        (self.part.index(p) * self.tokens.next_multiple_of(KEYS) + first) * self.channels
+        let blocks = self.tokens.div_ceil(KEYS);
+        (self.part.index(p) * blocks + first / KEYS) * self.block_len()
+    }
+
+    /// Lines of a block with so many keys, words between two of them, and words of each.
+    #[inline(always)]
+    fn shape(&self, keys: usize) -> (usize, usize, usize) {
+        let (along_keys, along_channels) = self.word.of(keys, self.channels);
+        match self.order {
+            Order::Tokens => (along_keys, self.row, along_channels),
+            Order::Channels { stride } => (along_channels, stride, along_keys),
+        }
+    }
+
+    /// Reads line `i` of a block into its place in `block`.
+    ///
+    /// # Safety
+    /// The keys must lie inside the shape.
+    #[inline(always)]
+    unsafe fn read(&self, p: Plane, keys: Range<usize>, i: usize, block: &mut [f32]) {
+        let (t, s) = (&self.from, self.from.strides);
+        let (_, distance, len) = self.shape(keys.len());
+        let to = &mut block[i * distance..i * distance + len];
+        // In the tensor: numbers in a line, lines, the stride inside one, and where each begins.
+        let (n, lines, stride) = match self.order {
+            Order::Tokens => (self.channels, keys.len(), s.channel),
+            Order::Channels { .. } => (keys.len(), self.channels, s.token),
+        };
+        let at = |line: usize| match self.order {
+            Order::Tokens => offset(s, p, keys.start + line, 0),
+            Order::Channels { .. } => offset(s, p, keys.start, line),
+        };
+        // SAFETY: lines of these keys.
+        unsafe {
+            match (self.word, self.order) {
+                (Word::Number, _) => read_line(t, at(i), stride, to),
+                (Word::Channels, Order::Tokens) | (Word::Keys, Order::Channels { .. }) => {
+                    read_along(t, at(i), stride, n, to);
+                }
+                (Word::Channels, Order::Channels { .. }) | (Word::Keys, Order::Tokens) => {
+                    let second = (2 * i + 1 < lines).then(|| at(2 * i + 1));
+                    read_across(t, at(2 * i), second, stride, to);
+                }
+            }
+        }
     }
 
     /// Calls `f` with each line of the first keys of a block.
@@ -229,17 +333,14 @@ impl<'a> Matrix<'a> {
     /// The block must have so many keys.
     #[inline(always)]
     pub unsafe fn lines(&self, block: *const f32, keys: usize, mut f: impl FnMut(&[f32])) {
-        let (lines, distance, len) = match self.order {
-            Order::Tokens => (keys, self.row, self.channels),
-            Order::Channels { stride } => (self.channels, stride, keys),
-        };
+        let (lines, distance, len) = self.shape(keys);
         for i in 0..lines {
             // SAFETY: promised by the caller.
             f(unsafe { std::slice::from_raw_parts(block.add(i * distance), len) });
         }
     }
 
-    /// Distances in a block between keys and between channels.
+    /// Words in a block between keys and between channels; between pairs of keys or of channels where a word is one.
     #[inline(always)]
     pub fn strides(&self) -> (usize, usize) {
         match self.order {
@@ -252,9 +353,10 @@ impl<'a> Matrix<'a> {
     pub fn ahead(&self, p: Plane, heads: usize, keys: Range<usize>) -> Ahead {
         match self.place {
             Place::Call => {
-                let line = (self.channels * size_of::<f32>()) as isize;
+                let (lines, words) = self.word.of(keys.len(), self.channels);
+                let line = (words * size_of::<f32>()) as isize;
                 let block = self.copy.wrapping_add(self.at(p, keys.start));
-                Ahead::lines(block.cast_const().cast(), line, line, keys.len())
+                Ahead::lines(block.cast_const().cast(), line, line, lines)
             }
             _ => Ahead::new(
                 &self.from,
@@ -271,43 +373,22 @@ impl<'a> Matrix<'a> {
     /// # Safety
     /// The matrix must have a copy, of which nobody else may use this block meanwhile.
     unsafe fn fill(&self, batch: usize, keys: Range<usize>) {
-        let (s, n) = (self.from.strides, self.channels);
-        let line = |head: usize, at: usize, len: usize| {
+        let s = self.from.strides;
+        let line = |head: usize, i: usize| {
             let p = Plane { batch, head };
-            // SAFETY: inside the block, which is this task's by the promise of the caller.
-            let to = unsafe {
-                std::slice::from_raw_parts_mut(self.copy.add(self.at(p, keys.start) + at), len)
-            };
-            (p, to)
+            let block = self.copy.wrapping_add(self.at(p, keys.start));
+            // SAFETY: the block is this task's by the promise of the caller; keys and heads lie inside the shape.
+            unsafe {
+                let block = std::slice::from_raw_parts_mut(block, self.block_len());
+                self.read(p, keys.clone(), i, block);
+            }
         };
+        let lines = 0..self.shape(keys.len()).0;
         let heads = self.part.kv_heads.clone();
-        // SAFETY (all of them): keys and heads lie inside the shape.
-        match self.order {
-            Order::Tokens if s.head.abs() < s.token.abs() => {
-                for (i, token) in keys.clone().enumerate() {
-                    for head in heads.clone() {
-                        let (p, to) = line(head, i * n, n);
-                        unsafe { read_line(&self.from, offset(s, p, token, 0), s.channel, to) }
-                    }
-                }
-            }
-            Order::Tokens => {
-                for head in heads {
-                    for (i, token) in keys.clone().enumerate() {
-                        let (p, to) = line(head, i * n, n);
-                        unsafe { read_line(&self.from, offset(s, p, token, 0), s.channel, to) }
-                    }
-                }
-            }
-            Order::Channels { stride } => {
-                for head in heads {
-                    for c in 0..n {
-                        let (p, to) = line(head, c * stride, keys.len());
-                        let at = offset(s, p, keys.start, c);
-                        unsafe { read_line(&self.from, at, s.token, to) }
-                    }
-                }
-            }
+        if self.order == Order::Tokens && s.head.abs() < s.token.abs() {
+            lines.for_each(|i| heads.clone().for_each(|head| line(head, i)));
+        } else {
+            heads.for_each(|head| lines.clone().for_each(|i| line(head, i)));
         }
     }
 }

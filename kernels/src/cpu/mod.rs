@@ -2,12 +2,14 @@
 //!
 //! The way of the data is described at the [crate's root](crate); `task` follows it step by step.
 
+mod arithmetic;
 mod exp;
 mod gemm;
 mod keys;
 mod level;
 mod mask;
 mod pack;
+mod pairs;
 mod scratch;
 mod sight;
 mod task;
@@ -20,8 +22,9 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
 use crate::Computed;
-use crate::api::{Attention, Mode};
+use crate::api::{Attention, DType, Mode, Products};
 use crate::parallel::Parallel;
+use arithmetic::{Arithmetic, Float32};
 use gemm::QUERIES;
 use keys::{Keys, Limits, Part, Places};
 
@@ -39,10 +42,15 @@ impl<'a, 'b> Shared<'a, 'b> {
 }
 
 /// Runs a call that `check` has accepted.
-pub(crate) fn attention(a: &Attention<'_>, pool: &dyn Parallel, level: Level) -> Computed {
+pub(crate) fn attention(
+    a: &Attention<'_>,
+    pool: &dyn Parallel,
+    level: Level,
+    products: Products,
+) -> Computed {
     let finite = AtomicBool::new(true);
     if !is_empty(a) {
-        run(a, pool, level, Limits::BEST, &finite);
+        run(a, pool, level, products, Limits::BEST, &finite);
     }
     Computed {
         residual_is_finite: finite.into_inner(),
@@ -54,9 +62,40 @@ fn is_empty(a: &Attention<'_>) -> bool {
     s.batch * s.heads * s.q_tokens * s.v_dim == 0
 }
 
-fn run(a: &Attention<'_>, pool: &dyn Parallel, level: Level, limits: Limits, finite: &AtomicBool) {
+/// Whether this machine multiplies pairs of bfloat16 at `level`.
+pub(crate) fn has_bfloat16(level: Level) -> bool {
+    arithmetic::bfloat16(level).is_some()
+}
+
+fn run(
+    a: &Attention<'_>,
+    pool: &dyn Parallel,
+    level: Level,
+    products: Products,
+    limits: Limits,
+    finite: &AtomicBool,
+) {
+    let half = [a.q.dtype, a.k.dtype, a.v.dtype]
+        .iter()
+        .all(|&dtype| dtype != DType::F32);
+    match arithmetic::bfloat16(level) {
+        Some(pairs) if half && products == Products::Bfloat16 => {
+            run_in(pairs, a, pool, level, limits, finite);
+        }
+        _ => run_in(Float32, a, pool, level, limits, finite),
+    }
+}
+
+fn run_in<A: Arithmetic + Sync>(
+    arithmetic: A,
+    a: &Attention<'_>,
+    pool: &dyn Parallel,
+    level: Level,
+    limits: Limits,
+    finite: &AtomicBool,
+) {
     let shared = Shared(a);
-    let places = Places::of(a, limits);
+    let places = Places::of(a, A::EACH, limits);
     scratch::with_keys(|memory| {
         for part in Part::all(a, places, limits) {
             let keys = Keys::new(a, places, &part, memory, pool);
@@ -64,15 +103,17 @@ fn run(a: &Attention<'_>, pool: &dyn Parallel, level: Level, limits: Limits, fin
             pool.run(cut.tasks(), &|i| {
                 let (batch, heads, blocks) = cut.task(i);
                 scratch::with(|scratch| {
-                    level.run(task::Task {
+                    let task = task::Task {
                         a: shared.get(),
+                        arithmetic,
                         keys: &keys,
                         finite,
                         batch,
                         heads,
                         blocks,
                         scratch,
-                    });
+                    };
+                    arithmetic.run(level, task);
                 });
             });
         }
@@ -154,7 +195,7 @@ impl Cut {
 
 #[cfg(test)]
 mod tests {
-    use half::f16;
+    use half::{bf16, f16};
 
     use super::*;
     use crate::api::{Band, Element, Input, Output, Shape, Strides};
@@ -180,6 +221,7 @@ mod tests {
     /// The bits of output and residual, and whether the latter is finite.
     fn compute<T: Element>(
         limits: Limits,
+        products: Products,
         kind: Kind,
         layout: fn(usize, usize, usize) -> Strides,
     ) -> (Vec<u32>, Vec<u32>, bool) {
@@ -219,7 +261,7 @@ mod tests {
         };
         crate::check::check(&call).expect("a valid call");
         let finite = AtomicBool::new(true);
-        run(&call, &Threads(2), Level::best(), limits, &finite);
+        run(&call, &Threads(2), Level::best(), products, limits, &finite);
         let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect();
         (bits(&out), bits(&residual), finite.into_inner())
     }
@@ -231,13 +273,28 @@ mod tests {
         let plane = s.kv_tokens.next_multiple_of(keys::KEYS) * (s.head_dim + s.v_dim);
         for layout in [Strides::bshd, Strides::bhds, Strides::bhsd] {
             for kind in [Kind::Full, Kind::Capture, Kind::Window] {
-                let want = compute::<f32>(Limits::BEST, kind, layout);
-                let want_f16 = compute::<f16>(Limits::BEST, kind, layout);
-                // No copy in advance; a head at a time; two heads, so a row; two rows and one; all at once.
-                for floats in [plane - 1, plane, 2 * plane, 5 * plane, usize::MAX] {
-                    let limits = Limits { reads: 0, floats };
-                    assert!(want == compute::<f32>(limits, kind, layout));
-                    assert!(want_f16 == compute::<f16>(limits, kind, layout));
+                let all = |limits| {
+                    let [float32, bfloat16] = [Products::Float32, Products::Bfloat16];
+                    [
+                        compute::<f32>(limits, float32, kind, layout),
+                        compute::<f16>(limits, float32, kind, layout),
+                        // Where the machine cannot, the same once more.
+                        compute::<f16>(limits, bfloat16, kind, layout),
+                        compute::<bf16>(limits, bfloat16, kind, layout),
+                    ]
+                };
+                let want = all(Limits::BEST);
+                // No copy in advance; a head at a time; two heads, so a row; two rows and one; all at once. A plane of
+                // pairs has a little more than half as many words.
+                for words in [
+                    plane / 2,
+                    plane - 1,
+                    plane,
+                    2 * plane,
+                    5 * plane,
+                    usize::MAX,
+                ] {
+                    assert!(want == all(Limits { reads: 0, words }));
                 }
             }
         }

@@ -230,7 +230,7 @@ unsafe fn copy(from: *const f32, to: *mut f32, n: usize) {
 
 /// Nearest bfloat16, ties to even; without branches, so that it vectorises.
 #[inline(always)]
-fn round_bf16(x: f32) -> bf16 {
+pub(crate) fn round_bf16(x: f32) -> bf16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     let nan = bits >> 16 | 0x40;

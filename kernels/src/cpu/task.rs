@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
+use super::arithmetic::Arithmetic;
 use super::exp::exp2;
 use super::gemm::{Gemm, QUERIES};
 use super::keys::{KEYS, Keys, Matrix};
@@ -21,8 +22,9 @@ use crate::api::{Attention, DType, Mode};
 /// How much a row's scores (in powers of two) may exceed its reference before sums are rescaled.
 const SLACK: f32 = 8.0;
 
-pub(crate) struct Task<'a, 'b> {
+pub(crate) struct Task<'a, 'b, A> {
     pub a: &'a Attention<'b>,
+    pub arithmetic: A,
     pub keys: &'a Keys<'b>,
     /// Becomes false if a residual is not finite.
     pub finite: &'a AtomicBool,
@@ -33,7 +35,7 @@ pub(crate) struct Task<'a, 'b> {
     pub scratch: &'a mut Scratch,
 }
 
-impl WithSimd for Task<'_, '_> {
+impl<A: Arithmetic> WithSimd for Task<'_, '_, A> {
     type Output = ();
 
     #[inline(always)]
@@ -48,7 +50,7 @@ struct Block<'s> {
     /// Which of the task's key/value heads it reads.
     kv: usize,
     queries: Range<usize>,
-    /// `[head_dim, QUERIES]`: q, with the sign of the scale.
+    /// Words of `[head_dim, QUERIES]`, pairs being of channels: q, with the sign of the scale.
     q: &'s mut [f32],
     /// `[v_dim, QUERIES]`: Σ 2^(score − reference) · v so far.
     o: &'s mut [f32],
@@ -94,13 +96,14 @@ struct Packed<'s> {
 }
 
 /// What all steps of a task share.
-struct Context<'s> {
+struct Context<'s, A> {
+    arithmetic: A,
     prefetch: Prefetch,
     /// |scale| · log2(e): exponents are base 2.
     scale: f32,
     head_dim: usize,
     v_dim: usize,
-    /// `[KEYS, QUERIES]`, scores and then probabilities of one block.
+    /// `[KEYS, QUERIES]`, scores and then words of probabilities of one block, see [`place`].
     scores: &'s mut [f32],
     keys: &'s Keys<'s>,
     packed: Vec<Packed<'s>>,
@@ -120,7 +123,7 @@ impl Block<'_> {
 }
 
 #[inline(always)]
-fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
+fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     let a = t.a;
     let s = a.shape;
     let (d, dv) = (s.head_dim, s.v_dim);
@@ -213,7 +216,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
             let [reference, sum, from, to] =
                 [&mut reference, &mut sum, &mut from, &mut to].map(|all| take(all, QUERIES));
             // SAFETY: queries lie inside the shape.
-            unsafe { pack_q::<S>(a, plane, &queries, sign, rows, q) };
+            unsafe { pack_q(simd, t.arithmetic, a, plane, &queries, sign, rows, q) };
             if let Mode::FullCapture { band, .. } | Mode::Window { band, .. } = &a.mode {
                 for lane in 0..QUERIES {
                     let keys = row(band, (first + lane).min(s.q_tokens - 1), s.kv_tokens);
@@ -247,6 +250,7 @@ fn run<S: Simd>(simd: S, t: Task<'_, '_>) {
         _ => Ahead::nothing(),
     };
     let mut context = Context {
+        arithmetic: t.arithmetic,
         prefetch: Prefetch {
             mask: Ahead::nothing(),
             lists: [
@@ -337,12 +341,15 @@ fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
     first..s.kv_tokens.min(first + KEYS)
 }
 
-/// Q of a block, a query per lane, times `sign`; lanes beyond the sequence are zero.
+/// Q of a block, a query per lane, times `sign`, in words; lanes beyond the sequence are zero.
 ///
 /// # Safety
 /// `queries` must lie inside the shape.
 #[inline(always)]
-unsafe fn pack_q<S: Simd>(
+#[allow(clippy::too_many_arguments)]
+unsafe fn pack_q<S: Simd, A: Arithmetic>(
+    simd: S,
+    arithmetic: A,
     a: &Attention<'_>,
     plane: Plane,
     queries: &Range<usize>,
@@ -361,17 +368,37 @@ unsafe fn pack_q<S: Simd>(
             *x *= sign;
         }
     }
+    if A::EACH == 2 {
+        assert!(q.len() >= d * QUERIES);
+        let none = simd.splat_f32s(0.0);
+        let q = q.as_mut_ptr();
+        for pair in 0..d.div_ceil(2) {
+            for lane in (0..QUERIES).step_by(S::F32_LANES) {
+                let line = |channel: usize| q.wrapping_add(channel * QUERIES + lane);
+                // SAFETY: the channels are below d; a pair is written where nothing is read any more.
+                unsafe {
+                    let first = load(simd, line(2 * pair));
+                    let second = if 2 * pair + 1 < d {
+                        load(simd, line(2 * pair + 1))
+                    } else {
+                        none
+                    };
+                    store(simd, line(pair), arithmetic.join(simd, first, second));
+                }
+            }
+        }
+    }
 }
 
 /// Takes every query block past the keys of one pass. `blocks` are those of `heads` heads for the first queries, then
 /// for the next.
 #[inline(always)]
-fn pass<S: Simd>(
+fn pass<S: Simd, A: Arithmetic>(
     simd: S,
     a: &Attention<'_>,
     heads: usize,
     pass: Pass,
-    context: &mut Context<'_>,
+    context: &mut Context<'_, A>,
     blocks: &mut [Block<'_>],
 ) {
     let s = a.shape;
@@ -396,7 +423,7 @@ fn pass<S: Simd>(
             unsafe {
                 packed.k = all.k.block(plane, keys.clone(), packed.k_room);
                 packed.v = all.v.block(plane, keys.clone(), packed.v_room);
-                packed.wild = context.careful && wild(&all.v, packed.v, keys.len());
+                packed.wild = context.careful && wild::<A>(&all.v, packed.v, keys.len());
             }
         }
         let next = keys.end..s.kv_tokens.min(keys.end + KEYS);
@@ -453,7 +480,7 @@ fn next_tile(
 /// # Safety
 /// The block must have so many keys.
 #[inline(always)]
-unsafe fn wild(values: &Matrix<'_>, block: *const f32, keys: usize) -> bool {
+unsafe fn wild<A: Arithmetic>(values: &Matrix<'_>, block: *const f32, keys: usize) -> bool {
     // x · 0 is NaN for an x that is not finite, and stays NaN in a sum.
     let (mut sum, mut rest) = ([0f32; 16], 0.0);
     // SAFETY: promised by the caller.
@@ -462,11 +489,13 @@ unsafe fn wild(values: &Matrix<'_>, block: *const f32, keys: usize) -> bool {
             let (lines, last) = line.as_chunks::<16>();
             for x in lines {
                 for i in 0..16 {
-                    sum[i] += x[i] * 0.0;
+                    let [a, b] = A::numbers(x[i]);
+                    sum[i] += a * 0.0 + b * 0.0;
                 }
             }
             for x in last {
-                rest += x * 0.0;
+                let [a, b] = A::numbers(*x);
+                rest += a * 0.0 + b * 0.0;
             }
         });
     }
@@ -475,9 +504,9 @@ unsafe fn wild(values: &Matrix<'_>, block: *const f32, keys: usize) -> bool {
 
 /// One query block against one key block: scores, softmax, values.
 #[inline(always)]
-fn step<S: Simd>(
+fn step<S: Simd, A: Arithmetic>(
     simd: S,
-    context: &mut Context<'_>,
+    context: &mut Context<'_, A>,
     block: &mut Block<'_>,
     sight: &Sight,
     pass: Pass,
@@ -492,7 +521,7 @@ fn step<S: Simd>(
             && block.sum.len() >= QUERIES
             && block.reference.len() >= QUERIES
     );
-    let scores = context.scores.as_mut_ptr();
+    let (arithmetic, scores) = (context.arithmetic, context.scores.as_mut_ptr());
 
     let Packed { k, v, .. } = context.packed[block.kv];
     let (k_row, k_step) = context.keys.k.strides();
@@ -508,11 +537,11 @@ fn step<S: Simd>(
                 b: block.q.as_ptr().add(lane),
                 c: scores.add(key * QUERIES + lane),
                 rows: seg.keys.len(),
-                steps: d,
+                steps: d.div_ceil(A::EACH),
                 vectors: seg.vectors.len(),
                 add: false,
             }
-            .run(simd, || context.prefetch.poke());
+            .run(simd, arithmetic, || context.prefetch.poke());
         }
     }
     let tile = context
@@ -534,13 +563,25 @@ fn step<S: Simd>(
     }
     let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
     for v in 0..vectors {
-        softmax(simd, scale, context.scores, block, dv, first, segments, v);
+        softmax(
+            simd,
+            arithmetic,
+            scale,
+            context.scores,
+            block,
+            dv,
+            first,
+            segments,
+            v,
+        );
     }
 
     let (v_step, v_row) = context.keys.v.strides();
     for seg in segments {
-        let key = seg.keys.start - first;
-        if context.packed[block.kv].wild && (seg.masked != 0 || tile.is_some()) {
+        let (key, end) = (seg.keys.start - first, seg.keys.end - first);
+        // The other half of a pair may be of a key that the segment does not contain.
+        let hides = seg.masked != 0 || tile.is_some() || A::EACH == 2;
+        if context.packed[block.kv].wild && hides {
             values_seen(simd, context, block, sight, pass, first, seg);
             continue;
         }
@@ -548,19 +589,28 @@ fn step<S: Simd>(
         // SAFETY: as for the scores.
         unsafe {
             Gemm {
-                a: v.add(key * v_step),
+                a: v.add(key / A::EACH * v_step),
                 a_row: v_row,
                 a_step: v_step,
                 b: scores.add(key * QUERIES + lane),
                 c: block.o.as_mut_ptr().add(lane),
                 rows: dv,
-                steps: seg.keys.len(),
+                steps: end.div_ceil(A::EACH) - key / A::EACH,
                 vectors: seg.vectors.len(),
                 add: true,
             }
-            .run(simd, || context.prefetch.poke());
+            .run(simd, arithmetic, || context.prefetch.poke());
         }
     }
+}
+
+/// Where the probability of a key of a segment that begins at key `start` is: the line in the scores, and which number of
+/// its words.
+///
+/// Words of pairs lie in the first lines of their segment, which has no fewer lines than pairs, however it cuts them.
+#[inline(always)]
+fn place<A: Arithmetic>(key: usize, start: usize) -> (usize, usize) {
+    (start + key / A::EACH - start / A::EACH, key % A::EACH)
 }
 
 /// Which lanes of vector `v` take part at `key`.
@@ -620,10 +670,13 @@ fn mask<S: Simd>(
 
 /// Online softmax of one vector of queries: scores become probabilities relative to the row's reference, which is
 /// raised (and sums so far rescaled) only where scores exceed it by more than [`SLACK`].
+///
+/// Where probabilities are rounded to bfloat16 the rounded ones are summed: what values are multiplied with adds up to 1.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn softmax<S: Simd>(
+fn softmax<S: Simd, A: Arithmetic>(
     simd: S,
+    arithmetic: A,
     scale: f32,
     scores: &mut [f32],
     block: &mut Block<'_>,
@@ -668,7 +721,11 @@ fn softmax<S: Simd>(
         let mut sum = load(simd, block.sum.as_ptr().add(at));
         let limit = simd.add_f32s(reference, simd.splat_f32s(SLACK));
         if simd.first_true_m32s(simd.greater_than_f32s(top, limit)) < S::F32_LANES {
-            let new = simd.select_f32s(simd.greater_than_f32s(top, reference), top, reference);
+            let raises = simd.greater_than_f32s(top, reference);
+            // Relative to a whole power of two, what is rounded is rounded alike whatever the reference, so that O − W plus
+            // W is O.
+            let top = if A::EACH == 2 { round(simd, top) } else { top };
+            let new = simd.select_f32s(raises, top, reference);
             // Equal includes −∞ both times, whose difference would be NaN.
             let same = simd.equal_f32s(reference, new);
             let change =
@@ -690,6 +747,12 @@ fn softmax<S: Simd>(
         let mut sums = [simd.splat_f32s(0.0); 2];
         for seg in segments {
             if !seg.vectors.contains(&v) {
+                continue;
+            }
+            if A::EACH == 2 {
+                let keys = seg.keys.start - first..seg.keys.end - first;
+                let p = scores.add(at);
+                sums[0] = probabilities(simd, arithmetic, scale, shift, p, keys, sums[0]);
                 continue;
             }
             let mut p = scores.add((seg.keys.start - first) * QUERIES + at);
@@ -714,12 +777,62 @@ fn softmax<S: Simd>(
     }
 }
 
+/// Some whole number near `x`; infinities stay.
+#[inline(always)]
+fn round<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // Beside 1.5 · 2²³ there is no room for fractions.
+    let magic = simd.splat_f32s(12_582_912.0);
+    simd.sub_f32s(simd.add_f32s(x, magic), magic)
+}
+
+/// Scores of a segment become words of probabilities, in place (see [`place`]), and are added to `sum`. A key of a pair that
+/// the segment does not contain has the probability 0 in it.
+///
+/// # Safety
+/// `scores` must point to a vector of `[KEYS, QUERIES]`, of which `keys` are the segment's lines.
+#[inline(always)]
+unsafe fn probabilities<S: Simd, A: Arithmetic>(
+    simd: S,
+    arithmetic: A,
+    scale: S::f32s,
+    shift: S::f32s,
+    scores: *mut f32,
+    keys: Range<usize>,
+    mut sum: S::f32s,
+) -> S::f32s {
+    let none = simd.splat_f32s(0.0);
+    let ones = arithmetic.join(simd, simd.splat_f32s(1.0), simd.splat_f32s(1.0));
+    let mut to = scores.wrapping_add(keys.start * QUERIES);
+    // SAFETY (both): the lines are the segment's; words are written no later than the lines they come from.
+    let at = |key: usize| unsafe {
+        let score = load(simd, scores.add(key * QUERIES));
+        exp2(simd, mul_add(simd, score, scale, shift))
+    };
+    let mut write = |first: S::f32s, second: S::f32s| {
+        let word = arithmetic.join(simd, first, second);
+        unsafe { store(simd, to, word) };
+        sum = arithmetic.mul_add(simd, word, ones, sum);
+        to = to.wrapping_add(QUERIES);
+    };
+    let whole = keys.start.next_multiple_of(2)..keys.end / 2 * 2;
+    if keys.start % 2 == 1 {
+        write(none, at(keys.start));
+    }
+    for key in whole.step_by(2) {
+        write(at(key), at(key + 1));
+    }
+    if keys.end % 2 == 1 {
+        write(at(keys.end - 1), none);
+    }
+    sum
+}
+
 /// O += Vᵀ·P where masked probabilities stand beside values that are not finite: 0 · ∞ would spoil queries that do
 /// not see the key, so each product is selected. Slow and rare.
 #[inline(always)]
-fn values_seen<S: Simd>(
+fn values_seen<S: Simd, A: Arithmetic>(
     simd: S,
-    context: &Context<'_>,
+    context: &Context<'_, A>,
     block: &mut Block<'_>,
     sight: &Sight,
     pass: Pass,
@@ -737,14 +850,16 @@ fn values_seen<S: Simd>(
     for v in seg.vectors.clone() {
         let at = v * S::F32_LANES;
         for key in seg.keys.clone() {
+            let (line, number) = place::<A>(key - first, seg.keys.start - first);
             for c in 0..context.v_dim {
                 // SAFETY: keys and vectors of a segment lie inside the block.
                 unsafe {
                     let o = block.o.as_mut_ptr().add(c * QUERIES + at);
-                    let p = context.scores.as_ptr().add((key - first) * QUERIES + at);
-                    let value = *values.add((key - first) * v_step + c * v_row);
+                    let p = load(simd, context.scores.as_ptr().add(line * QUERIES + at));
+                    let value = *values.add((key - first) / A::EACH * v_step + c * v_row);
+                    let value = simd.splat_f32s(A::numbers(value)[number]);
                     let old = load(simd, o);
-                    let new = mul_add(simd, load(simd, p), simd.splat_f32s(value), old);
+                    let new = mul_add(simd, A::number(simd, p, number), value, old);
                     let hides = seg.masked >> v & 1 == 1 && !text.contains(&key);
                     let mut new = if hides {
                         simd.select_f32s(seen(simd, block, pass, key, v), new, old)

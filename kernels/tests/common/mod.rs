@@ -2,6 +2,26 @@
 #![allow(dead_code)] // Each test file uses its part.
 
 use ditfastattn_kernels::*;
+use half::{bf16, f16};
+
+fn convert<T: Element, U: Element>(data: &[T]) -> Vec<U> {
+    data.iter().map(|x| U::from_f32(x.to_f32())).collect()
+}
+
+fn round_to_bf16(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
+}
+
+/// Whether products in bfloat16 can be tested here; says so where they cannot.
+pub fn bfloat16_products() -> bool {
+    let there = Products::Bfloat16.available();
+    if !there {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("a test");
+        println!("skipped: {name} with products in bfloat16, which need AVX-512 BF16");
+    }
+    there
+}
 
 /// How a tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +106,15 @@ impl<T: Element> Tensor<T> {
         self.clone()
             .for_each(|t, at| values.push(t.data[at].to_f32()));
         values
+    }
+
+    /// The same numbers, rounded to another type.
+    pub fn convert<U: Element>(&self) -> Tensor<U> {
+        Tensor {
+            dims: self.dims,
+            strides: self.strides,
+            data: convert(&self.data),
+        }
     }
 
     pub fn input(&self) -> Input<'_> {
@@ -175,6 +204,18 @@ impl<T: Element> TestMask<T> {
         }
     }
 
+    /// The same mask, rounded to another type.
+    pub fn convert<U: Element>(&self) -> TestMask<U> {
+        TestMask {
+            data: match &self.data {
+                MaskData::Boolean(data) => MaskData::Boolean(data.clone()),
+                MaskData::Additive(data) => MaskData::Additive(convert(data)),
+            },
+            strides: self.strides,
+            guarded: self.guarded,
+        }
+    }
+
     pub fn mask(&self) -> Mask<'_> {
         match &self.data {
             MaskData::Boolean(data) => Mask::boolean(data, self.strides),
@@ -202,6 +243,7 @@ pub struct Problem<T> {
     pub shape: Shape,
     pub scale: f32,
     pub band: Band,
+    pub products: Products,
     pub q: Tensor<T>,
     pub k: Tensor<T>,
     pub v: Tensor<T>,
@@ -220,6 +262,7 @@ impl<T: Element> Problem<T> {
             shape,
             scale: 1.0 / (s.head_dim.max(1) as f32).sqrt(),
             band,
+            products: Products::Float32,
             q: Tensor::new(
                 [s.batch, s.heads, s.q_tokens, s.head_dim],
                 layouts[0],
@@ -238,6 +281,23 @@ impl<T: Element> Problem<T> {
             mask: None,
             out: Tensor::new(o, layouts[3], || -77.0),
             residual: Tensor::new(o, layouts[3], &mut x),
+        }
+    }
+
+    /// The same problem, rounded to another type, with products in bfloat16.
+    pub fn in_bfloat16<U: Element>(&self) -> Problem<U> {
+        Problem {
+            kind: self.kind,
+            shape: self.shape,
+            scale: self.scale,
+            band: self.band,
+            products: Products::Bfloat16,
+            q: self.q.convert(),
+            k: self.k.convert(),
+            v: self.v.convert(),
+            mask: self.mask.as_ref().map(TestMask::convert),
+            out: self.out.convert(),
+            residual: self.residual.convert(),
         }
     }
 
@@ -272,7 +332,8 @@ impl<T: Element> Problem<T> {
 
     /// Output and, in captures, residual, in the order (batch, head, token, channel).
     pub fn run(&mut self, level: Level, pool: &dyn Parallel) -> (Vec<f32>, Option<Vec<f32>>) {
-        self.call(|a| attention_at(a, pool, level))
+        let products = self.products;
+        self.call(|a| attention_at(a, pool, level, products))
             .expect("a valid call");
         let residual = (self.kind == Kind::Capture).then(|| self.residual.values());
         (self.out.values(), residual)
@@ -282,7 +343,8 @@ impl<T: Element> Problem<T> {
         self.call(oracle::attention).expect("a valid call")
     }
 
-    /// The definition in float32, rounded to T at the end: what anybody would write first.
+    /// The definition in float32, rounded to T at the end: what anybody would write first. With products in bfloat16 it
+    /// rounds what it multiplies: inputs and probabilities, but not scores.
     pub fn naive(&self) -> (Vec<f32>, Option<Vec<f32>>) {
         let zero = |m: &TestMask<T>| m.guarded || matches!(m.data, MaskData::Boolean(_));
         let o = self.naive_over(self.mask.as_ref().is_none_or(zero), |_, _| true);
@@ -307,7 +369,10 @@ impl<T: Element> Problem<T> {
 
     fn naive_over(&self, zero: bool, sees: impl Fn(usize, usize) -> bool) -> Vec<f32> {
         let s = self.shape;
-        let (q, k, v) = (self.q.values(), self.k.values(), self.v.values());
+        let rounds = self.products == Products::Bfloat16;
+        let round = |x: f32| if rounds { round_to_bf16(x) } else { x };
+        let [q, k, v] = [&self.q, &self.k, &self.v]
+            .map(|t| t.values().into_iter().map(round).collect::<Vec<_>>());
         let mut out = Vec::new();
         for row in 0..s.batch * s.heads * s.q_tokens {
             let (plane, i) = (row / s.q_tokens, row % s.q_tokens);
@@ -329,7 +394,15 @@ impl<T: Element> Problem<T> {
                 .collect();
             let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let p: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
-            let sum: f32 = p.iter().sum();
+            let mut sum: f32 = p.iter().sum();
+            let p: Vec<f32> = if rounds {
+                // What a softmax in bfloat16 hands on.
+                let p = p.iter().map(|p| round(p / sum)).collect();
+                sum = 1.0;
+                p
+            } else {
+                p
+            };
             for c in 0..s.v_dim {
                 let dot: f32 = keys
                     .iter()
@@ -361,14 +434,24 @@ pub fn errors(got: &[f32], want: &[f64]) -> (f64, f64) {
     (max, each().sum::<f64>() / got.len().max(1) as f64)
 }
 
+/// A few of these are allowed where the naive implementation is lucky: the distance between two numbers near 1, of
+/// float16 half of it, and of float16 with products in bfloat16 half of the latter's.
+fn step(dtype: DType, products: Products) -> f64 {
+    2f64.powi(match (dtype, products) {
+        (DType::F32, _) => -23,
+        (DType::F16, Products::Float32) => -11,
+        (DType::F16, Products::Bfloat16) => -9,
+        (DType::BF16, _) => -8,
+    })
+}
+
 /// The rule of flash attention's tests: at most twice the error of the naive implementation in the same dtype, plus
 /// a few roundings of a number near 1 where the naive one is lucky.
 pub fn assert_close<T: Element>(got: &[f32], naive: &[f32], want: &[f64], what: &str) {
-    let step = match T::DTYPE {
-        DType::F32 => 2f64.powi(-23),
-        DType::F16 => 2f64.powi(-11),
-        DType::BF16 => 2f64.powi(-8),
-    };
+    assert_within(step(T::DTYPE, Products::Float32), got, naive, want, what);
+}
+
+fn assert_within(step: f64, got: &[f32], naive: &[f32], want: &[f64], what: &str) {
     let ((max, mean), (naive_max, naive_mean)) = (errors(got, want), errors(naive, want));
     assert!(
         max <= 2.0 * naive_max + 4.0 * step && mean <= 2.0 * naive_mean + step,
@@ -378,6 +461,10 @@ pub fn assert_close<T: Element>(got: &[f32], naive: &[f32], want: &[f64], what: 
 
 /// Rows that are NaN by definition must be NaN; what else there is must be close.
 pub fn compare<T: Element>(got: &[f32], naive: &[f32], want: &[f64], what: &str) {
+    compare_within(step(T::DTYPE, Products::Float32), got, naive, want, what);
+}
+
+fn compare_within(step: f64, got: &[f32], naive: &[f32], want: &[f64], what: &str) {
     for (i, (x, y)) in got.iter().zip(want).enumerate() {
         assert_eq!(
             x.is_nan(),
@@ -392,7 +479,7 @@ pub fn compare<T: Element>(got: &[f32], naive: &[f32], want: &[f64], what: &str)
         .iter()
         .map(|y| if y.is_nan() { 0.0 } else { *y })
         .collect();
-    assert_close::<T>(&got, &naive, &want, what);
+    assert_within(step, &got, &naive, &want, what);
 }
 
 pub fn shape(batch: usize, heads: usize, tokens: usize, dim: usize) -> Shape {
@@ -404,5 +491,42 @@ pub fn shape(batch: usize, heads: usize, tokens: usize, dim: usize) -> Shape {
         kv_tokens: tokens,
         head_dim: dim,
         v_dim: dim,
+    }
+}
+
+/// Compares a call with its definition; at the best level of a machine that multiplies bfloat16 once more, in half precision
+/// with such products.
+pub fn check<T: Element>(p: Problem<T>, level: Level) {
+    if level == Level::best() && bfloat16_products() {
+        if T::DTYPE != DType::BF16 {
+            check_once(p.in_bfloat16::<f16>(), level);
+        }
+        if T::DTYPE != DType::F16 {
+            check_once(p.in_bfloat16::<bf16>(), level);
+        }
+    }
+    check_once(p, level);
+}
+
+fn check_once<T: Element>(mut p: Problem<T>, level: Level) {
+    let (want, naive) = (p.oracle(), p.naive());
+    let got = p.run(level, &Sequential);
+    let mask = p
+        .mask
+        .as_ref()
+        .map(|mask| (mask.mask().kind(), mask.strides));
+    let what = format!(
+        "{:?} {:?} {:?} {:?} {mask:?} {level:?} {:?}",
+        T::DTYPE,
+        p.kind,
+        p.shape,
+        p.band,
+        p.products
+    );
+    let step = step(T::DTYPE, p.products);
+    compare_within(step, &got.0, &naive.0, &want.out, &what);
+    if let (Some(got), Some(naive), Some(want)) = (got.1, naive.1, want.residual) {
+        let what = format!("residual, {what}");
+        compare_within(step, &got, &naive, &want, &what);
     }
 }

@@ -13,6 +13,7 @@ use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Residual, Rows, Run, Work};
 
 use super::band::Text;
+use super::environment;
 use super::io::{self, Io};
 use super::layer::{ByType, all_finite, by_type, in_run, layer_of};
 use super::layout::{Layout, View};
@@ -356,7 +357,7 @@ impl<T: Real> Layer<'_, T> {
     ) -> Result<Computed, Error> {
         let task = &self.task;
         let operand = |i: usize| from_row(self.operands[i], &task.views[i], start);
-        kernels::attention(
+        kernels::attention_in(
             &kernels::Attention {
                 shape: task.shape(rows),
                 scale: task.scale(),
@@ -368,6 +369,7 @@ impl<T: Real> Layer<'_, T> {
                 mode,
             },
             task.context,
+            environment::products(),
         )
         .map_err(|error| Error::invalid(error.to_string()))
     }

@@ -4,13 +4,16 @@
 //! |---|---|---|
 //! | `DITFASTATTN_CACHE_BYTES` | bytes of cached tensors in the whole process; 0 turns caching off | a quarter of the memory, at most 8 GiB |
 //! | `DITFASTATTN_IDLE_SECONDS` | a request that has not run for so long is forgotten | 600 |
+//! | `DITFASTATTN_BF16_DOT` | 1: attention of bfloat16 and float16 on the CPU multiplies in bfloat16 where the machine can | 0 |
 //! | `DITFASTATTN_STATS` | file to which the counters are written when a session ends | none |
 //!
-//! The first two are read once, when the first session with a rewritten model is made.
+//! The first two are read once, when the first session with a rewritten model is made, the third at the first attention.
 
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::Instant;
 
+use ditfastattn_kernels::Products;
 use serde_json::{Map, Value};
 
 use crate::abi::memory;
@@ -23,9 +26,22 @@ const LARGEST_DEFAULT: u64 = 8 << 30;
 
 const IDLE_SECONDS: u64 = 600;
 
-/// The limits that the environment asks for. Values that are no numbers are ignored.
+/// What a variable says; values that are no numbers are ignored.
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.trim().parse().ok()
+}
+
+/// How attention on the CPU multiplies. The same for the whole process, so that no step differs from another.
+pub(super) fn products() -> Products {
+    static CHOICE: LazyLock<Products> = LazyLock::new(|| match number("DITFASTATTN_BF16_DOT") {
+        Some(1) => Products::Bfloat16,
+        _ => Products::Float32,
+    });
+    *CHOICE
+}
+
+/// The limits that the environment asks for.
 pub(super) fn limits() -> Limits {
-    let number = |name: &str| -> Option<u64> { std::env::var(name).ok()?.trim().parse().ok() };
     Limits {
         bytes: number("DITFASTATTN_CACHE_BYTES").unwrap_or_else(default_bytes),
         idle_ms: number("DITFASTATTN_IDLE_SECONDS")
