@@ -14,7 +14,7 @@ from test_ops import child
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="interposes glibc's malloc"),
-    pytest.mark.skipif(T.PROVIDERS[0] != "CPUExecutionProvider", reason="counts what the CPU operators ask for"),
+    pytest.mark.skipif(not T.ON_CPU, reason="counts what the CPU operators ask for"),
 ]
 
 

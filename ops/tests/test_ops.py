@@ -536,7 +536,7 @@ OUTPUTS = """
 """
 
 
-@pytest.mark.skipif(T.PROVIDERS[0] != "CPUExecutionProvider", reason="the choice is for the CPU")
+@pytest.mark.skipif(not T.ON_CPU, reason="the choice is for the CPU")
 def test_products_in_bfloat16_are_chosen_by_the_environment():
     def outputs(**env):
         lines = child(OUTPUTS, **env).stdout.splitlines()

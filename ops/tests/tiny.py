@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 LIB = os.environ["DITFASTATTN_LIB"]
 # `scripts/gpu-suite` names another one.
 PROVIDERS = list(dict.fromkeys([os.environ.get("DITFASTATTN_PROVIDER", "CPUExecutionProvider"), "CPUExecutionProvider"]))
+# Whether it is the CPU's own operators that run: not on a GPU, nor on the device that takes its place in tests.
+ON_CPU = PROVIDERS[0] == "CPUExecutionProvider" and os.environ.get("DITFASTATTN_EMULATED_CUDA") != "1"
 DOMAIN = "ai.ditfastattn"
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
