@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
@@ -85,6 +84,7 @@ def test_the_host_computes_just_the_dense_steps(load, tmp_path):
 
 
 def test_what_only_the_choice_needs_is_in_the_graph_only_then(load):
+    onnx = pytest.importorskip("onnx")
     model = load("dit__dyn18")
 
     def contract(*flags):
