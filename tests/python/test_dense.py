@@ -28,6 +28,12 @@ def one_of_each():
 def any_model(request, tmp_path):
     model = Model(request.param, tmp_path)
     model.needs_kernels()
+    if HOST < NEWEST:
+        # The exporter's attention is this host's business here.
+        original, first = session(model.path, custom_ops=False), model.runs()[0]
+        own = distance(original.run(None, model.feed(original, *first))[0], model.expected(*first))
+        if own > model.tolerance:
+            pytest.skip(f"onnxruntime {HOST} computes the export itself otherwise than PyTorch: {own}")
     return model
 
 
