@@ -47,8 +47,6 @@ def info(name, dims, kind=TensorProto.FLOAT):
     return helper.make_tensor_value_info(name, kind, dims)
 
 
-# Seconds between two sessions: the threads of one spin for a while after its run, on the cores that the next one wants.
-PAUSE = 0.03
 # Up to so many tokens runs go before those that are timed: it takes milliseconds until all threads are awake.
 SHORT = 1024
 # Whether threads that wait spin, as they do by default; not where their CPU time is what is measured.
@@ -126,11 +124,11 @@ class Case:
 
     def run(self, name):
         """The times of one round, by what was measured."""
-        time.sleep(PAUSE)
+        time.sleep(host.PAUSE)
         if self.short:
             self.step(0)
             start = time.perf_counter()
-            while time.perf_counter() < start + PAUSE:
+            while time.perf_counter() < start + host.PAUSE:
                 self.timed()
         if self.steps is None:
             return {name: self.timed()}
@@ -178,7 +176,7 @@ def matmul(threads, clock):
     binding.bind_ortvalue_output("o", ort.OrtValue.ortvalue_from_numpy(np.zeros((n, n), np.float32)))
 
     def timed():
-        time.sleep(PAUSE)
+        time.sleep(host.PAUSE)
         start = clock()
         run.run_with_iobinding(binding)
         return 2 * n**3 / (clock() - start)

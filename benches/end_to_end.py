@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +75,16 @@ def compare(args, folder, tokens, threads):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, tokens, args.width), dtype=np.float32)
 
+    last = None
+
     def timed(session, step, request=None):
         feed = {"x": x, "timestep": np.full(2, 1000 - step)}
         if request is not None:
             feed |= {"dfa_request_id": np.array(request), "dfa_start": np.array(step == 0)}
+        nonlocal last
+        if session is not last:
+            time.sleep(host.PAUSE)
+        last = session
         start = clock()
         session.run(None, feed)
         return clock() - start

@@ -7,6 +7,9 @@ import time
 import onnxruntime as ort
 from conftest import ROOT, TARGET
 
+# Seconds between runs of two sessions: the threads of one spin for a while after its run, on the cores that the next one wants.
+PAUSE = 0.03
+
 
 def session(model, threads, spin):
     """`model`: a path, or a file's bytes. `spin`: whether threads that wait spin, as they do by default; not where CPU time is measured."""
