@@ -151,11 +151,7 @@ fn half_precision_at_real_widths() {
 fn dtypes_may_differ_between_tensors() {
     let s = shape(1, 2, 33, 16);
     let p = Problem::<f32>::new(Kind::Full, s, Band::new(1), [Layout::Bhsd; 4], 3);
-    let k: Tensor<bf16> = Tensor {
-        dims: p.k.dims,
-        strides: p.k.strides,
-        data: p.k.data.iter().map(|&x| bf16::from_f32(x)).collect(),
-    };
+    let k = p.k.convert::<bf16>();
     let mut out: Tensor<f16> = Tensor::new(p.out.dims, Layout::Bshd, || 0.0);
     let a = Attention {
         shape: s,

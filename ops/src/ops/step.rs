@@ -97,7 +97,7 @@ impl Step {
             .ok_or_else(|| Error::graph("the ticket output is not int64"))?
             .copy_from_slice(&run.ticket());
         let skips = (0..self.layers).map(|layer| run.skips(layer));
-        let dense = self.dense.iter().map(|&layer| run.leaves_to_host(layer));
+        let dense = self.dense.iter().map(|&layer| run.leave_to_host(layer));
         for (index, flag) in skips.chain(dense).enumerate() {
             let mut output = context.output(index + 1, &[])?;
             let byte = output.bytes().and_then(<[u8]>::first_mut);

@@ -154,9 +154,10 @@ impl<T: Cached> Run<T> {
             && !self.program.is_core(layer)
     }
 
-    /// Whether the host may compute the attention of `layer` with the exporter's nodes: all rows, all keys, and no R to be
-    /// left. Where the op stands for a whole layer it also has to keep the output. Finishes such a layer: nobody else will.
-    pub fn leaves_to_host(&self, layer: usize) -> bool {
+    /// Leaves the attention of `layer` to the host, with the exporter's nodes, if it may, and says whether: over all rows and all
+    /// keys, with no R to be left. Where the op stands for a whole layer it also has to keep the output, and a layer that is left is
+    /// finished here: nobody else will.
+    pub fn leave_to_host(&self, layer: usize) -> bool {
         let Ok(directive) = self.directive(layer) else {
             return false;
         };

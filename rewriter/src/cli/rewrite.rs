@@ -7,7 +7,7 @@ use crate::find::{Survey, survey};
 use crate::lower::{Dense, RequestInputs, State, Told, check_fit, lower_with};
 use crate::onnx::ModelFile;
 use crate::report::{DenseReport, Report};
-use crate::run::dense::measure;
+use crate::run::dense::{Measured, measure};
 use crate::run::host::Host;
 use anyhow::anyhow;
 use ditfastattn_plans::{Cfg, Plan};
@@ -49,9 +49,9 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
             }
         )));
     }
-    let mut dense = dense(&args.dense, &model, &survey, &plan)?;
+    let (dense, measured) = dense(&args.dense, &model, &survey, &plan)?;
     let lowered =
-        lower_with(&model, &survey, &plan, state, dense.by).map_err(|e| Failure::No(e.into()))?;
+        lower_with(&model, &survey, &plan, state, dense).map_err(|e| Failure::No(e.into()))?;
     let mut written = None;
     if !args.dry_run {
         let write_model = || write(&output, &lowered.pieces);
@@ -66,11 +66,14 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
         &(&args.sizes).into(),
         args.sizes.attention_share,
     );
-    if lowered.dense.is_empty() {
-        dense.by = Dense::Library;
-    }
-    dense.layers = lowered.dense;
-    report.dense = (args.dense.who != DenseArg::Library).then_some(dense);
+    report.dense = (args.dense.who != DenseArg::Library).then_some(DenseReport {
+        by: match lowered.dense.is_empty() {
+            true => Dense::Library,
+            false => Dense::Host,
+        },
+        layers: lowered.dense,
+        measured,
+    });
     report.output = (!args.dry_run).then(|| output.display().to_string());
     report.triton_config = written.map(|path| path.display().to_string());
     match (args.quiet, args.json) {
@@ -80,16 +83,16 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
     }
 }
 
-/// Who computes dense steps, and what was measured to find out.
+/// Who is to compute dense steps, and what was measured to find out.
 fn dense(
     args: &DenseArgs,
     model: &ModelFile,
     survey: &Survey,
     plan: &Plan,
-) -> Result<DenseReport, Failure> {
-    let by = match args.who {
-        DenseArg::Library => Dense::Library,
-        DenseArg::Host => Dense::Host,
+) -> Result<(Dense, Option<Measured>), Failure> {
+    Ok(match args.who {
+        DenseArg::Library => (Dense::Library, None),
+        DenseArg::Host => (Dense::Host, None),
         DenseArg::Measure => {
             check_fit(survey, plan).map_err(|e| Failure::No(e.into()))?;
             let host = Host::load(args.onnxruntime.as_deref(), None, args.threads)?;
@@ -98,17 +101,8 @@ fn dense(
             let go_on = || !INTERRUPTED.load(Ordering::Relaxed);
             let measured = measure(&host, model, survey, plan, &args.open_sizes, &go_on)?
                 .ok_or_else(|| Failure::No(anyhow!("stopped while dense steps were measured")))?;
-            return Ok(DenseReport {
-                by: measured.faster(),
-                layers: Vec::new(),
-                measured: Some(measured),
-            });
+            (measured.faster(), Some(measured))
         }
-    };
-    Ok(DenseReport {
-        by,
-        layers: Vec::new(),
-        measured: None,
     })
 }
 

@@ -75,6 +75,12 @@ pub fn any_rows(name: &str, fact: &Fact) -> Bytes {
     annotation(name, fact.elem_type, sizes)
 }
 
+/// As [`value_info`], with the rank only.
+pub fn any_sizes(name: &str, fact: &Fact) -> Bytes {
+    let sizes = fact.shape.as_ref().map(|dims| vec![None; dims.len()]);
+    annotation(name, fact.elem_type, sizes)
+}
+
 /// A type annotation with these sizes, `None` for an open one.
 pub fn sized(name: &str, elem_type: i32, sizes: &[Option<i64>]) -> Bytes {
     annotation(name, elem_type, Some(sizes.to_vec()))
@@ -171,6 +177,15 @@ struct Branch {
     output: Vec<Bytes>,
     #[prost(bytes = "bytes", repeated, tag = "13")]
     value_info: Vec<Bytes>,
+}
+
+/// An `If` between two branches.
+pub fn either(name: String, condition: &str, yes: Bytes, no: Bytes, results: &[&str]) -> Bytes {
+    let branches = [
+        AttributeProto::graph("then_branch", yes),
+        AttributeProto::graph("else_branch", no),
+    ];
+    node("", "If", name, &[condition], results, &branches)
 }
 
 pub fn branch(

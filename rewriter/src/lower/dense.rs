@@ -5,9 +5,8 @@
 use super::LowerError;
 use super::build::{self, Writer};
 use super::layer::Lowering;
-use crate::find::{Survey, dead_without};
-use crate::onnx::{AttributeProto, Graph, elem_type};
-use crate::shapes::Fact;
+use crate::find::Survey;
+use crate::onnx::Graph;
 use std::collections::HashMap;
 
 /// Who computes attention over all keys of all rows that leaves no R.
@@ -56,47 +55,23 @@ impl Lowering<'_> {
             (result, renamed)
         });
         // The op attends to some rows, the host to all: an `If` whose outputs had sizes would insist on them.
-        let rank = |name: &str| {
-            let fact = self.fact(out);
-            let sizes = fact.shape.map(|dims| vec![None; dims.len()]);
-            match sizes {
-                Some(sizes) => build::sized(name, fact.elem_type, &sizes),
-                None => build::value_info(name, &Fact::of(fact.elem_type, None)),
-            }
+        let branch = |place: &str, nodes, result: &str| {
+            let outputs = vec![build::any_sizes(result, &self.fact(out))];
+            build::branch(format!("{prefix}/{place}"), nodes, outputs, Vec::new())
         };
         self.attention(&ours.1, present).write(w);
-        let nodes = std::mem::take(&mut w.nodes);
-        let ours = build::branch(
-            format!("{prefix}/by_library"),
-            nodes,
-            vec![rank(&ours.0)],
-            Vec::new(),
-        );
-        for index in dead_without(self.graph, &self.layer.core) {
+        let ours = branch("by_library", std::mem::take(&mut w.nodes), &ours.0);
+        for &index in self.replaced {
             let node = &self.graph.nodes[index];
             let moved = self.moved_node(node, &theirs.1, None, false, w.names)?;
             w.nodes.push(moved);
         }
         let nodes = std::mem::replace(&mut w.nodes, before);
-        let theirs = build::branch(
-            format!("{prefix}/by_host"),
-            nodes,
-            vec![rank(&theirs.0)],
-            Vec::new(),
-        );
-        let branches = [
-            AttributeProto::graph("then_branch", theirs),
-            AttributeProto::graph("else_branch", ours),
-        ];
+        let theirs = branch("by_host", nodes, &theirs.0);
         let name = w.names.fresh(&format!("{prefix}/dense_if"));
         let result = renamed.get(out).unwrap_or(out);
         w.nodes
-            .push(build::node("", "If", name, &[dense], &[result], &branches));
+            .push(build::either(name, dense, theirs, ours, &[result]));
         Ok(())
     }
-}
-
-/// The type annotation of a flag of the step operator.
-pub fn flag(name: &str) -> bytes::Bytes {
-    build::value_info(name, &Fact::of(elem_type::BOOL, Some(vec![])))
 }

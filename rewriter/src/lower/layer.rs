@@ -27,6 +27,7 @@ pub fn build(
     graph: &Graph,
     survey: &Survey,
     layer: &Layer,
+    replaced: &BTreeSet<usize>,
     step: &Step,
     text: &TextTokens,
     names: &mut Names,
@@ -36,6 +37,7 @@ pub fn build(
         graph,
         survey,
         layer,
+        replaced,
         step,
         text,
         prefix: &prefix,
@@ -50,6 +52,8 @@ pub struct Lowering<'a> {
     pub graph: &'a Graph,
     survey: &'a Survey,
     pub layer: &'a Layer,
+    /// The exporter's nodes that the op stands for.
+    pub replaced: &'a BTreeSet<usize>,
     pub step: &'a Step,
     text: &'a TextTokens,
     pub prefix: &'a str,
@@ -290,17 +294,13 @@ impl Lowering<'_> {
         let nodes = std::mem::replace(&mut w.nodes, before);
         let cached = build::branch(format!("{prefix}/cached"), nodes, outputs, Vec::new());
 
-        let branches = [
-            AttributeProto::graph("then_branch", cached),
-            AttributeProto::graph("else_branch", full),
-        ];
         let name = w.names.fresh(&format!("{prefix}/if"));
         let results = sinks.iter().map(String::as_str);
         let results: Vec<&str> = results
             .chain(state.map(|s| s.present_residual.as_str()))
             .collect();
         let skip = &self.step.skip[self.layer.index];
-        build::node("", "If", name, &[skip], &results, &branches)
+        build::either(name, skip, cached, full, &results)
     }
 
     /// Inside, sources are the selected rows, sinks are not yet doubled, and duplicates need names of their own.

@@ -185,7 +185,8 @@ pub fn lower_with(
             State::Hidden(_) => texts.of(layer, plan)?,
             State::Io(_) => texts.of(layer, plan)?.settled(plan),
         };
-        let patch = layer::build(graph, survey, layer, &step, &text, &mut names)?;
+        let attention = dead_without(graph, &layer.core);
+        let patch = layer::build(graph, survey, layer, &attention, &step, &text, &mut names)?;
         let nodes = insert.entry(patch.position).or_default();
         nodes.extend(patch.nodes);
         if let Some(io) = &step.io {
@@ -198,7 +199,6 @@ pub fn lower_with(
         }
         edit.added_value_info.extend(patch.value_info);
         moved.extend(patch.moved);
-        let attention = dead_without(graph, &layer.core);
         if !step.dense.contains_key(&layer.index) {
             dead.extend(attention);
         } else {

@@ -1,7 +1,6 @@
 //! The step op: one per model, in front of everything, with the inputs that say whose step it is.
 
 use super::build::{self, Names};
-use super::dense;
 use super::io::Io;
 use super::{DOMAIN, LowerError, RequestInputs};
 use crate::find::{Survey, Target};
@@ -155,7 +154,7 @@ pub fn build(
     value_info.extend(
         skip.iter()
             .chain(dense.values())
-            .map(|name| dense::flag(name)),
+            .map(|name| build::value_info(name, &Fact::of(elem_type::BOOL, Some(vec![])))),
     );
     Ok(Step {
         nodes: vec![node],
