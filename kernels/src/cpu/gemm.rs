@@ -1,6 +1,6 @@
 //! The one matrix kernel both products of attention run on: C += A·B with vectors of queries.
 //!
-//! B (`[steps, QUERIES]`) and C (`[rows, QUERIES]`) have a query per lane; A is read one word at a time and
+//! B (`[steps, queries]`) and C (`[rows, queries]`) have a query per lane; A is read one word at a time and
 //! broadcast. What a word is and how two are multiplied is the arithmetic's: a number, or a pair of numbers, of which a
 //! step then takes two. So scores are C = K·Qᵀ (rows are keys, steps are channels) and outputs are C = Vᵀ·P (rows are
 //! channels, steps are keys): neither needs a transposition per block, neither pads head_dim or the number of keys,
@@ -13,8 +13,21 @@ use pulp::{Simd, WithSimd};
 use super::arithmetic::Arithmetic;
 use super::vector::{load, store};
 
-/// Queries in a block: the row length of every matrix with a query per lane.
-pub(crate) const QUERIES: usize = 64;
+/// Queries in a block, the row length of every matrix with a query per lane: as many as a tile of C has columns, 64 with
+/// AVX-512 and 16 with AVX2.
+///
+/// With 32 registers 6 × 4 accumulators, 4 of B and a broadcast; with 16 registers 6 × 2, 2 and 1. Were rows longer than a
+/// tile, those of B that a tile reads would lie apart, in a part of the first cache's sets only, and not stay there: with AVX2
+/// and rows of 64 the products took up to a quarter longer.
+pub(crate) const fn row_len<S: Simd>() -> usize {
+    let vectors = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
+    vectors * S::F32_LANES
+}
+
+/// Whether [`Gemm::run`] pauses between tiles: where they are large, of half a microsecond.
+pub(crate) const fn pauses<S: Simd>() -> bool {
+    S::REGISTER_COUNT >= 32
+}
 
 /// One product of words in 32 bits. All pointers may be unaligned.
 #[derive(Clone, Copy)]
@@ -24,9 +37,9 @@ pub(crate) struct Gemm {
     pub a_row: usize,
     /// Distance in A between neighbouring steps.
     pub a_step: usize,
-    /// `[steps, QUERIES]`, already advanced to the first lane.
+    /// `[steps, queries]`, already advanced to the first lane.
     pub b: *const f32,
-    /// `[rows, QUERIES]`, already advanced to the first lane.
+    /// `[rows, queries]`, already advanced to the first lane.
     pub c: *mut f32,
     pub rows: usize,
     pub steps: usize,
@@ -37,11 +50,11 @@ pub(crate) struct Gemm {
 }
 
 impl Gemm {
-    /// Computes the product, and calls `between` after each tile of it (a microsecond or less).
+    /// Computes the product, and calls `between` after each tile of it, if it [pauses] there.
     ///
     /// # Safety
     /// For every row < rows, step < steps and lane < vectors · `S::F32_LANES`: `a + row·a_row + step·a_step` and
-    /// `b + step·QUERIES + lane` must be readable, `c + row·QUERIES + lane` readable and writable, and C must not
+    /// `b + step·queries + lane` must be readable, `c + row·queries + lane` readable and writable, and C must not
     /// overlap A or B.
     #[inline(always)]
     pub unsafe fn run<S: Simd, A: Arithmetic>(
@@ -50,28 +63,18 @@ impl Gemm {
         arithmetic: A,
         mut between: impl FnMut(),
     ) {
-        // With 32 registers 6 × 4 accumulators, 4 of B and a broadcast; with 16 registers 6 × 2, 2 and 1.
-        let wide = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
-        let mut done = 0;
-        while done < self.vectors {
-            let n = wide.min(self.vectors - done);
-            let part = Gemm {
-                // SAFETY: the lane lies inside the rows of B and C, by this function's contract.
-                b: unsafe { self.b.add(done * S::F32_LANES) },
-                // SAFETY: as above.
-                c: unsafe { self.c.add(done * S::F32_LANES) },
-                ..self
-            };
-            // SAFETY: a part of the columns of what this function's contract allows.
-            unsafe {
-                match n {
-                    4 => columns::<S, A, 4>(simd, arithmetic, part, &mut between),
-                    3 => columns::<S, A, 3>(simd, arithmetic, part, &mut between),
-                    2 => columns::<S, A, 2>(simd, arithmetic, part, &mut between),
-                    _ => columns::<S, A, 1>(simd, arithmetic, part, &mut between),
-                }
+        let most = row_len::<S>() / S::F32_LANES;
+        assert!(self.vectors <= most, "rows are no longer than a tile");
+        // SAFETY: this function's contract.
+        unsafe {
+            match self.vectors {
+                0 => {}
+                1 => columns::<S, A, 1>(simd, arithmetic, self, &mut between),
+                2 => columns::<S, A, 2>(simd, arithmetic, self, &mut between),
+                3 if most > 2 => columns::<S, A, 3>(simd, arithmetic, self, &mut between),
+                _ if most > 2 => columns::<S, A, 4>(simd, arithmetic, self, &mut between),
+                _ => {}
             }
-            done += n;
         }
     }
 }
@@ -88,7 +91,7 @@ unsafe fn columns<S: Simd, A: Arithmetic, const NR: usize>(
     let head = Gemm { rows: sixes, ..g };
     let tail = Gemm {
         a: g.a.wrapping_add(sixes * g.a_row),
-        c: g.c.wrapping_add(sixes * QUERIES),
+        c: g.c.wrapping_add(sixes * row_len::<S>()),
         rows: g.rows - sixes,
         ..g
     };
@@ -148,12 +151,14 @@ unsafe fn tile_loop<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
     for row in (0..g.rows).step_by(MR) {
         let part = Gemm {
             a: g.a.wrapping_add(row * a_row),
-            c: g.c.wrapping_add(row * QUERIES),
+            c: g.c.wrapping_add(row * row_len::<S>()),
             ..g
         };
         // SAFETY: row + MR ≤ rows, which the caller promised.
         unsafe { tile_body::<S, A, MR, NR>(simd, arithmetic, part, a_row, a_step) };
-        between();
+        if pauses::<S>() {
+            between();
+        }
     }
 }
 
@@ -171,7 +176,7 @@ unsafe fn tile_body<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
         if g.add {
             for i in 0..MR {
                 for j in 0..NR {
-                    acc[i][j] = load(simd, g.c.add(i * QUERIES + j * S::F32_LANES));
+                    acc[i][j] = load(simd, g.c.add(i * row_len::<S>() + j * S::F32_LANES));
                 }
             }
         }
@@ -188,11 +193,15 @@ unsafe fn tile_body<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
                 }
             }
             a = a.wrapping_add(a_step);
-            b = b.wrapping_add(QUERIES);
+            b = b.wrapping_add(row_len::<S>());
         }
         for i in 0..MR {
             for j in 0..NR {
-                store(simd, g.c.add(i * QUERIES + j * S::F32_LANES), acc[i][j]);
+                store(
+                    simd,
+                    g.c.add(i * row_len::<S>() + j * S::F32_LANES),
+                    acc[i][j],
+                );
             }
         }
     }
@@ -221,7 +230,7 @@ mod tests {
         fn with_simd<S: Simd>(self, simd: S) {
             let Product(arithmetic, rows, numbers) = self;
             let a = |row: usize, n: usize| number(row * numbers + n);
-            let b = |n: usize, lane: usize| number(1 + n * QUERIES + lane);
+            let b = |n: usize, lane: usize| number(1 + n * row_len::<S>() + lane);
             let steps = numbers.div_ceil(A::EACH);
             let word = |x: &dyn Fn(usize) -> f32, step: usize| {
                 let bits = |n: usize| if n < numbers { x(n) } else { 0.0 };
@@ -240,12 +249,12 @@ mod tests {
                         words[row * a_row + step * a_step] = word(&|n| a(row, n), step);
                     }
                 }
-                let b_words: Vec<f32> = (0..steps * QUERIES)
-                    .map(|at| word(&|n| b(n, at % QUERIES), at / QUERIES))
+                let b_words: Vec<f32> = (0..steps * row_len::<S>())
+                    .map(|at| word(&|n| b(n, at % row_len::<S>()), at / row_len::<S>()))
                     .collect();
-                for vectors in 1..=QUERIES / S::F32_LANES {
+                for vectors in 1..=row_len::<S>() / S::F32_LANES {
                     for add in [false, true] {
-                        let mut c = vec![1f32; rows * QUERIES];
+                        let mut c = vec![1f32; rows * row_len::<S>()];
                         let g = Gemm {
                             a: words.as_ptr(),
                             a_row,
@@ -260,7 +269,7 @@ mod tests {
                         // SAFETY: the matrices have these sizes.
                         unsafe { g.run(simd, arithmetic, || {}) };
                         for (at, &c) in c.iter().enumerate() {
-                            let (row, lane) = (at / QUERIES, at % QUERIES);
+                            let (row, lane) = (at / row_len::<S>(), at % row_len::<S>());
                             let sum: f32 = (0..numbers).map(|n| a(row, n) * b(n, lane)).sum();
                             let want = if lane >= vectors * S::F32_LANES {
                                 1.0

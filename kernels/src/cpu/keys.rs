@@ -1,15 +1,15 @@
 //! Keys and values as tasks read them: float32 or pairs of bfloat16, each (batch, head) by itself, in blocks of [`KEYS`].
 //!
 //! Tensors that are like that already are read where they are, and so are those with other heads between the lines of
-//! one, where few blocks of queries see a key. Others are copied: by each task for itself, or, where many see a key, once
-//! per call, on all threads. In `[batch, tokens, heads, channels]` each token of a head lies in a page of its own, whose
+//! one, where few queries see a key. Others are copied: by each task for itself, or, where many see a key, once per call, on
+//! all threads. In `[batch, tokens, heads, channels]` each token of a head lies in a page of its own, whose
 //! translation costs as much as its data; a copy of all heads visits it once.
 //!
 //! Owns where they are read and the copies in advance. What is computed does not depend on either, bit for bit.
 
 use std::ops::Range;
 
-use super::gemm::QUERIES;
+use super::level::Level;
 use super::pack::{Ahead, Order, Plane, gather, offset, read_line};
 use super::pairs::{read_across, read_along};
 use super::scratch::Scratch;
@@ -23,18 +23,29 @@ pub(crate) const KEYS: usize = 120;
 /// What decides how keys and values are read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Where more blocks of queries than this see a key, a copy in advance is worth its traffic.
-    pub reads: usize,
+    /// Where more queries than this see a key, a copy in advance is worth its traffic.
+    pub queries: usize,
+    /// Whether tasks copy what is not copied in advance, unless a band hides most of it.
+    pub tasks_copy: bool,
     /// Words that are copied in advance at a time: calls that need more are done in several parts, and those of
     /// which one head needs more are not copied in advance.
     pub words: usize,
 }
 
 impl Limits {
-    pub const BEST: Limits = Limits {
-        reads: 20,
-        words: 12 << 20,
-    };
+    /// What was fastest at a level, with heads of 64 to 128 channels side by side.
+    ///
+    /// With AVX-512 a number of a key meets 64 queries each time it is read, at the other levels 16, so what it costs to read
+    /// it from a line of its own is paid four times as often. With AVX2 full attention of 1024 tokens took 7 to 16 % less time
+    /// with a copy in advance, that of 256 tokens 1 to 9 % less with copies of tasks.
+    pub fn best(level: Level) -> Limits {
+        let wide = level == Level::Avx512;
+        Limits {
+            queries: if wide { 1280 } else { 512 },
+            tasks_copy: !wide,
+            words: 12 << 20,
+        }
+    }
 }
 
 /// Where the blocks of a matrix are.
@@ -82,21 +93,26 @@ pub(crate) struct Places {
 impl Places {
     /// `each` is how many numbers a word holds.
     pub fn of(a: &Attention<'_>, each: usize, limits: Limits) -> Self {
-        let seen_by = match &a.mode {
-            Mode::Window { band, .. } => (band.half_width.saturating_mul(2))
-                .saturating_add(band.text + 1)
-                .min(a.shape.q_tokens),
-            _ => a.shape.q_tokens,
+        let (seen_by, late) = match &a.mode {
+            Mode::Window { band, .. } => {
+                let seen_by = (band.half_width.saturating_mul(2))
+                    .saturating_add(band.text + 1)
+                    .min(a.shape.q_tokens);
+                (seen_by, Place::There)
+            }
+            _ if limits.tasks_copy => (a.shape.q_tokens, Place::Task),
+            _ => (a.shape.q_tokens, Place::There),
         };
-        let early = Places::new(a, each, true);
-        if seen_by > limits.reads * QUERIES && early.plane <= limits.words {
+        let early = Places::new(a, each, Place::Call);
+        if seen_by > limits.queries && early.plane <= limits.words {
             early
         } else {
-            Places::new(a, each, false)
+            Places::new(a, each, late)
         }
     }
 
-    fn new(a: &Attention<'_>, each: usize, early: bool) -> Self {
+    /// `apart`: where matrices are read whose lines have other heads between them.
+    fn new(a: &Attention<'_>, each: usize, apart: Place) -> Self {
         let s = a.shape;
         let place = |t: &Input<'_>, word: Word, channels: usize| {
             // Lines beside each other are read as fast as a copy of them.
@@ -109,9 +125,10 @@ impl Places {
                 Word::Keys => false,
             };
             let lines = words && t.strides.channel == 1 && t.strides.token > 0;
-            match (lines && (dense || !early), early) {
-                (true, _) => Place::There,
-                (_, true) => Place::Call,
+            match (lines, apart) {
+                (true, _) if dense => Place::There,
+                (true, Place::There) => Place::There,
+                (_, Place::Call) => Place::Call,
                 _ => Place::Task,
             }
         };

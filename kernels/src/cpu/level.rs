@@ -2,6 +2,8 @@
 
 use pulp::{Simd, WithSimd};
 
+use super::gemm::row_len;
+
 /// An instruction set the kernels are compiled for. Hidden: tests force one, everybody else takes the best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
@@ -27,6 +29,11 @@ impl Level {
         Level::available()[0]
     }
 
+    /// Queries in a block; 1 on a machine without this level, where nothing is run.
+    pub(crate) fn queries(self) -> usize {
+        self.run(Queries).max(1)
+    }
+
     /// Runs `op` with this level's vectors; on a machine without them does nothing and returns the default.
     pub fn run<Op: WithSimd>(self, op: Op) -> Op::Output
     where
@@ -49,6 +56,18 @@ impl Level {
             #[allow(unreachable_patterns)]
             _ => Op::Output::default(),
         }
+    }
+}
+
+/// Answers how many queries are in a block.
+struct Queries;
+
+impl WithSimd for Queries {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        row_len::<S>()
     }
 }
 

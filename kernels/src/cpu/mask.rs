@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::gemm::QUERIES;
+use super::gemm::row_len;
 use super::pack::{Ahead, Plane, read_line};
 use super::transpose::transpose;
 use super::vector::{load, mul_add, store};
@@ -30,9 +30,9 @@ pub(crate) enum Effect {
 /// One block of the mask.
 pub(crate) struct Tile<'s> {
     mask: Mask<'s>,
-    /// `[keys, QUERIES]`
+    /// `[keys, queries]`
     turned: &'s mut [f32],
-    /// `[QUERIES, keys]`
+    /// `[queries, keys]`
     rows: &'s mut [f32],
     effect: Effect,
     /// What is in the tile: where the block begins in the mask, how many queries (1 if all have the same line) and keys.
@@ -41,8 +41,8 @@ pub(crate) struct Tile<'s> {
 
 impl<'s> Tile<'s> {
     /// Floats that a tile of `keys` keys needs, twice.
-    pub const fn len(keys: usize) -> usize {
-        keys * QUERIES
+    pub const fn len<S: Simd>(keys: usize) -> usize {
+        keys * row_len::<S>()
     }
 
     pub fn new(mask: Mask<'s>, turned: &'s mut [f32], rows: &'s mut [f32]) -> Self {
@@ -98,7 +98,9 @@ impl<'s> Tile<'s> {
             return;
         }
         self.holds = Some(block);
-        assert!(lines <= QUERIES && n * QUERIES <= self.turned.len().min(self.rows.len()));
+        assert!(
+            lines <= row_len::<S>() && n * row_len::<S>() <= self.turned.len().min(self.rows.len())
+        );
         let (mut zero, mut hidden) = (true, true);
         for i in 0..lines {
             let line = &mut self.rows[i * n..(i + 1) * n];
@@ -117,22 +119,26 @@ impl<'s> Tile<'s> {
             return;
         }
         if repeats {
-            for (lanes, &x) in self.turned.chunks_exact_mut(QUERIES).zip(&self.rows[..n]) {
+            for (lanes, &x) in self
+                .turned
+                .chunks_exact_mut(row_len::<S>())
+                .zip(&self.rows[..n])
+            {
                 lanes.fill(x);
             }
             return;
         }
-        if lines < QUERIES {
+        if lines < row_len::<S>() {
             // Lanes without a query share decisions with those beside them.
-            self.turned[..n * QUERIES].fill(0.0);
+            self.turned[..n * row_len::<S>()].fill(0.0);
         }
-        // SAFETY: `lines` rows of n, and n rows of QUERIES, are there by the assertion above.
+        // SAFETY: `lines` rows of n, and n rows of queries, are there by the assertion above.
         unsafe {
             transpose::<S, true>(
                 self.rows.as_ptr(),
                 n as isize,
                 self.turned.as_mut_ptr(),
-                QUERIES as isize,
+                row_len::<S>() as isize,
                 lines,
                 n,
             );
@@ -140,12 +146,12 @@ impl<'s> Tile<'s> {
     }
 
     /// The tile's numbers of one key, a query per lane.
-    pub fn lanes(&self, key: usize) -> &[f32] {
-        &self.turned[key * QUERIES..(key + 1) * QUERIES]
+    pub fn lanes<S: Simd>(&self, key: usize) -> &[f32] {
+        &self.turned[key * row_len::<S>()..(key + 1) * row_len::<S>()]
     }
 
     /// scores = scores · scale + mask, for some keys (counted in the tile) and vectors of queries; hidden keys get −∞
-    /// whatever their score is. `scores` is `[keys, QUERIES]`.
+    /// whatever their score is. `scores` is `[keys, queries]`.
     #[inline(always)]
     pub fn add<S: Simd>(
         &self,
@@ -155,9 +161,9 @@ impl<'s> Tile<'s> {
         keys: Range<usize>,
         vectors: Range<usize>,
     ) {
-        let block = keys.start * QUERIES..keys.end * QUERIES;
+        let block = keys.start * row_len::<S>()..keys.end * row_len::<S>();
         let lanes = vectors.start * S::F32_LANES..vectors.end * S::F32_LANES;
-        assert!(lanes.end <= QUERIES);
+        assert!(lanes.end <= row_len::<S>());
         add(
             simd,
             scale,
@@ -184,10 +190,10 @@ fn add<S: Simd>(simd: S, scale: f32, scores: &mut [f32], tile: &[f32], lanes: Ra
         fn with_simd<S: Simd>(self, simd: S) {
             let scale = simd.splat_f32s(self.scale);
             let hidden = simd.splat_f32s(f32::NEG_INFINITY);
-            let rows = self.scores.chunks_exact_mut(QUERIES);
-            for (scores, tile) in rows.zip(self.tile.chunks_exact(QUERIES)) {
+            let rows = self.scores.chunks_exact_mut(row_len::<S>());
+            for (scores, tile) in rows.zip(self.tile.chunks_exact(row_len::<S>())) {
                 for at in self.lanes.clone().step_by(S::F32_LANES) {
-                    // SAFETY: whole vectors inside rows of QUERIES, which `Tile::add` asserts.
+                    // SAFETY: whole vectors inside rows of queries, which `Tile::add` asserts.
                     unsafe {
                         let (p, m) = (
                             scores.as_mut_ptr().add(at),

@@ -25,7 +25,6 @@ use crate::Computed;
 use crate::api::{Attention, DType, Mode, Products};
 use crate::parallel::Parallel;
 use arithmetic::{Arithmetic, Float32};
-use gemm::QUERIES;
 use keys::{Keys, Limits, Part, Places};
 
 /// Shares a call between threads.
@@ -50,7 +49,7 @@ pub(crate) fn attention(
 ) -> Computed {
     let finite = AtomicBool::new(true);
     if !is_empty(a) {
-        run(a, pool, level, products, Limits::BEST, &finite);
+        run(a, pool, level, products, Limits::best(level), &finite);
     }
     Computed {
         residual_is_finite: finite.into_inner(),
@@ -99,7 +98,7 @@ fn run_in<A: Arithmetic + Sync>(
     scratch::with_keys(|memory| {
         for part in Part::all(a, places, limits) {
             let keys = Keys::new(a, places, &part, memory, pool);
-            let cut = Cut::new(a, &part);
+            let cut = Cut::new(a, &part, level.queries());
             pool.run(cut.tasks(), &|i| {
                 let (batch, heads, blocks) = cut.task(i);
                 scratch::with(|scratch| {
@@ -136,19 +135,22 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(a: &Attention<'_>, part: &Part) -> Self {
+    /// `queries` are those of a block.
+    fn new(a: &Attention<'_>, part: &Part, queries: usize) -> Self {
         let s = a.shape;
         let per_kv = s.heads / s.kv_heads;
         let heads = part.kv_heads.start * per_kv..part.kv_heads.end * per_kv;
-        let blocks = s.q_tokens.div_ceil(QUERIES);
+        let blocks = s.q_tokens.div_ceil(queries);
         // Heads that share a mask share what it takes to read it.
         let heads_each = match a.mask {
             Some(mask) if mask.strides.head == 0 => 2.min(heads.len()),
             _ => 1,
         };
-        // Blocks in one task share keys and values in the cache; more of them save traffic, fewer of them balance better.
+        // Queries in one task share keys and values in the cache; more of them save traffic, fewer of them balance better.
         let blocks_all = part.batch.len() * heads.len() * blocks;
-        let blocks_each = (blocks_all / heads_each / 32).clamp(1, 8).min(blocks);
+        let blocks_each = (blocks_all / heads_each / 32)
+            .clamp(1, 512 / queries)
+            .min(blocks);
         Cut {
             batch: part.batch.clone(),
             heads,
@@ -283,7 +285,7 @@ mod tests {
                         compute::<bf16>(limits, bfloat16, kind, layout),
                     ]
                 };
-                let want = all(Limits::BEST);
+                let want = all(Limits::best(Level::best()));
                 // No copy in advance; a head at a time; two heads, so a row; two rows and one; all at once. A plane of
                 // pairs has a little more than half as many words.
                 for words in [
@@ -294,7 +296,14 @@ mod tests {
                     5 * plane,
                     usize::MAX,
                 ] {
-                    assert!(want == all(Limits { reads: 0, words }));
+                    for tasks_copy in [false, true] {
+                        let limits = Limits {
+                            queries: 0,
+                            tasks_copy,
+                            words,
+                        };
+                        assert!(want == all(limits));
+                    }
                 }
             }
         }

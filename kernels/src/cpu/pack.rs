@@ -355,6 +355,58 @@ pub(crate) unsafe fn scatter_channels<S: Simd>(
     }
 }
 
+/// Writes `from`, `[channels, stride]`, plus `plus` to tokens `tokens` of a plane, whatever the layouts. Sums are made in float32.
+///
+/// The sum is made of lines of channels, so that `plus` needs no transposition of its own.
+///
+/// # Safety
+/// As for [`gather`] and [`scatter`]; `rows` and the memory beside `plus` must hold `[tokens, channels]` and
+/// `[channels, stride]`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn scatter_sum<S: Simd>(
+    t: &Output<'_>,
+    (plus, room): (&Input<'_>, &mut [f32]),
+    p: Plane,
+    tokens: Range<usize>,
+    channels: usize,
+    stride: usize,
+    from: &mut [f32],
+    rows: &mut [f32],
+) {
+    let n = tokens.len();
+    assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= from.len()));
+    // SAFETY: the caller says that the elements are readable and this task's to write; `from` was compared above.
+    unsafe {
+        if let order @ Order::Channels { .. } = Order::natural(t.strides, stride) {
+            gather_channels::<S>(plus, p, tokens.clone(), channels, stride, room, rows);
+            for (x, y) in from.iter_mut().zip(room.iter()) {
+                *x += y;
+            }
+            scatter(t, p, tokens, channels, order, from);
+            return;
+        }
+        transpose::<S, false>(
+            from.as_ptr(),
+            stride as isize,
+            rows[..n * channels].as_mut_ptr(),
+            channels as isize,
+            channels,
+            n,
+        );
+        let room = &mut room[..channels];
+        for (i, token) in tokens.enumerate() {
+            let line = &mut rows[i * channels..(i + 1) * channels];
+            let at = |s: Strides| offset(s, p, token, 0);
+            read_line(plus, at(plus.strides), plus.strides.channel, room);
+            for (x, y) in line.iter_mut().zip(room.iter()) {
+                *x += y;
+            }
+            write_line(t, at(t.strides), t.strides.channel, line);
+        }
+    }
+}
+
 /// Asks for the memory of coming tokens a token at a time, while something else is computed.
 pub(crate) struct Ahead {
     next: *const u8,

@@ -10,10 +10,10 @@ use pulp::{Simd, WithSimd};
 
 use super::arithmetic::Arithmetic;
 use super::exp::exp2;
-use super::gemm::{Gemm, QUERIES};
+use super::gemm::{Gemm, pauses, row_len};
 use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
-use super::pack::{Ahead, Plane, gather_channels, scatter_channels};
+use super::pack::{Ahead, Plane, gather_channels, scatter_channels, scatter_sum};
 use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Segments, Sight, row};
 use super::vector::{load, mul_add, store};
@@ -30,7 +30,7 @@ pub(crate) struct Task<'a, 'b, A> {
     pub finite: &'a AtomicBool,
     pub batch: usize,
     pub heads: Range<usize>,
-    /// Query blocks, of [`QUERIES`] queries each.
+    /// Query blocks, of `row_len::<S>()` queries each.
     pub blocks: Range<usize>,
     pub scratch: &'a mut Scratch,
 }
@@ -50,11 +50,11 @@ struct Block<'s> {
     /// Which of the task's key/value heads it reads.
     kv: usize,
     queries: Range<usize>,
-    /// Words of `[head_dim, QUERIES]`, pairs being of channels: q, with the sign of the scale.
+    /// Words of `[head_dim, queries]`, pairs being of channels: q, with the sign of the scale.
     q: &'s mut [f32],
-    /// `[v_dim, QUERIES]`: Σ 2^(score − reference) · v so far.
+    /// `[v_dim, queries]`: Σ 2^(score − reference) · v so far.
     o: &'s mut [f32],
-    /// `[v_dim, QUERIES]`: W, in captures.
+    /// `[v_dim, queries]`: W, in captures.
     w: &'s mut [f32],
     /// The exponent everything is relative to, a score times `Context::scale`; −∞ before the first key.
     reference: &'s mut [f32],
@@ -103,7 +103,7 @@ struct Context<'s, A> {
     scale: f32,
     head_dim: usize,
     v_dim: usize,
-    /// `[KEYS, QUERIES]`, scores and then words of probabilities of one block, see [`place`].
+    /// `[KEYS, queries]`, scores and then words of probabilities of one block, see [`place`].
     scores: &'s mut [f32],
     keys: &'s Keys<'s>,
     packed: Vec<Packed<'s>>,
@@ -131,9 +131,13 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     let kv_heads = t.heads.start / per_kv..(t.heads.end - 1) / per_kv + 1;
     let count = t.blocks.len() * t.heads.len();
     let captures = matches!(a.mode, Mode::FullCapture { .. });
-    let w_len = if captures { dv * QUERIES } else { 0 };
+    let w_len = if captures { dv * row_len::<S>() } else { 0 };
     let (k_len, v_len) = (t.keys.k.task_len(), t.keys.v.task_len());
-    let tile_len = if a.mask.is_some() { Tile::len(KEYS) } else { 0 };
+    let tile_len = if a.mask.is_some() {
+        Tile::len::<S>(KEYS)
+    } else {
+        0
+    };
 
     let [
         q,
@@ -151,18 +155,18 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         turned,
         lines,
     ] = t.scratch.cut([
-        count * d * QUERIES,
-        count * dv * QUERIES,
+        count * d * row_len::<S>(),
+        count * dv * row_len::<S>(),
         count * w_len,
-        count * QUERIES,
-        count * QUERIES,
-        count * QUERIES,
-        count * QUERIES,
-        KEYS * QUERIES,
+        count * row_len::<S>(),
+        count * row_len::<S>(),
+        count * row_len::<S>(),
+        count * row_len::<S>(),
+        KEYS * row_len::<S>(),
         kv_heads.len() * k_len,
         kv_heads.len() * v_len,
-        QUERIES * d.max(dv),
-        QUERIES * dv,
+        row_len::<S>() * d.max(dv),
+        row_len::<S>() * dv,
         tile_len,
         tile_len,
     ]);
@@ -193,14 +197,14 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     let (mut q, mut o, mut w) = (q, o, w);
     let (mut reference, mut sum, mut from, mut to) = (reference, sum, from, to);
     for index in t.blocks.clone() {
-        let first = index * QUERIES;
-        let queries = first..s.q_tokens.min(first + QUERIES);
+        let first = index * row_len::<S>();
+        let queries = first..s.q_tokens.min(first + row_len::<S>());
         // While these queries are packed, the next ones arrive, and finally the first keys and values.
         if index + 1 < t.blocks.end {
-            let next = queries.end..s.q_tokens.min(queries.end + QUERIES);
+            let next = queries.end..s.q_tokens.min(queries.end + row_len::<S>());
             Ahead::new(&a.q, batch, t.heads.clone(), next, d).all();
         } else {
-            let keys = first_keys(a, t.blocks.start * QUERIES);
+            let keys = first_keys(a, t.blocks.start * row_len::<S>());
             let (head, n) = (kv_heads.start, kv_heads.len());
             let plane = Plane { batch, head };
             t.keys.k.ahead(plane, n, keys.clone()).all();
@@ -209,16 +213,16 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         for head in t.heads.clone() {
             let plane = Plane { batch, head };
             let [q, o, w] = [
-                take(&mut q, d * QUERIES),
-                take(&mut o, dv * QUERIES),
+                take(&mut q, d * row_len::<S>()),
+                take(&mut o, dv * row_len::<S>()),
                 take(&mut w, w_len),
             ];
             let [reference, sum, from, to] =
-                [&mut reference, &mut sum, &mut from, &mut to].map(|all| take(all, QUERIES));
+                [&mut reference, &mut sum, &mut from, &mut to].map(|all| take(all, row_len::<S>()));
             // SAFETY: queries lie inside the shape.
             unsafe { pack_q(simd, t.arithmetic, a, plane, &queries, sign, rows, q) };
             if let Mode::FullCapture { band, .. } | Mode::Window { band, .. } = &a.mode {
-                for lane in 0..QUERIES {
+                for lane in 0..row_len::<S>() {
                     let keys = row(band, (first + lane).min(s.q_tokens - 1), s.kv_tokens);
                     from[lane] = f32::from_bits(keys.start as u32);
                     to[lane] = f32::from_bits(keys.end as u32);
@@ -239,7 +243,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         }
     }
 
-    let queries = t.blocks.start * QUERIES..s.q_tokens.min(t.blocks.end * QUERIES);
+    let queries = t.blocks.start * row_len::<S>()..s.q_tokens.min(t.blocks.end * row_len::<S>());
     let residual = match &a.mode {
         Mode::Window {
             residual: Some(r), ..
@@ -280,7 +284,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         // A value that is not finite spoils the sums of queries that it is hidden from too, for 0 · ∞ is NaN. That can be
         // seen in them; to look at every value first took 4 % of a band's time.
         for careful in [false, true] {
-            let spoilt = |b: &Block<'_>| !stays_finite(b.o, b.queries.len(), DType::F32);
+            let spoilt = |b: &Block<'_>| !stays_finite(simd, b.o, b.queries.len(), DType::F32);
             if careful && !(hides && blocks.iter().any(spoilt)) {
                 break;
             }
@@ -358,23 +362,23 @@ unsafe fn pack_q<S: Simd, A: Arithmetic>(
     q: &mut [f32],
 ) {
     let d = a.shape.head_dim;
-    if queries.len() < QUERIES {
+    if queries.len() < row_len::<S>() {
         q.fill(0.0);
     }
     // SAFETY: promised by the caller.
-    unsafe { gather_channels::<S>(&a.q, plane, queries.clone(), d, QUERIES, q, rows) };
+    unsafe { gather_channels::<S>(&a.q, plane, queries.clone(), d, row_len::<S>(), q, rows) };
     if sign != 1.0 {
         for x in q.iter_mut() {
             *x *= sign;
         }
     }
     if A::EACH == 2 {
-        assert!(q.len() >= d * QUERIES);
+        assert!(q.len() >= d * row_len::<S>());
         let none = simd.splat_f32s(0.0);
         let q = q.as_mut_ptr();
         for pair in 0..d.div_ceil(2) {
-            for lane in (0..QUERIES).step_by(S::F32_LANES) {
-                let line = |channel: usize| q.wrapping_add(channel * QUERIES + lane);
+            for lane in (0..row_len::<S>()).step_by(S::F32_LANES) {
+                let line = |channel: usize| q.wrapping_add(channel * row_len::<S>() + lane);
                 // SAFETY: the channels are below d; a pair is written where nothing is read any more.
                 unsafe {
                     let first = load(simd, line(2 * pair));
@@ -432,12 +436,15 @@ fn pass<S: Simd, A: Arithmetic>(
             context.prefetch.lists[0] = context.keys.k.ahead(plane, n, next.clone());
             context.prefetch.lists[1] = context.keys.v.ahead(plane, n, next);
         }
-        let tiles = touched * heads * (keys.len() + s.v_dim) / 6 + 1;
+        let pokes = match pauses::<S>() {
+            true => touched * heads * (keys.len() + s.v_dim) / 6 + 1,
+            false => touched * heads,
+        };
         let mut tokens = context.prefetch.lists[0].left() + context.prefetch.lists[1].left();
         if a.mask.is_some() {
-            tokens += touched * heads * QUERIES;
+            tokens += touched * heads * row_len::<S>();
         }
-        context.prefetch.rate = 1 + tokens / tiles;
+        context.prefetch.rate = 1 + tokens / pokes;
         for (blocks, (sight, segments)) in blocks.chunks_mut(heads).zip(&mut sights) {
             if !sight.touches(&keys) {
                 continue;
@@ -450,8 +457,12 @@ fn pass<S: Simd, A: Arithmetic>(
                     if tile.effect() == Effect::HidesAll {
                         continue;
                     }
-                    let (queries, keys) = next_tile(block.queries.end, &all, &keys, s.kv_tokens);
+                    let (queries, keys) =
+                        next_tile::<S>(block.queries.end, &all, &keys, s.kv_tokens);
                     context.prefetch.mask = tile.ahead(block.plane, queries, keys);
+                }
+                if !pauses::<S>() {
+                    context.prefetch.poke();
                 }
                 step(simd, context, block, sight, pass, first, &segments.list);
             }
@@ -461,7 +472,7 @@ fn pass<S: Simd, A: Arithmetic>(
 
 /// The queries and keys that come after the query block that ends at `end`, if the band hides none of them; `all` are
 /// the queries of the task.
-fn next_tile(
+fn next_tile<S: Simd>(
     end: usize,
     all: &Range<usize>,
     keys: &Range<usize>,
@@ -472,7 +483,7 @@ fn next_tile(
     } else {
         (all.start, keys.end..kv_tokens.min(keys.end + KEYS))
     };
-    (first..all.end.min(first + QUERIES), keys)
+    (first..all.end.min(first + row_len::<S>()), keys)
 }
 
 /// Whether the values of the first keys of a block hold an infinity or a NaN.
@@ -515,11 +526,11 @@ fn step<S: Simd, A: Arithmetic>(
 ) {
     let lanes = S::F32_LANES;
     let (d, dv) = (context.head_dim, context.v_dim);
-    assert!(context.scores.len() >= KEYS * QUERIES && block.q.len() >= d * QUERIES);
+    assert!(context.scores.len() >= KEYS * row_len::<S>() && block.q.len() >= d * row_len::<S>());
     assert!(
-        block.o.len() >= dv * QUERIES
-            && block.sum.len() >= QUERIES
-            && block.reference.len() >= QUERIES
+        block.o.len() >= dv * row_len::<S>()
+            && block.sum.len() >= row_len::<S>()
+            && block.reference.len() >= row_len::<S>()
     );
     let (arithmetic, scores) = (context.arithmetic, context.scores.as_mut_ptr());
 
@@ -535,7 +546,7 @@ fn step<S: Simd, A: Arithmetic>(
                 a_row: k_row,
                 a_step: k_step,
                 b: block.q.as_ptr().add(lane),
-                c: scores.add(key * QUERIES + lane),
+                c: scores.add(key * row_len::<S>() + lane),
                 rows: seg.keys.len(),
                 steps: d.div_ceil(A::EACH),
                 vectors: seg.vectors.len(),
@@ -592,7 +603,7 @@ fn step<S: Simd, A: Arithmetic>(
                 a: v.add(key / A::EACH * v_step),
                 a_row: v_row,
                 a_step: v_step,
-                b: scores.add(key * QUERIES + lane),
+                b: scores.add(key * row_len::<S>() + lane),
                 c: block.o.as_mut_ptr().add(lane),
                 rows: dv,
                 steps: end.div_ceil(A::EACH) - key / A::EACH,
@@ -660,7 +671,7 @@ fn mask<S: Simd>(
             unsafe {
                 let p = scores
                     .as_mut_ptr()
-                    .add((key - first) * QUERIES + v * S::F32_LANES);
+                    .add((key - first) * row_len::<S>() + v * S::F32_LANES);
                 let shown = seen(simd, block, pass, key, v);
                 store(simd, p, simd.select_f32s(shown, load(simd, p), hidden));
             }
@@ -697,18 +708,18 @@ fn softmax<S: Simd, A: Arithmetic>(
                 continue;
             }
             let mut p = scores
-                .add((seg.keys.start - first) * QUERIES + at)
+                .add((seg.keys.start - first) * row_len::<S>() + at)
                 .cast_const();
             let n = seg.keys.len();
             for _ in 0..n / 4 {
                 for (i, top) in tops.iter_mut().enumerate() {
-                    *top = simd.max_f32s(*top, load(simd, p.add(i * QUERIES)));
+                    *top = simd.max_f32s(*top, load(simd, p.add(i * row_len::<S>())));
                 }
-                p = p.wrapping_add(4 * QUERIES);
+                p = p.wrapping_add(4 * row_len::<S>());
             }
             for _ in 0..n % 4 {
                 tops[0] = simd.max_f32s(tops[0], load(simd, p));
-                p = p.wrapping_add(QUERIES);
+                p = p.wrapping_add(row_len::<S>());
             }
         }
         let top = simd.max_f32s(
@@ -732,7 +743,7 @@ fn softmax<S: Simd, A: Arithmetic>(
                 simd.select_f32s(same, simd.splat_f32s(0.0), simd.sub_f32s(reference, new));
             let factor = exp2(simd, change);
             for c in 0..dv {
-                let p = block.o.as_mut_ptr().add(c * QUERIES + at);
+                let p = block.o.as_mut_ptr().add(c * row_len::<S>() + at);
                 store(simd, p, simd.mul_f32s(load(simd, p), factor));
             }
             sum = simd.mul_f32s(sum, factor);
@@ -755,16 +766,16 @@ fn softmax<S: Simd, A: Arithmetic>(
                 sums[0] = probabilities(simd, arithmetic, scale, shift, p, keys, sums[0]);
                 continue;
             }
-            let mut p = scores.add((seg.keys.start - first) * QUERIES + at);
+            let mut p = scores.add((seg.keys.start - first) * row_len::<S>() + at);
             let n = seg.keys.len();
             for _ in 0..n / 2 {
                 for (i, sum) in sums.iter_mut().enumerate() {
-                    let p = p.add(i * QUERIES);
+                    let p = p.add(i * row_len::<S>());
                     let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
                     store(simd, p, e);
                     *sum = simd.add_f32s(*sum, e);
                 }
-                p = p.wrapping_add(2 * QUERIES);
+                p = p.wrapping_add(2 * row_len::<S>());
             }
             if n % 2 == 1 {
                 let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
@@ -789,7 +800,7 @@ fn round<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 /// the segment does not contain has the probability 0 in it.
 ///
 /// # Safety
-/// `scores` must point to a vector of `[KEYS, QUERIES]`, of which `keys` are the segment's lines.
+/// `scores` must point to a vector of `[KEYS, queries]`, of which `keys` are the segment's lines.
 #[inline(always)]
 unsafe fn probabilities<S: Simd, A: Arithmetic>(
     simd: S,
@@ -802,17 +813,17 @@ unsafe fn probabilities<S: Simd, A: Arithmetic>(
 ) -> S::f32s {
     let none = simd.splat_f32s(0.0);
     let ones = arithmetic.join(simd, simd.splat_f32s(1.0), simd.splat_f32s(1.0));
-    let mut to = scores.wrapping_add(keys.start * QUERIES);
+    let mut to = scores.wrapping_add(keys.start * row_len::<S>());
     // SAFETY (both): the lines are the segment's; words are written no later than the lines they come from.
     let at = |key: usize| unsafe {
-        let score = load(simd, scores.add(key * QUERIES));
+        let score = load(simd, scores.add(key * row_len::<S>()));
         exp2(simd, mul_add(simd, score, scale, shift))
     };
     let mut write = |first: S::f32s, second: S::f32s| {
         let word = arithmetic.join(simd, first, second);
         unsafe { store(simd, to, word) };
         sum = arithmetic.mul_add(simd, word, ones, sum);
-        to = to.wrapping_add(QUERIES);
+        to = to.wrapping_add(row_len::<S>());
     };
     let whole = keys.start.next_multiple_of(2)..keys.end / 2 * 2;
     if keys.start % 2 == 1 {
@@ -854,8 +865,11 @@ fn values_seen<S: Simd, A: Arithmetic>(
             for c in 0..context.v_dim {
                 // SAFETY: keys and vectors of a segment lie inside the block.
                 unsafe {
-                    let o = block.o.as_mut_ptr().add(c * QUERIES + at);
-                    let p = load(simd, context.scores.as_ptr().add(line * QUERIES + at));
+                    let o = block.o.as_mut_ptr().add(c * row_len::<S>() + at);
+                    let p = load(
+                        simd,
+                        context.scores.as_ptr().add(line * row_len::<S>() + at),
+                    );
                     let value = *values.add((key - first) / A::EACH * v_step + c * v_row);
                     let value = simd.splat_f32s(A::numbers(value)[number]);
                     let old = load(simd, o);
@@ -867,7 +881,7 @@ fn values_seen<S: Simd, A: Arithmetic>(
                         new
                     };
                     if let Some(tile) = tile {
-                        let mask = load(simd, tile.lanes(key - first)[at..].as_ptr());
+                        let mask = load(simd, tile.lanes::<S>(key - first)[at..].as_ptr());
                         new = simd.select_f32s(simd.equal_f32s(mask, hidden), old, new);
                     }
                     store(simd, o, new);
@@ -880,13 +894,17 @@ fn values_seen<S: Simd, A: Arithmetic>(
 /// `to = from / sum − minus`, a query per lane.
 #[inline(always)]
 fn divide<S: Simd>(simd: S, from: &[f32], to: &mut [f32], sum: &[f32], minus: Option<&[f32]>) {
-    assert!(from.len() == to.len() && from.len().is_multiple_of(QUERIES) && sum.len() >= QUERIES);
+    assert!(
+        from.len() == to.len()
+            && from.len().is_multiple_of(row_len::<S>())
+            && sum.len() >= row_len::<S>()
+    );
     assert!(minus.is_none_or(|m| m.len() == to.len()));
-    for at in (0..QUERIES).step_by(S::F32_LANES) {
+    for at in (0..row_len::<S>()).step_by(S::F32_LANES) {
         // SAFETY: the assertions above.
         unsafe {
             let factor = simd.div_f32s(simd.splat_f32s(1.0), load(simd, sum.as_ptr().add(at)));
-            for p in (at..from.len()).step_by(QUERIES) {
+            for p in (at..from.len()).step_by(row_len::<S>()) {
                 let mut x = simd.mul_f32s(load(simd, from.as_ptr().add(p)), factor);
                 if let Some(minus) = minus {
                     x = simd.sub_f32s(x, load(simd, minus.as_ptr().add(p)));
@@ -897,26 +915,36 @@ fn divide<S: Simd>(simd: S, from: &[f32], to: &mut [f32], sum: &[f32], minus: Op
     }
 }
 
-/// Whether the first `queries` of `[channels, QUERIES]` are finite, and remain so when rounded to a type.
+/// Whether the first `n` of `[channels, queries]` are finite, and remain so when rounded to a type.
 #[inline(always)]
-fn stays_finite(x: &[f32], queries: usize, dtype: DType) -> bool {
+fn stays_finite<S: Simd>(simd: S, x: &[f32], n: usize, dtype: DType) -> bool {
+    let row = row_len::<S>();
+    assert!(x.len().is_multiple_of(row) && n <= row && S::F32_LANES <= 16);
     // What is beyond the type's range overflows here already; and an infinity times 0 is NaN.
-    let factor = f32::MAX / dtype.largest();
-    let mut sums = [0f32; QUERIES];
-    for line in x.as_chunks::<QUERIES>().0 {
-        for (sum, x) in sums.iter_mut().zip(line) {
-            *sum += x * factor * 0.0;
+    let factor = simd.splat_f32s(f32::MAX / dtype.largest());
+    let zero = simd.splat_f32s(0.0);
+    let mut finite = true;
+    for at in (0..n).step_by(S::F32_LANES) {
+        let (mut sum, mut sums) = (zero, [0f32; 16]);
+        for line in (at..x.len()).step_by(row) {
+            // SAFETY: a vector inside a row, by the assertion above.
+            let x = unsafe { load(simd, x.as_ptr().add(line)) };
+            sum = simd.add_f32s(sum, simd.mul_f32s(simd.mul_f32s(x, factor), zero));
         }
+        // SAFETY: a vector is no longer than 16.
+        unsafe { store(simd, sums.as_mut_ptr(), sum) };
+        let lanes = &sums[..(n - at).min(S::F32_LANES)];
+        finite &= lanes.iter().all(|&sum| sum == 0.0);
     }
-    sums[..queries].iter().all(|&sum| sum == 0.0)
+    finite
 }
 
-/// Rows of `[channels, QUERIES]` whose sum is zero, since they see nothing, become 0 in place of 0 / 0.
+/// Rows of `[channels, queries]` whose sum is zero, since they see nothing, become 0 in place of 0 / 0.
 fn clear_empty(x: &mut [f32], sum: &[f32]) {
     for (lane, _) in sum.iter().enumerate().filter(|(_, sum)| **sum == 0.0) {
         x.iter_mut()
             .skip(lane)
-            .step_by(QUERIES)
+            .step_by(sum.len())
             .for_each(|x| *x = 0.0);
     }
 }
@@ -945,15 +973,17 @@ unsafe fn finish<S: Simd>(
             *sum = 1.0;
         }
     }
-    let o = &mut more[..dv * QUERIES];
+    let o = &mut more[..dv * row_len::<S>()];
     let tokens = block.queries.clone();
     if let Mode::FullCapture { residual, .. } = &a.mode {
         divide(simd, block.o, o, block.sum, Some(block.w));
-        if !stays_finite(o, tokens.len(), residual.dtype) {
+        if !stays_finite(simd, o, tokens.len(), residual.dtype) {
             finite.store(false, Ordering::Relaxed);
         }
         // SAFETY: promised by the caller.
-        unsafe { scatter_channels::<S>(residual, plane, tokens.clone(), dv, QUERIES, o, rows) };
+        unsafe {
+            scatter_channels::<S>(residual, plane, tokens.clone(), dv, row_len::<S>(), o, rows)
+        };
     }
     divide(simd, block.o, o, block.sum, None);
     if let Mode::Window {
@@ -961,15 +991,13 @@ unsafe fn finish<S: Simd>(
         ..
     } = &a.mode
     {
-        // The sums are spent; their place takes the residual.
-        // SAFETY: promised by the caller.
+        let plus = (residual, &mut *block.o);
+        // SAFETY: promised by the caller. The sums are spent; their place takes the residual.
         unsafe {
-            gather_channels::<S>(residual, plane, tokens.clone(), dv, QUERIES, block.o, rows)
-        };
-        for (x, r) in o.iter_mut().zip(block.o.iter()) {
-            *x += r;
+            scatter_sum::<S>(&a.out, plus, plane, tokens, dv, row_len::<S>(), o, rows);
         }
+        return;
     }
     // SAFETY: promised by the caller.
-    unsafe { scatter_channels::<S>(&a.out, plane, tokens, dv, QUERIES, o, rows) };
+    unsafe { scatter_channels::<S>(&a.out, plane, tokens, dv, row_len::<S>(), o, rows) };
 }
