@@ -33,6 +33,8 @@ def session(
     try:
         import onnxruntime
     except ImportError as error:
+        if error.name != "onnxruntime":
+            raise ImportError(f"onnxruntime is installed and does not import: {error!r}; 1.17 and 1.18 need NumPy 1: pip install 'numpy<2'") from error
         raise ImportError("ditfastattn.session needs ONNX Runtime 1.17 or later: pip install onnxruntime (or ditfastattn[cpu])") from error
 
     if not isinstance(model, bytes):

@@ -20,6 +20,8 @@ pub enum HostError {
     NoRuntime,
     #[error("no ONNX Runtime in {}: expected libonnxruntime.so or a folder with it (the onnxruntime wheel has it in onnxruntime/capi)", .0.display())]
     NoRuntimeIn(PathBuf),
+    #[error("no libonnxruntime.so in {}, which `python3 -c \"import onnxruntime\"` finds: wheels of onnxruntime have it from 1.19 on; install a newer one, or name a library with --onnxruntime PATH or ORT_DYLIB_PATH", .0.display())]
+    NoRuntimeInPackage(PathBuf),
     #[error("{} cannot be loaded as ONNX Runtime: {what}", path.display())]
     Runtime { path: PathBuf, what: String },
     #[error("no op library at {}: expected libditfastattn.so there (`cargo build --release` makes it, `pip install ditfastattn` brings it); name it with --library", .0.display())]
@@ -166,9 +168,8 @@ fn find_runtime(named: Option<&Path>) -> Result<PathBuf, HostError> {
     if let Some(named) = named {
         return library_in(&named).ok_or(HostError::NoRuntimeIn(named));
     }
-    package_folder("onnxruntime")
-        .and_then(|folder| library_in(&folder))
-        .ok_or(HostError::NoRuntime)
+    let folder = package_folder("onnxruntime").ok_or(HostError::NoRuntime)?;
+    library_in(&folder).ok_or(HostError::NoRuntimeInPackage(folder))
 }
 
 /// Where the `python3` beside this program, else the one on PATH, would import a package from.
