@@ -1,6 +1,6 @@
 """Random models in random spellings under random plans: what the product computes is what the definition says, or it says no.
 
-Some dozens by default. `DFA_RANDOM_COUNT=5000 DFA_RANDOM_SEED=1000000` runs more, from another seed; a failure prints its seed and the
+Two hundred by default. `DFA_RANDOM_COUNT=5000 DFA_RANDOM_SEED=1000000` runs more, from another seed; a failure prints its seed and the
 simplest model that still fails, which then belongs into random_failures.json.
 """
 
@@ -16,7 +16,7 @@ from conftest import HOST, NEWEST, session, tool
 pytest.importorskip("onnx", reason="builds its models with the onnx package")
 import random_dit  # noqa: E402
 
-COUNT = int(os.environ.get("DFA_RANDOM_COUNT", 48))
+COUNT = int(os.environ.get("DFA_RANDOM_COUNT", 200))
 SEED = int(os.environ.get("DFA_RANDOM_SEED", 0))
 KNOWN = json.loads(Path(__file__).with_name("random_failures.json").read_text())
 LIMIT = {"float32": 1e-3, "float16": 3e-2}
