@@ -60,6 +60,17 @@ fn models_keep_their_promises() {
         "{written} of {} were rewritten",
         fixtures.len()
     );
+    let seeds = replay(
+        &["fuzz/seeds/model"],
+        "onnx",
+        ditfastattn_fuzz::model::check,
+    );
+    let written = seeds.iter().filter(|r| **r == Reached::Written).count();
+    assert!(
+        written >= 18,
+        "{written} of {} seeds were rewritten",
+        seeds.len()
+    );
     replay(
         &["fuzz/found/model", "fuzz/corpus/model"],
         "",
