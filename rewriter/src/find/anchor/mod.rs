@@ -115,6 +115,12 @@ fn finish(graph: &Graph, facts: &Facts, found: Core) -> Result<Core, Reason> {
     let k = operand::absorb(graph, facts, &found.k, Some(&mut scale));
     let v = operand::absorb(graph, facts, &found.v, None);
     let out = operand::absorb_result(graph, facts, &found.out);
+    if out.value.is_empty() {
+        return Err(Reason::new(
+            "the attention's result has no name, expected one that somebody can read",
+            [label],
+        ));
+    }
     let head_dim = q.size(facts, 'D').and_then(|d| d.known());
     let (scale, q, k) = match (default_scale, head_dim) {
         (false, _) => (Some(scale), q, k),
