@@ -22,6 +22,15 @@ ON_CPU = PROVIDERS[0] == "CPUExecutionProvider" and os.environ.get("DITFASTATTN_
 DOMAIN = "ai.ditfastattn"
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
+if os.environ.get("DFA_NO_ARENA") == "1":
+    # For scripts/sanitize: each tensor is memory of its own, whose end a sanitizer knows.
+    class SessionOptions(ort.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.enable_cpu_mem_arena = self.enable_mem_pattern = False
+
+    ort.SessionOptions = SessionOptions
+
 
 class Tiny:
     """Weights and sizes; `core` lists the layers whose attention core only is replaced.
