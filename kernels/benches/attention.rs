@@ -162,6 +162,37 @@ enum Masked {
     Bias,
 }
 
+/// Numbers that begin on a cache line, as those of a host do.
+struct Tensor<T> {
+    memory: Vec<T>,
+    start: usize,
+}
+
+impl<T: Element> Tensor<T> {
+    fn new(len: usize, mut number: impl FnMut() -> f32) -> Self {
+        let line = 64 / size_of::<T>();
+        let mut memory = vec![T::from_f32(0.0); len + line];
+        let start = memory.as_ptr().align_offset(64);
+        memory.truncate(start + len);
+        memory[start..].fill_with(|| T::from_f32(number()));
+        Tensor { memory, start }
+    }
+}
+
+impl<T> std::ops::Deref for Tensor<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.memory[self.start..]
+    }
+}
+
+impl<T> std::ops::DerefMut for Tensor<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.memory[self.start..]
+    }
+}
+
 type Call = Box<dyn FnMut(Level, Products, &Pool, Option<&Mask<'_>>)>;
 
 struct Case {
@@ -199,13 +230,11 @@ impl Case {
             text_at_start: false,
         };
         let mut seed = 1u32;
-        let mut tensor = move || -> Vec<T> {
-            (0..batch * heads * tokens * dim)
-                .map(|_| {
-                    seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    T::from_f32((seed >> 8) as f32 / (1 << 22) as f32 - 2.0)
-                })
-                .collect()
+        let mut tensor = move || {
+            Tensor::<T>::new(batch * heads * tokens * dim, || {
+                seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (seed >> 8) as f32 / (1 << 22) as f32 - 2.0
+            })
         };
         // Made when first needed: most cases are filtered out.
         let mut tensors = std::cell::OnceCell::new();

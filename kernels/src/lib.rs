@@ -41,8 +41,9 @@
 //! whose channels are neighbours are read where they are; others are copied block by block, once for all query blocks
 //! of the task. Where more than 20 query blocks see a key, all of them are copied once before the tasks begin (`keys`):
 //! with heads inside tokens, every token of a head lies in another page of memory, and tasks would translate its
-//! address again and again. While one block is worked on, the memory of the next is asked for, a token between two
-//! tiles.
+//! address again and again. Queries are packed when they meet their first keys. While a tile is worked on, the memory of
+//! what comes next is asked for, some tokens between two tiles (`ahead`): the next block of keys and values, the next
+//! queries, and residual and output of queries that are about to end.
 //!
 //! **Scores.** S = K·Qᵀ, `[keys, 64]`: six keys times four vectors of queries stay in registers over all channels
 //! (`gemm`). Since a lane is a query, keys and channels are plain loop counts: nothing is padded, head dim 72 costs
@@ -70,8 +71,9 @@
 //! to the scores before the softmax; what a boolean mask hides is −∞ there. Tiles of zeros are not added, and blocks
 //! in which every key is hidden are left out, so padding costs nothing and a causal mask less than none.
 //!
-//! **The end.** O is divided by the sums, the residual is subtracted or added in float32, and rows are turned back
-//! into the caller's layout and dtype.
+//! **The end.** As soon as queries have seen their last key, O is divided by the sums, the residual is subtracted or
+//! added in float32, and rows are turned back into the caller's layout and dtype (`finish`), one vector of queries at a
+//! time.
 //!
 //! Infinities and NaN go where the definition takes them; values that are not finite reach only queries that see
 //! them, through band and mask. [`oracle`] is that definition in float64, for tests at every level of the project.

@@ -9,8 +9,9 @@
 
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use super::level::Level;
-use super::pack::{Ahead, Order, Plane, gather, offset, read_line};
+use super::pack::{Order, Plane, gather, offset, read_line};
 use super::pairs::{read_across, read_along};
 use super::scratch::Scratch;
 use crate::api::{Attention, DType, Input, Mode};
@@ -126,8 +127,7 @@ impl Places {
             };
             let lines = words && t.strides.channel == 1 && t.strides.token > 0;
             match (lines, apart) {
-                (true, _) if dense => Place::There,
-                (true, Place::There) => Place::There,
+                (true, apart) if dense || apart == Place::There => Place::There,
                 (_, Place::Call) => Place::Call,
                 _ => Place::Task,
             }

@@ -6,8 +6,9 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
+use super::ahead::Ahead;
 use super::gemm::row_len;
-use super::pack::{Ahead, Plane, read_line};
+use super::pack::{Plane, read_line};
 use super::transpose::transpose;
 use super::vector::{load, mul_add, store};
 use crate::api::{Input, Strides};

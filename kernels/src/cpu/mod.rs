@@ -2,8 +2,11 @@
 //!
 //! The way of the data is described at the [crate's root](crate); `task` follows it step by step.
 
+mod ahead;
 mod arithmetic;
+mod block;
 mod exp;
+mod finish;
 mod gemm;
 mod keys;
 mod level;
@@ -12,6 +15,7 @@ mod pack;
 mod pairs;
 mod scratch;
 mod sight;
+mod softmax;
 mod task;
 mod transpose;
 mod vector;

@@ -305,220 +305,68 @@ pub(crate) unsafe fn gather_channels<S: Simd>(
     }
 }
 
-/// Writes `from`, `[channels, stride]`, to tokens `tokens` of a plane, whatever the tensor's layout.
+/// Writes `from`, `[channels, stride]`, to tokens `tokens` of a plane, whatever the tensor's layout, with `plus` added
+/// in float32.
+///
+/// Sums are made of lines of channels, so that `plus` needs no transposition of its own.
 ///
 /// # Safety
-/// As for [`scatter`]; `rows` must hold `[tokens, channels]`.
-#[inline(always)]
-pub(crate) unsafe fn scatter_channels<S: Simd>(
-    t: &Output<'_>,
-    p: Plane,
-    tokens: Range<usize>,
-    channels: usize,
-    stride: usize,
-    from: &[f32],
-    rows: &mut [f32],
-) {
-    let n = tokens.len();
-    assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= from.len()));
-    // SAFETY: the caller says that the elements are this task's to write; `from` was compared above.
-    unsafe {
-        match Order::natural(t.strides, stride) {
-            Order::Tokens if t.dtype == DType::F32 && t.strides.channel == 1 => {
-                let to = t
-                    .data
-                    .cast::<f32>()
-                    .offset(offset(t.strides, p, tokens.start, 0));
-                transpose::<S, false>(
-                    from.as_ptr(),
-                    stride as isize,
-                    to,
-                    t.strides.token,
-                    channels,
-                    n,
-                );
-            }
-            Order::Tokens => {
-                let to = rows[..n * channels].as_mut_ptr();
-                transpose::<S, false>(
-                    from.as_ptr(),
-                    stride as isize,
-                    to,
-                    channels as isize,
-                    channels,
-                    n,
-                );
-                scatter(t, p, tokens, channels, Order::Tokens, rows);
-            }
-            order => scatter(t, p, tokens, channels, order, from),
-        }
-    }
-}
-
-/// Writes `from`, `[channels, stride]`, plus `plus` to tokens `tokens` of a plane, whatever the layouts. Sums are made in float32.
-///
-/// The sum is made of lines of channels, so that `plus` needs no transposition of its own.
-///
-/// # Safety
-/// As for [`gather`] and [`scatter`]; `rows` and the memory beside `plus` must hold `[tokens, channels]` and
-/// `[channels, stride]`.
+/// As for [`gather`] and [`scatter`]; `rows` must hold `[tokens, channels]`, `room` `[channels, stride]`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-pub(crate) unsafe fn scatter_sum<S: Simd>(
+pub(crate) unsafe fn scatter_channels<S: Simd>(
     t: &Output<'_>,
-    (plus, room): (&Input<'_>, &mut [f32]),
+    plus: Option<&Input<'_>>,
     p: Plane,
     tokens: Range<usize>,
     channels: usize,
     stride: usize,
     from: &mut [f32],
     rows: &mut [f32],
+    room: &mut [f32],
 ) {
     let n = tokens.len();
     assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= from.len()));
-    // SAFETY: the caller says that the elements are readable and this task's to write; `from` was compared above.
+    // SAFETY: the caller says that the elements are this task's to write, and those of `plus` readable; `from` was
+    // compared above.
     unsafe {
         if let order @ Order::Channels { .. } = Order::natural(t.strides, stride) {
-            gather_channels::<S>(plus, p, tokens.clone(), channels, stride, room, rows);
-            for (x, y) in from.iter_mut().zip(room.iter()) {
-                *x += y;
+            if let Some(plus) = plus {
+                gather_channels::<S>(plus, p, tokens.clone(), channels, stride, room, rows);
+                add(from, room);
             }
             scatter(t, p, tokens, channels, order, from);
             return;
         }
-        transpose::<S, false>(
-            from.as_ptr(),
-            stride as isize,
-            rows[..n * channels].as_mut_ptr(),
-            channels as isize,
-            channels,
-            n,
-        );
-        let room = &mut room[..channels];
+        let dense = t.dtype == DType::F32 && t.strides.channel == 1 && plus.is_none();
+        let (to, to_stride) = if dense {
+            let at = offset(t.strides, p, tokens.start, 0);
+            (t.data.cast::<f32>().offset(at), t.strides.token)
+        } else {
+            (rows[..n * channels].as_mut_ptr(), channels as isize)
+        };
+        let from = from.as_ptr();
+        transpose::<S, false>(from, stride as isize, to, to_stride, channels, n);
+        if dense {
+            return;
+        }
         for (i, token) in tokens.enumerate() {
             let line = &mut rows[i * channels..(i + 1) * channels];
             let at = |s: Strides| offset(s, p, token, 0);
-            read_line(plus, at(plus.strides), plus.strides.channel, room);
-            for (x, y) in line.iter_mut().zip(room.iter()) {
-                *x += y;
+            if let Some(plus) = plus {
+                let room = &mut room[..channels];
+                read_line(plus, at(plus.strides), plus.strides.channel, room);
+                add(line, room);
             }
             write_line(t, at(t.strides), t.strides.channel, line);
         }
     }
 }
 
-/// Asks for the memory of coming tokens a token at a time, while something else is computed.
-pub(crate) struct Ahead {
-    next: *const u8,
-    token: isize,
-    bytes: isize,
-    /// Tokens left of this head.
-    left: usize,
-    /// From the end of a head to the start of the next.
-    head: isize,
-    tokens: usize,
-    heads: usize,
-}
-
-impl Ahead {
-    /// Of tokens `tokens` of some heads. Layouts whose channels are not neighbours are left to the hardware.
-    pub fn new(
-        t: &Input<'_>,
-        batch: usize,
-        heads: Range<usize>,
-        tokens: Range<usize>,
-        channels: usize,
-    ) -> Self {
-        let (s, size) = (t.strides, t.dtype.size() as isize);
-        if heads.is_empty() || tokens.is_empty() || s.channel != 1 {
-            return Self::nothing();
-        }
-        let first = Plane {
-            batch,
-            head: heads.start,
-        };
-        let next = (t.data).wrapping_offset(offset(s, first, tokens.start, 0) * size);
-        let n = tokens.len();
-        if s.head == channels as isize {
-            let bytes = s.head * heads.len() as isize * size;
-            return Self::lines(next, s.token * size, bytes, n);
-        }
-        Ahead {
-            head: (s.head - n as isize * s.token) * size,
-            heads: heads.len() - 1,
-            ..Self::lines(next, s.token * size, channels as isize * size, n)
-        }
-    }
-
-    /// Of `count` lines of `bytes`, the first at `next`, `distance` bytes apart.
-    pub fn lines(next: *const u8, distance: isize, bytes: isize, count: usize) -> Self {
-        Ahead {
-            next,
-            token: distance,
-            bytes,
-            left: count,
-            head: 0,
-            tokens: count,
-            heads: 0,
-        }
-    }
-
-    /// Of an output, which is written.
-    pub fn output(
-        t: &Output<'_>,
-        batch: usize,
-        heads: Range<usize>,
-        tokens: Range<usize>,
-        channels: usize,
-    ) -> Self {
-        // SAFETY: nothing is read through this input, only asked for.
-        let t = unsafe { Input::from_raw(t.data, t.dtype, t.strides) };
-        Self::new(&t, batch, heads, tokens, channels)
-    }
-
-    pub fn nothing() -> Self {
-        Self::lines(std::ptr::null(), 0, 0, 0)
-    }
-
-    /// Tokens not yet asked for.
-    pub fn left(&self) -> usize {
-        self.left + self.heads * self.tokens
-    }
-
-    /// Asks for all of it now.
-    #[inline(always)]
-    pub fn all(mut self) {
-        while self.step() {}
-    }
-
-    /// Asks for one more token; says whether there was one.
-    #[inline(always)]
-    pub fn step(&mut self) -> bool {
-        if self.left == 0 {
-            if self.heads == 0 {
-                return false;
-            }
-            self.heads -= 1;
-            self.left = self.tokens;
-            self.next = self.next.wrapping_offset(self.head);
-        }
-        self.left -= 1;
-        for at in (0..self.bytes).step_by(64) {
-            prefetch(self.next.wrapping_offset(at));
-        }
-        self.next = self.next.wrapping_offset(self.token);
-        true
-    }
-}
-
-/// Asks for a cache line; on other machines than x86 that is left to the hardware.
 #[inline(always)]
-fn prefetch(_p: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a prefetch is allowed on any address; SSE is part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(_p.cast()) }
+fn add(to: &mut [f32], x: &[f32]) {
+    for (to, x) in to.iter_mut().zip(x) {
+        *to += x;
     }
 }
 

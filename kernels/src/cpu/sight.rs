@@ -34,6 +34,8 @@ pub(crate) struct Segment {
     pub vectors: Range<usize>,
     /// Bit v: some key of the segment is hidden from some query of vector v, so scores must be masked.
     pub masked: u64,
+    /// The first to the last of such keys; none are elsewhere.
+    pub partial: Range<usize>,
 }
 
 /// The segments of one block of keys. Kept from block to block for its memory.
@@ -123,10 +125,10 @@ impl Sight {
             cuts.dedup();
         }
         // Between two cuts every vector sees all, some or none of the keys. Neighbours at which the same vectors
-        // are at work are merged; masking looks at every key anyway.
-        let mut last: Option<(Range<usize>, u64, u64)> = None;
-        let mut flush = |last: &mut Option<(Range<usize>, u64, u64)>| {
-            if let Some((keys, active, masked)) = last.take() {
+        // are at work are merged, for a segment costs a product of its own.
+        let mut last: Option<(Range<usize>, u64, u64, Range<usize>)> = None;
+        let mut flush = |last: &mut Option<(Range<usize>, u64, u64, Range<usize>)>| {
+            if let Some((keys, active, masked, partial)) = last.take() {
                 let mut rest = active;
                 while rest != 0 {
                     let first = rest.trailing_zeros() as usize;
@@ -137,6 +139,7 @@ impl Sight {
                         keys: keys.clone(),
                         vectors: first..first + n,
                         masked: masked & bits,
+                        partial: partial.clone(),
                     });
                 }
             }
@@ -158,14 +161,21 @@ impl Sight {
                 active |= u64::from(some) << i;
                 masked |= u64::from(some && !every) << i;
             }
+            let keys = pair[0]..pair[1];
+            let partial = if masked != 0 { keys.clone() } else { 0..0 };
             match &mut last {
-                Some((keys, a, m)) if *a == active => {
-                    keys.end = pair[1];
+                Some((before, a, m, p)) if *a == active => {
+                    before.end = keys.end;
                     *m |= masked;
+                    if Range::is_empty(p) {
+                        *p = partial;
+                    } else if masked != 0 {
+                        p.end = partial.end;
+                    }
                 }
                 _ => {
                     flush(&mut last);
-                    last = Some((pair[0]..pair[1], active, masked));
+                    last = Some((keys, active, masked, partial));
                 }
             }
         }
@@ -267,7 +277,9 @@ mod tests {
                             if let Some(s) = segment {
                                 // Nothing is worked on in vain, and what needs a mask gets one.
                                 assert!(some, "key {key} needless for vector {v}");
-                                assert!(every || s.masked >> v & 1 == 1);
+                                assert!(
+                                    every || s.masked >> v & 1 == 1 && s.partial.contains(&key)
+                                );
                             }
                         }
                     }
@@ -322,6 +334,7 @@ mod tests {
             keys: 900..1000,
             vectors: 0..4,
             masked: 0,
+            partial: 0..0,
         };
         assert_eq!(segments.list, [all]);
         assert!(!sight.touches(&(300..500)) && !sight.touches(&(1564..1700)));

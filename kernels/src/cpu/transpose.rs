@@ -143,7 +143,7 @@ unsafe fn transpose_4x4(from: *const f32, from_stride: isize, to: *mut f32, to_s
     }
 }
 
-/// 16 rows of 16: elements of four rows change places inside quarters of vectors, then quarters between vectors.
+/// 16 rows of 16.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -151,31 +151,46 @@ unsafe fn transpose_16x16(from: *const f32, from_stride: isize, to: *mut f32, to
     use std::arch::x86_64::*;
     // SAFETY: the caller says that 16 × 16 elements can be read and written.
     unsafe {
-        let row = |i: isize| _mm512_loadu_ps(from.offset(i * from_stride));
-        let rows = |i: isize| turn([row(i), row(i + 1), row(i + 2), row(i + 3)]);
-        // Quarter q of `parts[g][j]` is column 4 q + j of the rows 4 g to 4 g + 3.
-        let parts = [rows(0), rows(4), rows(8), rows(12)];
-        for j in 0..4 {
-            let [a, b, c, d] = parts.map(|rows| rows[j]);
-            let (ab, cd) = (
-                _mm512_shuffle_f32x4::<0x44>(a, b),
-                _mm512_shuffle_f32x4::<0x44>(c, d),
-            );
-            let (ab_high, cd_high) = (
-                _mm512_shuffle_f32x4::<0xee>(a, b),
-                _mm512_shuffle_f32x4::<0xee>(c, d),
-            );
-            let columns = [
-                _mm512_shuffle_f32x4::<0x88>(ab, cd),
-                _mm512_shuffle_f32x4::<0xdd>(ab, cd),
-                _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high),
-                _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high),
-            ];
-            for (q, column) in columns.into_iter().enumerate() {
-                _mm512_storeu_ps(to.offset((4 * q + j) as isize * to_stride), column);
-            }
+        let mut x = [_mm512_setzero_ps(); 16];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = _mm512_loadu_ps(from.offset(i as isize * from_stride));
+        }
+        for (i, y) in turn_16x16(x).into_iter().enumerate() {
+            _mm512_storeu_ps(to.offset(i as isize * to_stride), y);
         }
     }
+}
+
+/// The columns of 16 rows: elements of four rows change places inside quarters of vectors, then quarters between vectors.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn turn_16x16(x: [std::arch::x86_64::__m512; 16]) -> [std::arch::x86_64::__m512; 16] {
+    use std::arch::x86_64::*;
+    // Quarter q of `parts[g][j]` is column 4 q + j of the rows 4 g to 4 g + 3.
+    let parts = [
+        turn([x[0], x[1], x[2], x[3]]),
+        turn([x[4], x[5], x[6], x[7]]),
+        turn([x[8], x[9], x[10], x[11]]),
+        turn([x[12], x[13], x[14], x[15]]),
+    ];
+    let mut y = x;
+    for j in 0..4 {
+        let [a, b, c, d] = [parts[0][j], parts[1][j], parts[2][j], parts[3][j]];
+        let (ab, cd) = (
+            _mm512_shuffle_f32x4::<0x44>(a, b),
+            _mm512_shuffle_f32x4::<0x44>(c, d),
+        );
+        let (ab_high, cd_high) = (
+            _mm512_shuffle_f32x4::<0xee>(a, b),
+            _mm512_shuffle_f32x4::<0xee>(c, d),
+        );
+        y[j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+        y[4 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+        y[8 + j] = _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high);
+        y[12 + j] = _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high);
+    }
+    y
 }
 
 /// 16 rows of 4: a vector has 4 elements of every fourth row, so that quarters of vectors are turned like 4 × 4.

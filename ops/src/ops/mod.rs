@@ -10,6 +10,7 @@
 //!
 //! Owns their registration and what they share. Nothing here decides what a layer does: that is `state`.
 
+mod aligned;
 mod attention;
 mod band;
 mod cuda;

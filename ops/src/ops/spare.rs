@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::state::Lease;
 
 use super::PROCESS;
+use super::aligned::Aligned;
 use super::storage::{Data, Real};
 
 /// Tensors that are spared at most: one for the next residual, one for the next output.
@@ -18,7 +19,7 @@ const MOST: usize = 2;
 static SPARE: Mutex<Vec<Data>> = Mutex::new(Vec::new());
 
 /// Spared memory of just this length, with old numbers in it, for a tensor that has its part of the budget already.
-pub(super) fn take<T: Real>(len: usize) -> Option<Vec<T>> {
+pub(super) fn take<T: Real>(len: usize) -> Option<Aligned<T>> {
     change(|spare| {
         let fits = |data: &Data| T::unwrap(data).is_some_and(|values| values.len() == len);
         let at = spare.iter().position(fits)?;

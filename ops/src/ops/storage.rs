@@ -11,6 +11,7 @@ use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
 use crate::state::{Cached, Lease, Rows, Run};
 
+use super::aligned::Aligned;
 use super::spare;
 
 /// A cached tensor: a cheap handle on immutable numbers.
@@ -40,9 +41,9 @@ pub struct Stored {
 /// The numbers of a tensor, or memory for them.
 #[derive(Debug)]
 pub(super) enum Data {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    BF16(Vec<bf16>),
+    F32(Aligned<f32>),
+    F16(Aligned<f16>),
+    BF16(Aligned<bf16>),
     /// In a CUDA device's memory.
     Device(DType, Buffer),
     /// Zeros, of which nobody wants to read any.
@@ -64,16 +65,16 @@ impl Data {
 
 /// An element type of cached tensors and of the tensors that layers compute.
 pub(super) trait Real: Scalar + Element + Default {
-    fn wrap(values: Vec<Self>) -> Data;
+    fn wrap(values: Aligned<Self>) -> Data;
     fn unwrap(data: &Data) -> Option<&[Self]>;
-    fn into_inner(data: Data) -> Option<Vec<Self>>;
+    fn into_inner(data: Data) -> Option<Aligned<Self>>;
     fn is_finite(self) -> bool;
 }
 
 macro_rules! real {
     ($($ty:ident $variant:ident),*) => { $(
         impl Real for $ty {
-            fn wrap(values: Vec<Self>) -> Data {
+            fn wrap(values: Aligned<Self>) -> Data {
                 Data::$variant(values)
             }
             fn unwrap(data: &Data) -> Option<&[Self]> {
@@ -82,7 +83,7 @@ macro_rules! real {
                     _ => None,
                 }
             }
-            fn into_inner(data: Data) -> Option<Vec<Self>> {
+            fn into_inner(data: Data) -> Option<Aligned<Self>> {
                 match data {
                     Data::$variant(values) => Some(values),
                     _ => None,
@@ -125,13 +126,11 @@ pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<R
     if let Some(values) = spare::take(len) {
         return Some(Room { values, lease });
     }
-    let mut values = Vec::new();
     // The tensor is only a cache: where the system has no memory for it, the layer goes without.
-    values.try_reserve_exact(len).ok()?;
+    let values = Aligned::new(len)?;
     if memory::is_reserved(&values) {
         return None;
     }
-    values.resize(len, T::default());
     Some(Room { values, lease })
 }
 
@@ -193,7 +192,7 @@ pub(super) fn nothing(run: &Run<CachedTensor>, rows: Rows) -> Option<CachedTenso
 /// Memory for a cached tensor that is still being written.
 pub(super) struct Room<T> {
     /// As long as the tensor; what is in it is left from earlier.
-    pub values: Vec<T>,
+    pub values: Aligned<T>,
     lease: Lease,
 }
 
