@@ -61,6 +61,30 @@ pub(crate) fn is_reserved<T>(memory: &[T]) -> bool {
     RESERVE.owns(memory.as_ptr().cast())
 }
 
+/// Asks the system for large pages where memory begins that nobody has touched yet. Its first write to a small page is a fault
+/// of a microsecond, which for a residual of 67 MB was 3 % of the full step that captures it.
+///
+/// A hint: where the system does not take it, nothing changes.
+pub(crate) fn in_large_pages<T>(memory: &[T]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 2 << 20;
+        let bytes = memory.as_ptr_range();
+        let first = (bytes.start as usize).next_multiple_of(PAGE);
+        let end = bytes.end as usize / PAGE * PAGE;
+        if first < end {
+            let at = memory
+                .as_ptr()
+                .cast::<u8>()
+                .wrapping_add(first - bytes.start as usize);
+            // SAFETY: whole pages inside a slice that lives; the hint does not change what is in them.
+            unsafe { libc::madvise(at.cast_mut().cast(), end - first, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
 /// Bytes of the reserve in use.
 pub(crate) fn reserve_used() -> usize {
     RESERVE.used()

@@ -3,7 +3,11 @@
 //! A vector's begin 16 bytes behind one as soon as they come from pages of their own; then most loads of 64 bytes touch two
 //! lines, and window attention that adds such a residual took some 2 % longer.
 
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
+
+use bytemuck::Zeroable;
+
+use crate::abi::memory;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -11,21 +15,22 @@ const LINE: usize = 64;
 /// Memory for a tensor.
 #[derive(Debug)]
 pub(super) struct Aligned<T> {
-    /// Never grows, so that it stays where it is.
-    memory: Vec<T>,
-    /// Where the tensor begins.
-    start: usize,
+    memory: Box<[T]>,
+    /// Where the tensor is in it.
+    tensor: Range<usize>,
 }
 
-impl<T: Clone + Default> Aligned<T> {
-    /// Of `len` zeros; `None` if the system has no memory for them.
+impl<T: Zeroable> Aligned<T> {
+    /// Of `len` zeros; `None` if the system has no memory for them. Whoever writes it first touches its pages.
     pub fn new(len: usize) -> Option<Self> {
         let room = len.checked_add(LINE / size_of::<T>())?;
-        let mut memory: Vec<T> = Vec::new();
-        memory.try_reserve_exact(room).ok()?;
+        let memory = bytemuck::allocation::try_zeroed_slice_box::<T>(room).ok()?;
+        memory::in_large_pages(&memory);
         let start = memory.as_ptr().align_offset(LINE);
-        memory.resize(start.checked_add(len)?, T::default());
-        Some(Aligned { memory, start })
+        Some(Aligned {
+            memory,
+            tensor: start..start + len,
+        })
     }
 }
 
@@ -33,13 +38,13 @@ impl<T> Deref for Aligned<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &self.memory[self.start..]
+        &self.memory[self.tensor.clone()]
     }
 }
 
 impl<T> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.memory[self.start..]
+        &mut self.memory[self.tensor.clone()]
     }
 }
 
@@ -47,8 +52,8 @@ impl<T> DerefMut for Aligned<T> {
 mod tests {
     use super::*;
 
-    fn begins_on_a_line<T: Clone + Default + PartialEq>() {
-        for len in [0, 1, 7, 100_000] {
+    fn begins_on_a_line<T: Zeroable + Default + PartialEq>() {
+        for len in [0, 1, 7, 100_000, 5_000_000] {
             let numbers = Aligned::<T>::new(len).expect("memory");
             assert_eq!(numbers.as_ptr() as usize % LINE, 0, "{len}");
             assert_eq!(numbers.len(), len);

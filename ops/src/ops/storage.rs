@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use ditfastattn_kernels::cuda::{Buffer, Device, Stream};
 use ditfastattn_kernels::{DType, Element};
 use half::{bf16, f16};
@@ -64,7 +65,7 @@ impl Data {
 }
 
 /// An element type of cached tensors and of the tensors that layers compute.
-pub(super) trait Real: Scalar + Element + Default {
+pub(super) trait Real: Scalar + Element + Default + Zeroable {
     fn wrap(values: Aligned<Self>) -> Data;
     fn unwrap(data: &Data) -> Option<&[Self]>;
     fn into_inner(data: Data) -> Option<Aligned<Self>>;
