@@ -264,7 +264,7 @@ def test_two_copies_of_the_library_in_one_process(tmp_path):
 
 def test_a_thousand_sessions_leave_nothing():
     child("""
-        import gc, threading, tiny as T, numpy as np
+        import gc, os, threading, tiny as T, numpy as np
         plan = T.random_plan(1, steps=4, layers=1); plan["steps"][1:] = [["ast"], ["wa-rs"], ["ast"]]
         t = T.Tiny(plan, tokens=64, heads=2, head_dim=16)
         model = t.model()
@@ -289,8 +289,10 @@ def test_a_thousand_sessions_leave_nothing():
         ends.set(); [w.join() for w in workers]
         s = T.stats()
         assert s["sessions"] == s["live_requests"] == s["bytes"] == s["runs_in_flight"] == 0, s
-        # A session that stayed would take 200 kB; of those 700 would be 140 MB.
-        assert after - before < 32 << 20, (before, after)
+        # A session that stayed would take 200 kB; of those 700 would be 140 MB. AddressSanitizer keeps 15 kB of each for itself: without
+        # it memory stays the same to 1 MB over 4000 sessions.
+        limit = 64 if "ASAN_OPTIONS" in os.environ else 32
+        assert after - before < limit << 20, (before, after)
     """)
 
 
