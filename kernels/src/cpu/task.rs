@@ -12,7 +12,7 @@ use pulp::{Simd, WithSimd};
 use super::ahead::{Ahead, Prefetch};
 use super::arithmetic::Arithmetic;
 use super::block::Block;
-use super::finish::{Finish, clear_empty, divide, stays_finite};
+use super::finish::{Finish, are_finite, clear_empty, divide};
 use super::gemm::{Gemm, pauses, row_len};
 use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
@@ -21,7 +21,7 @@ use super::scratch::Scratch;
 use super::sight::{Pass, Segment, Segments, Sight, row};
 use super::softmax::softmax;
 use super::vector::{load, mul_add, store};
-use crate::api::{Attention, DType, Mode};
+use crate::api::{Attention, Mode};
 
 pub(crate) struct Task<'a, 'b, A> {
     pub a: &'a Attention<'b>,
@@ -455,7 +455,7 @@ fn pass<S: Simd, A: Arithmetic>(
 fn conclude<S: Simd, A: Arithmetic>(simd: S, context: &mut Context<'_, A>, block: &mut Block<'_>) {
     let a = context.finish.a;
     let hides = a.mask.is_some() || !matches!(a.mode, Mode::Full);
-    if hides && !context.careful && !stays_finite(simd, block.o, block.queries.len(), DType::F32) {
+    if hides && !context.careful && !are_finite(simd, block.o, block.queries.len()) {
         return;
     }
     block.finished = true;

@@ -65,7 +65,7 @@ impl Data {
 }
 
 /// An element type of cached tensors and of the tensors that layers compute.
-pub(super) trait Real: Scalar + Element + Default + Zeroable {
+pub(super) trait Real: Scalar + Element + Zeroable {
     fn wrap(values: Aligned<Self>) -> Data;
     fn unwrap(data: &Data) -> Option<&[Self]>;
     fn into_inner(data: Data) -> Option<Aligned<Self>>;
