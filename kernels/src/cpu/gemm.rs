@@ -4,12 +4,13 @@
 //! broadcast. What a word is and how two are multiplied is the arithmetic's: a number, or a pair of numbers, of which a
 //! step then takes two. So scores are C = K·Qᵀ (rows are keys, steps are channels) and outputs are C = Vᵀ·P (rows are
 //! channels, steps are keys): neither needs a transposition per block, neither pads head_dim or the number of keys,
-//! and everything the softmax does between them is vertical. A tile of C stays in registers over all steps.
+//! and everything the softmax does ahead them is vertical. A tile of C stays in registers over all steps.
 
 #![allow(clippy::needless_range_loop)] // Loops over tiles read better with their indices.
 
 use pulp::{Simd, WithSimd};
 
+use super::ahead::Run;
 use super::arithmetic::Arithmetic;
 use super::vector::{load, store};
 
@@ -24,18 +25,13 @@ pub(crate) const fn row_len<S: Simd>() -> usize {
     vectors * S::F32_LANES
 }
 
-/// Whether [`Gemm::run`] pauses between tiles: where they are large, of half a microsecond.
-pub(crate) const fn pauses<S: Simd>() -> bool {
-    S::REGISTER_COUNT >= 32
-}
-
 /// One product of words in 32 bits. All pointers may be unaligned.
 #[derive(Clone, Copy)]
 pub(crate) struct Gemm {
     pub a: *const f32,
-    /// Distance in A between neighbouring rows of C; this or `a_step` is 1.
+    /// Distance in A ahead neighbouring rows of C; this or `a_step` is 1.
     pub a_row: usize,
-    /// Distance in A between neighbouring steps.
+    /// Distance in A ahead neighbouring steps.
     pub a_step: usize,
     /// `[steps, queries]`, already advanced to the first lane.
     pub b: *const f32,
@@ -50,7 +46,8 @@ pub(crate) struct Gemm {
 }
 
 impl Gemm {
-    /// Computes the product, and calls `between` after each tile of it, if it [pauses] there.
+    /// Computes the product. `ahead` is called before each tile with its number of steps, and says what to ask for in them: no
+    /// more than one address in each.
     ///
     /// # Safety
     /// For every row < rows, step < steps and lane < vectors · `S::F32_LANES`: `a + row·a_row + step·a_step` and
@@ -61,7 +58,7 @@ impl Gemm {
         self,
         simd: S,
         arithmetic: A,
-        mut between: impl FnMut(),
+        mut ahead: impl FnMut(usize) -> Run,
     ) {
         let most = row_len::<S>() / S::F32_LANES;
         assert!(self.vectors <= most, "rows are no longer than a tile");
@@ -69,10 +66,10 @@ impl Gemm {
         unsafe {
             match self.vectors {
                 0 => {}
-                1 => columns::<S, A, 1>(simd, arithmetic, self, &mut between),
-                2 => columns::<S, A, 2>(simd, arithmetic, self, &mut between),
-                3 if most > 2 => columns::<S, A, 3>(simd, arithmetic, self, &mut between),
-                _ if most > 2 => columns::<S, A, 4>(simd, arithmetic, self, &mut between),
+                1 => columns::<S, A, 1>(simd, arithmetic, self, &mut ahead),
+                2 => columns::<S, A, 2>(simd, arithmetic, self, &mut ahead),
+                3 if most > 2 => columns::<S, A, 3>(simd, arithmetic, self, &mut ahead),
+                _ if most > 2 => columns::<S, A, 4>(simd, arithmetic, self, &mut ahead),
                 _ => {}
             }
         }
@@ -85,7 +82,7 @@ unsafe fn columns<S: Simd, A: Arithmetic, const NR: usize>(
     simd: S,
     arithmetic: A,
     g: Gemm,
-    between: &mut dyn FnMut(),
+    ahead: &mut dyn FnMut(usize) -> Run,
 ) {
     let sixes = g.rows / 6 * 6;
     let head = Gemm { rows: sixes, ..g };
@@ -97,13 +94,13 @@ unsafe fn columns<S: Simd, A: Arithmetic, const NR: usize>(
     };
     // SAFETY: parts of the rows of what the caller promised.
     unsafe {
-        tiles::<S, A, 6, NR>(simd, arithmetic, head, between);
+        tiles::<S, A, 6, NR>(simd, arithmetic, head, ahead);
         match tail.rows {
-            5 => tiles::<S, A, 5, NR>(simd, arithmetic, tail, between),
-            4 => tiles::<S, A, 4, NR>(simd, arithmetic, tail, between),
-            3 => tiles::<S, A, 3, NR>(simd, arithmetic, tail, between),
-            2 => tiles::<S, A, 2, NR>(simd, arithmetic, tail, between),
-            1 => tiles::<S, A, 1, NR>(simd, arithmetic, tail, between),
+            5 => tiles::<S, A, 5, NR>(simd, arithmetic, tail, ahead),
+            4 => tiles::<S, A, 4, NR>(simd, arithmetic, tail, ahead),
+            3 => tiles::<S, A, 3, NR>(simd, arithmetic, tail, ahead),
+            2 => tiles::<S, A, 2, NR>(simd, arithmetic, tail, ahead),
+            1 => tiles::<S, A, 1, NR>(simd, arithmetic, tail, ahead),
             _ => {}
         }
     }
@@ -115,28 +112,28 @@ unsafe fn tiles<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
     simd: S,
     arithmetic: A,
     g: Gemm,
-    between: &mut dyn FnMut(),
+    ahead: &mut dyn FnMut(usize) -> Run,
 ) {
-    struct Tiles<'a, A, const MR: usize, const NR: usize>(A, Gemm, &'a mut dyn FnMut());
+    struct Tiles<'a, A, const MR: usize, const NR: usize>(A, Gemm, &'a mut dyn FnMut(usize) -> Run);
     impl<A: Arithmetic, const MR: usize, const NR: usize> WithSimd for Tiles<'_, A, MR, NR> {
         type Output = ();
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let Tiles(arithmetic, g, between) = self;
+            let Tiles(arithmetic, g, ahead) = self;
             // SAFETY: made by `tiles` only, whose caller promised.
             unsafe {
                 // The stride that is 1 is told to the compiler, for simpler addresses.
                 if g.a_step == 1 {
-                    tile_loop::<S, A, MR, NR>(simd, arithmetic, g, g.a_row, 1, between);
+                    tile_loop::<S, A, MR, NR>(simd, arithmetic, g, g.a_row, 1, ahead);
                 } else {
-                    tile_loop::<S, A, MR, NR>(simd, arithmetic, g, 1, g.a_step, between);
+                    tile_loop::<S, A, MR, NR>(simd, arithmetic, g, 1, g.a_step, ahead);
                 }
             }
         }
     }
     debug_assert!(g.a_step == 1 || g.a_row == 1);
-    arithmetic.vectorize(simd, Tiles::<A, MR, NR>(arithmetic, g, between))
+    arithmetic.vectorize(simd, Tiles::<A, MR, NR>(arithmetic, g, ahead))
 }
 
 #[inline(always)]
@@ -146,7 +143,7 @@ unsafe fn tile_loop<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
     g: Gemm,
     a_row: usize,
     a_step: usize,
-    between: &mut dyn FnMut(),
+    ahead: &mut dyn FnMut(usize) -> Run,
 ) {
     for row in (0..g.rows).step_by(MR) {
         let part = Gemm {
@@ -155,10 +152,8 @@ unsafe fn tile_loop<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
             ..g
         };
         // SAFETY: row + MR ≤ rows, which the caller promised.
-        unsafe { tile_body::<S, A, MR, NR>(simd, arithmetic, part, a_row, a_step) };
-        if pauses::<S>() {
-            between();
-        }
+        let ahead = ahead(g.steps);
+        unsafe { tile_body::<S, A, MR, NR>(simd, arithmetic, part, a_row, a_step, ahead) };
     }
 }
 
@@ -169,41 +164,71 @@ unsafe fn tile_body<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
     g: Gemm,
     a_row: usize,
     a_step: usize,
+    ahead: Run,
 ) {
-    let mut acc = [[simd.splat_f32s(0.0); NR]; MR];
+    let mut tile = Registers {
+        acc: [[simd.splat_f32s(0.0); NR]; MR],
+        a: g.a,
+        b: g.b,
+        ahead,
+    };
+    let asks = ahead.count.min(g.steps);
     // SAFETY: MR rows, NR vectors and g.steps steps are readable and writable, by the caller's promise.
     unsafe {
         if g.add {
             for i in 0..MR {
                 for j in 0..NR {
-                    acc[i][j] = load(simd, g.c.add(i * row_len::<S>() + j * S::F32_LANES));
+                    tile.acc[i][j] = load(simd, g.c.add(i * row_len::<S>() + j * S::F32_LANES));
                 }
             }
         }
-        let (mut a, mut b) = (g.a, g.b);
-        for _ in 0..g.steps {
-            let mut bs = [simd.splat_f32s(0.0); NR];
-            for j in 0..NR {
-                bs[j] = load(simd, b.add(j * S::F32_LANES));
-            }
-            for i in 0..MR {
-                let x = simd.splat_f32s(a.add(i * a_row).read_unaligned());
-                for j in 0..NR {
-                    acc[i][j] = arithmetic.mul_add(simd, x, bs[j], acc[i][j]);
-                }
-            }
-            a = a.wrapping_add(a_step);
-            b = b.wrapping_add(row_len::<S>());
+        for _ in 0..asks {
+            tile.ahead.ask();
+            tile.step(simd, arithmetic, a_row, a_step);
+        }
+        for _ in asks..g.steps {
+            tile.step(simd, arithmetic, a_row, a_step);
         }
         for i in 0..MR {
             for j in 0..NR {
                 store(
                     simd,
                     g.c.add(i * row_len::<S>() + j * S::F32_LANES),
-                    acc[i][j],
+                    tile.acc[i][j],
                 );
             }
         }
+    }
+}
+
+/// A tile of C in registers, and where it is in A and B.
+struct Registers<S: Simd, const MR: usize, const NR: usize> {
+    acc: [[S::f32s; NR]; MR],
+    a: *const f32,
+    b: *const f32,
+    ahead: Run,
+}
+
+impl<S: Simd, const MR: usize, const NR: usize> Registers<S, MR, NR> {
+    /// # Safety
+    /// MR rows of A and NR vectors of B must be readable at this step.
+    #[inline(always)]
+    unsafe fn step<A: Arithmetic>(&mut self, simd: S, arithmetic: A, a_row: usize, a_step: usize) {
+        let mut bs = [simd.splat_f32s(0.0); NR];
+        // SAFETY: promised by the caller.
+        unsafe {
+            for j in 0..NR {
+                bs[j] = load(simd, self.b.add(j * S::F32_LANES));
+            }
+            for i in 0..MR {
+                let x = simd.splat_f32s(self.a.add(i * a_row).read_unaligned());
+                for j in 0..NR {
+                    self.acc[i][j] = arithmetic.mul_add(simd, x, bs[j], self.acc[i][j]);
+                }
+            }
+        }
+        self.a = self.a.wrapping_add(a_step);
+        self.b = self.b.wrapping_add(row_len::<S>());
     }
 }
 
@@ -267,7 +292,7 @@ mod tests {
                             add,
                         };
                         // SAFETY: the matrices have these sizes.
-                        unsafe { g.run(simd, arithmetic, || {}) };
+                        unsafe { g.run(simd, arithmetic, |_| Run::NOTHING) };
                         for (at, &c) in c.iter().enumerate() {
                             let (row, lane) = (at / row_len::<S>(), at % row_len::<S>());
                             let sum: f32 = (0..numbers).map(|n| a(row, n) * b(n, lane)).sum();

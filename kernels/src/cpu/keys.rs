@@ -371,9 +371,9 @@ impl<'a> Matrix<'a> {
         match self.place {
             Place::Call => {
                 let (lines, words) = self.word.of(keys.len(), self.channels);
-                let line = (words * size_of::<f32>()) as isize;
+                let line = words * size_of::<f32>();
                 let block = self.copy.wrapping_add(self.at(p, keys.start));
-                Ahead::lines(block.cast_const().cast(), line, line, lines)
+                Ahead::lines(block.cast_const().cast(), line as isize, line, lines)
             }
             _ => Ahead::new(
                 &self.from,

@@ -71,7 +71,7 @@ impl<'s> Tile<'s> {
         Ahead::lines(
             self.mask.data.wrapping_offset(first * size),
             s.query * size,
-            keys.len() as isize * size,
+            keys.len() * self.mask.kind.size(),
             queries.len(),
         )
     }

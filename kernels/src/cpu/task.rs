@@ -13,7 +13,7 @@ use super::ahead::{Ahead, Prefetch};
 use super::arithmetic::Arithmetic;
 use super::block::Block;
 use super::finish::{Finish, are_finite, clear_empty, divide};
-use super::gemm::{Gemm, pauses, row_len};
+use super::gemm::{Gemm, row_len};
 use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
 use super::pack::{Plane, gather_channels};
@@ -365,10 +365,7 @@ fn pass<S: Simd, A: Arithmetic>(
     }
     let kv = blocks[0].kv..blocks[heads - 1].kv + 1;
     let Plane { batch, head } = blocks[0].plane;
-    let pokes = match pauses::<S>() {
-        true => (KEYS + s.v_dim) / 6,
-        false => 1,
-    };
+    let tiles = (KEYS + s.v_dim) / 6;
     // Steps left with the same keys.
     let mut left = 0;
     for (i, &(first, at)) in steps.iter().enumerate() {
@@ -393,7 +390,7 @@ fn pass<S: Simd, A: Arithmetic>(
         if let Some(&(_, next)) = steps.get(i + 1) {
             let block = &blocks[next * heads];
             let (heads, queries) = (head..head + heads, block.queries.clone());
-            let [q, residual, out] = &mut context.prefetch.next;
+            let [_, q, residual, out] = &mut context.prefetch.soon;
             if !block.packed {
                 *q = Ahead::new(&a.q, batch, heads.clone(), queries.clone(), s.head_dim);
             }
@@ -424,12 +421,9 @@ fn pass<S: Simd, A: Arithmetic>(
                     continue;
                 }
                 let (queries, keys) = next_tile::<S>(block.queries.end, &all, &keys, s.kv_tokens);
-                context.prefetch.mask = tile.ahead(block.plane, queries, keys);
+                context.prefetch.soon[0] = tile.ahead(block.plane, queries, keys);
             }
-            context.prefetch.set_rate(pokes, left);
-            if !pauses::<S>() {
-                context.prefetch.poke();
-            }
+            context.prefetch.set_rate(tiles, left);
             step(simd, context, block, sight, pass, first, &segments.list);
         }
         left -= 1;
@@ -545,7 +539,7 @@ fn step<S: Simd, A: Arithmetic>(
                 vectors: seg.vectors.len(),
                 add: false,
             }
-            .run(simd, arithmetic, || context.prefetch.poke());
+            .run(simd, arithmetic, |steps| context.prefetch.run(steps));
         }
     }
     let tile = context
@@ -603,7 +597,7 @@ fn step<S: Simd, A: Arithmetic>(
                 vectors: seg.vectors.len(),
                 add: true,
             }
-            .run(simd, arithmetic, || context.prefetch.poke());
+            .run(simd, arithmetic, |steps| context.prefetch.run(steps));
         }
     }
 }
