@@ -39,11 +39,11 @@
 //! **Packing.** A task reads its queries into `[head_dim, 64]`, a query per vector lane, converting float16 and
 //! bfloat16 to float32 (`pack`, `transpose`). Then it walks along the keys in blocks of 120. Float32 keys and values
 //! whose channels are neighbours are read where they are; others are copied block by block, once for all query blocks
-//! of the task. Where more than 20 query blocks see a key, all of them are copied once before the tasks begin (`keys`):
-//! with heads inside tokens, every token of a head lies in another page of memory, and tasks would translate its
-//! address again and again. Queries are packed when they meet their first keys. The memory of what comes next is
-//! asked for in the steps of products (`ahead`): the next block of keys and values, the next queries, and residual and
-//! output of queries that are about to end.
+//! of the task. Where many query blocks see a key (more than 14 or 20, by processor), all of them are copied once before
+//! the tasks begin (`keys`): with heads inside tokens, every token of a head lies in another page of memory, and tasks
+//! would translate its address again and again. Queries are packed when they meet their first keys. The memory of what
+//! comes next is asked for in the steps of products (`ahead`): the next block of keys and values, the next queries, and
+//! residual and output of queries that are about to end.
 //!
 //! **Scores.** S = K·Qᵀ, `[keys, 64]`: six keys times four vectors of queries stay in registers over all channels
 //! (`gemm`). Since a lane is a query, keys and channels are plain loop counts: nothing is padded, head dim 72 costs
