@@ -4,7 +4,7 @@
 //! broadcast. What a word is and how two are multiplied is the arithmetic's: a number, or a pair of numbers, of which a
 //! step then takes two. So scores are C = K·Qᵀ (rows are keys, steps are channels) and outputs are C = Vᵀ·P (rows are
 //! channels, steps are keys): neither needs a transposition per block, neither pads head_dim or the number of keys,
-//! and everything the softmax does ahead them is vertical. A tile of C stays in registers over all steps.
+//! and everything the softmax does between them is vertical. A tile of C stays in registers over all steps.
 
 #![allow(clippy::needless_range_loop)] // Loops over tiles read better with their indices.
 
@@ -29,9 +29,9 @@ pub(crate) const fn row_len<S: Simd>() -> usize {
 #[derive(Clone, Copy)]
 pub(crate) struct Gemm {
     pub a: *const f32,
-    /// Distance in A ahead neighbouring rows of C; this or `a_step` is 1.
+    /// Distance in A between neighbouring rows of C; this or `a_step` is 1.
     pub a_row: usize,
-    /// Distance in A ahead neighbouring steps.
+    /// Distance in A between neighbouring steps.
     pub a_step: usize,
     /// `[steps, queries]`, already advanced to the first lane.
     pub b: *const f32,
@@ -151,8 +151,8 @@ unsafe fn tile_loop<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
             c: g.c.wrapping_add(row * row_len::<S>()),
             ..g
         };
-        // SAFETY: row + MR ≤ rows, which the caller promised.
         let ahead = ahead(g.steps);
+        // SAFETY: row + MR ≤ rows, which the caller promised.
         unsafe { tile_body::<S, A, MR, NR>(simd, arithmetic, part, a_row, a_step, ahead) };
     }
 }
