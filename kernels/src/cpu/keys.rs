@@ -8,11 +8,9 @@
 //! Owns where they are read and the copies in advance. What is computed does not depend on either, bit for bit.
 
 use std::ops::Range;
-#[cfg(target_arch = "x86_64")]
-use std::sync::LazyLock;
 
 use super::ahead::Ahead;
-use super::level::Level;
+use super::level::{Level, is_intel};
 use super::pack::{Order, Plane, gather, offset, read_line};
 use super::pairs::{read_across, read_along};
 use super::scratch::Scratch;
@@ -55,24 +53,6 @@ impl Limits {
             words: 12 << 20,
         }
     }
-}
-
-/// Whether the processor says that it is one of Intel's.
-fn is_intel() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        // Asked once: under a hypervisor it is a trap.
-        static IT_IS: LazyLock<bool> = LazyLock::new(|| {
-            let name = std::arch::x86_64::__cpuid(0);
-            [name.ebx, name.edx, name.ecx]
-                .map(u32::to_le_bytes)
-                .as_flattened()
-                == b"GenuineIntel"
-        });
-        *IT_IS
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    false
 }
 
 /// Where the blocks of a matrix are.

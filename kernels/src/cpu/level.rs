@@ -1,5 +1,8 @@
 //! Which instruction set runs. Owns detection and dispatch, nothing numeric.
 
+#[cfg(target_arch = "x86_64")]
+use std::sync::LazyLock;
+
 use pulp::{Simd, WithSimd};
 
 use super::gemm::row_len;
@@ -57,6 +60,24 @@ impl Level {
             _ => Op::Output::default(),
         }
     }
+}
+
+/// Whether the processor says that it is one of Intel's.
+pub(crate) fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // Asked once: under a hypervisor it is a trap.
+        static IT_IS: LazyLock<bool> = LazyLock::new(|| {
+            let name = std::arch::x86_64::__cpuid(0);
+            [name.ebx, name.edx, name.ecx]
+                .map(u32::to_le_bytes)
+                .as_flattened()
+                == b"GenuineIntel"
+        });
+        *IT_IS
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// Answers how many queries are in a block.
