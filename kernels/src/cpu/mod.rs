@@ -203,6 +203,7 @@ impl Cut {
 mod tests {
     use half::{bf16, f16};
 
+    use super::keys::TasksCopy;
     use super::*;
     use crate::api::{Band, Element, Input, Output, Shape, Strides};
     use crate::parallel::Threads;
@@ -233,7 +234,12 @@ mod tests {
     ) -> (Vec<u32>, Vec<u32>, bool) {
         let s = SHAPE;
         let numbers = |seed: usize, heads: usize, channels: usize| -> Vec<T> {
-            let n = s.batch * heads * s.q_tokens * channels;
+            let layout = layout(heads, s.q_tokens, channels);
+            let last = (s.batch - 1) as isize * layout.batch
+                + (heads - 1) as isize * layout.head
+                + (s.q_tokens - 1) as isize * layout.token
+                + (channels - 1) as isize * layout.channel;
+            let n = last as usize + 1;
             let number = |i: usize| ((i * 7919 + seed) % 1009) as f32 / 252.0 - 2.0;
             (0..n).map(|i| T::from_f32(number(i))).collect()
         };
@@ -300,7 +306,7 @@ mod tests {
                     5 * plane,
                     usize::MAX,
                 ] {
-                    for tasks_copy in [false, true] {
+                    for tasks_copy in [TasksCopy::Nothing, TasksCopy::OutsideBands] {
                         let limits = Limits {
                             queries: 0,
                             tasks_copy,
@@ -310,6 +316,33 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// Windows have no other copies by tasks.
+    #[test]
+    fn copying_lines_that_collide_changes_nothing() {
+        // Rows of the batch beside each other, tokens 4 KB of float16 apart.
+        let layout = |heads: usize, _: usize, channels: usize| Strides {
+            batch: (heads * channels) as isize,
+            head: channels as isize,
+            token: 2048,
+            channel: 1,
+        };
+        let queries = usize::MAX;
+        for kind in [Kind::Full, Kind::Capture, Kind::Window] {
+            let both = |tasks_copy| {
+                let limits = Limits {
+                    queries,
+                    tasks_copy,
+                    words: 0,
+                };
+                (
+                    compute::<f32>(limits, Products::Float32, kind, layout),
+                    compute::<bf16>(limits, Products::Bfloat16, kind, layout),
+                )
+            };
+            assert!(both(TasksCopy::Nothing) == both(TasksCopy::Colliding));
         }
     }
 }
