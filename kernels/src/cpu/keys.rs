@@ -393,11 +393,14 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Asks for the memory of a block; where all are copied in advance, for that of the first head only.
+    /// Asks for the memory of some keys of a block; where all are copied in advance, for that of the first head only, and from
+    /// where the block begins.
     pub fn ahead(&self, p: Plane, heads: usize, keys: Range<usize>) -> Ahead {
         match self.place {
             Place::Call => {
-                let (lines, words) = self.word.of(keys.len(), self.channels);
+                let (lines, words) = self
+                    .word
+                    .of(keys.end - keys.start / KEYS * KEYS, self.channels);
                 let line = words * size_of::<f32>();
                 let block = self.copy.wrapping_add(self.at(p, keys.start));
                 Ahead::lines(block.cast_const().cast(), line as isize, line, lines)

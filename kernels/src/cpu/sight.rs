@@ -101,6 +101,15 @@ impl Sight {
         }
     }
 
+    /// The keys of `keys` that queries of the block see in this pass lie in this range.
+    pub fn part(&self, keys: &Range<usize>) -> Range<usize> {
+        let Pass::Inside(_) = self.pass else {
+            return keys.clone();
+        };
+        let seen = self.vectors.iter().map(|v| &v.some).chain([&self.text]);
+        hull(seen.map(|seen| keys.start.max(seen.start)..keys.end.min(seen.end)))
+    }
+
     /// The text tokens of the band; their columns are never masked.
     pub fn text(&self) -> Range<usize> {
         self.text.clone()
@@ -191,6 +200,13 @@ fn overlaps(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start.max(b.start) < a.end.min(b.end)
 }
 
+/// The smallest range that contains all of these.
+pub(crate) fn hull(ranges: impl Iterator<Item = Range<usize>>) -> Range<usize> {
+    let filled = ranges.filter(|range| !range.is_empty());
+    let both = |a: Range<usize>, b: Range<usize>| a.start.min(b.start)..a.end.max(b.end);
+    filled.reduce(both).unwrap_or(0..0)
+}
+
 /// `keys` without the part at one of its ends that is text.
 fn trim(keys: &Range<usize>, text: &Range<usize>) -> Range<usize> {
     if text.start == 0 {
@@ -260,6 +276,11 @@ mod tests {
                     sight.segments(keys.clone(), &mut segments);
                     let segments = &segments.list;
                     assert_eq!(sight.touches(&keys), !segments.is_empty());
+                    let seen = hull(segments.iter().map(|s| s.keys.clone()));
+                    match pass {
+                        Pass::Inside(_) => assert_eq!(sight.part(&keys), seen),
+                        _ => assert_eq!(sight.part(&keys), keys),
+                    }
                     for key in keys {
                         for (v, start) in queries.clone().step_by(lanes).enumerate() {
                             let rows = start..queries.end.min(start + lanes);

@@ -18,7 +18,7 @@ use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
 use super::pack::{Plane, gather_channels};
 use super::scratch::Scratch;
-use super::sight::{Pass, Segment, Segments, Sight, row};
+use super::sight::{Pass, Segment, Segments, Sight, hull, row};
 use super::softmax::softmax;
 use super::vector::{load, mul_add, store};
 use crate::api::{Attention, Mode};
@@ -265,7 +265,7 @@ fn take<'s>(all: &mut &'s mut [f32], n: usize) -> &'s mut [f32] {
     head
 }
 
-/// The first block of keys that a task beginning at `query` sees.
+/// What a task beginning at `query` sees of the first block of keys.
 fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
     let s = a.shape;
     let first = match &a.mode {
@@ -280,8 +280,7 @@ fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
             }
         }
     };
-    let first = first / KEYS * KEYS;
-    first..s.kv_tokens.min(first + KEYS)
+    first..s.kv_tokens.min(first / KEYS * KEYS + KEYS)
 }
 
 /// Q of a block, a query per lane, times the sign, in words; lanes beyond the sequence are zero.
@@ -363,6 +362,8 @@ fn pass<S: Simd, A: Arithmetic>(
     for (i, &(_, at)) in steps.iter().enumerate() {
         ends[at] = Some(i);
     }
+    // What queries of the task see of a block: neither asked for nor copied is what comes before or after.
+    let part_of = |first: usize| hull(sights.iter().map(|sight| sight.part(&block_of(first))));
     let kv = blocks[0].kv..blocks[heads - 1].kv + 1;
     let Plane { batch, head } = blocks[0].plane;
     let tiles = (KEYS + s.v_dim) / 6;
@@ -372,6 +373,8 @@ fn pass<S: Simd, A: Arithmetic>(
         let keys = block_of(first);
         if left == 0 {
             left = steps[i..].iter().take_while(|s| s.0 == first).count();
+            // A block begins where it does, since that is what keys are counted from.
+            let keys = first..part_of(first).end;
             for packed in &mut context.packed[kv.clone()] {
                 let (plane, all) = (packed.plane, context.keys);
                 // SAFETY: the keys lie inside the shape.
@@ -382,7 +385,7 @@ fn pass<S: Simd, A: Arithmetic>(
                 }
             }
             if let Some(&(next, _)) = steps.get(i + left) {
-                let (plane, n, next) = (context.packed[kv.start].plane, kv.len(), block_of(next));
+                let (plane, n, next) = (context.packed[kv.start].plane, kv.len(), part_of(next));
                 let (k, v) = (&context.keys.k, &context.keys.v);
                 context.prefetch.keys = [k.ahead(plane, n, next.clone()), v.ahead(plane, n, next)];
             }
