@@ -1,4 +1,4 @@
-"""Writes seeds/model: small random models, one for each spelling of attention, scale, mask, norm and projection that the generator has.
+"""Makes seeds/model anew: small random models, one for each spelling of attention, scale, mask, norm and projection that the generator has.
 
     python fuzz/seeds/make.py
 
@@ -29,6 +29,8 @@ def main():
     for seed in range(600):
         spec = random_dit.draw(seed)
         models.append((random_dit.Model(spec).graph().SerializeToString(), seed, spec))
+    for stale in (HERE / "model").glob("random-*.onnx"):
+        stale.unlink()
     alone, beside = set(), set()
     for model, seed, spec in sorted(models, key=lambda m: (len(m[0]), m[1])):
         single, double = choices(spec)

@@ -270,8 +270,7 @@ unsafe fn finish_avx512(
     for i in 0..16 {
         for first in (0..channels).step_by(16).chain([channels - 1]) {
             let at = to.wrapping_offset(i * to_stride + first as isize);
-            // SAFETY: a prefetch is allowed on any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
         }
     }
     // SAFETY: promised by the caller.

@@ -252,7 +252,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
                         }
                     }
                 }
-                pass(simd, a, heads, which, i == 1, &mut context, blocks);
+                pass(simd, heads, which, i == 1, &mut context, blocks);
             }
         }
     }
@@ -290,11 +290,11 @@ fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
 #[inline(always)]
 unsafe fn pack_q<S: Simd, A: Arithmetic>(
     simd: S,
-    a: &Attention<'_>,
     context: &mut Context<'_, A>,
     block: &mut Block<'_>,
 ) {
     block.packed = true;
+    let a = context.finish.a;
     let (q, queries, rows) = (&mut *block.q, block.queries.clone(), &mut *context.rows);
     let (arithmetic, sign) = (context.arithmetic, context.sign);
     let d = a.shape.head_dim;
@@ -335,13 +335,13 @@ unsafe fn pack_q<S: Simd, A: Arithmetic>(
 #[inline(always)]
 fn pass<S: Simd, A: Arithmetic>(
     simd: S,
-    a: &Attention<'_>,
     heads: usize,
     pass: Pass,
     last: bool,
     context: &mut Context<'_, A>,
     blocks: &mut [Block<'_>],
 ) {
+    let a = context.finish.a;
     let s = a.shape;
     let sights: Vec<Sight> = blocks
         .iter()
@@ -415,7 +415,7 @@ fn pass<S: Simd, A: Arithmetic>(
         for block in &mut blocks[at * heads..][..heads] {
             if !block.packed {
                 // SAFETY: the block's queries lie inside the shape.
-                unsafe { pack_q(simd, a, context, block) };
+                unsafe { pack_q(simd, context, block) };
             }
             if let Some(tile) = &mut context.tile {
                 // SAFETY: the block's queries and the keys lie inside the shape.
