@@ -136,20 +136,18 @@ impl ModelFile {
         let fields = wire::split(&bytes).map_err(|e| malformed(e.to_string()))?;
         let mut graphs = fields
             .iter()
-            .filter(|f| f.number == FIELD_GRAPH)
-            .filter_map(|f| f.payload.clone());
+            .filter_map(|f| f.message(FIELD_GRAPH));
         let graph = graphs
             .next()
             .ok_or_else(|| malformed("it has no graph (field 7)".into()))?;
         if graphs.next().is_some() {
             return Err(malformed("it has more than one graph (field 7)".into()));
         }
-        let mut graph = Graph::parse(&graph).map_err(malformed)?;
+        let mut graph = Graph::parse(graph).map_err(malformed)?;
         let payloads = |number: u32| {
             fields
                 .iter()
-                .filter(move |f| f.number == number)
-                .filter_map(|f| f.payload.clone())
+                .filter_map(move |f| f.message(number).cloned())
         };
         let opset_imports = payloads(FIELD_OPSET_IMPORT)
             .map(|p| OperatorSetIdProto::decode(p).map(|o| (o.domain, o.version)))
@@ -214,14 +212,18 @@ impl ModelFile {
     ) -> Vec<Bytes> {
         let mut pieces = Vec::new();
         for field in &self.fields {
-            if field.number == FIELD_GRAPH {
-                let graph = self.graph.serialize(edit);
-                let length = graph.iter().map(Bytes::len).sum();
-                pieces.push(wire::header(FIELD_GRAPH, length).into());
-                pieces.extend(graph);
-            } else {
+            let Some(before) = field.message(FIELD_GRAPH) else {
                 pieces.push(field.raw.clone());
-            }
+                continue;
+            };
+            let graph = self.graph.serialize(edit);
+            let length = graph.iter().map(Bytes::len).sum();
+            // There are longer ways to write the same length, which is then untouched like everything else.
+            pieces.push(match length == before.len() {
+                true => field.header(),
+                false => wire::header(FIELD_GRAPH, length).into(),
+            });
+            pieces.extend(graph);
         }
         if let Some((domain, version)) = opset_import {
             let message = OperatorSetIdProto {
@@ -345,6 +347,37 @@ fn onnx_version(imports: &[(String, i64)]) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A graph of one node with an operator, between numbers that have the fields of a graph's nodes.
+    fn graph() -> Vec<u8> {
+        let node = [&wire::header(4, 4)[..], b"Relu"].concat();
+        let stray = [0x08, 0x01];
+        [&stray, &wire::header(1, node.len())[..], &node, &stray].concat()
+    }
+
+    #[test]
+    fn fields_that_are_no_graph_and_no_node_are_kept_and_lengths_as_they_were_written() {
+        let graph = graph();
+        let size = u8::try_from(graph.len()).unwrap();
+        // Numbers in the field of the graph, of which protobuf reads none, around a length of three bytes.
+        let (stray, key) = ([0x38, 0x02], [0x3a, 0x80 | size, 0x80, 0x00]);
+        let bytes = [&stray, &key[..], &graph, &stray].concat();
+        let model = ModelFile::parse(Path::new("model.onnx"), bytes.clone().into()).unwrap();
+        assert_eq!(model.graph.nodes.len(), 1);
+        let unchanged = model.serialize(&GraphEdit::default(), None, &[]);
+        assert_eq!(unchanged.concat(), bytes);
+
+        let twice = GraphEdit {
+            nodes: Some(vec![model.graph.nodes[0].raw.clone(); 2]),
+            ..GraphEdit::default()
+        };
+        let changed = model.serialize(&twice, None, &[]).concat();
+        assert!(changed.starts_with(&stray) && changed.ends_with(&stray));
+        let again = ModelFile::parse(Path::new("model.onnx"), changed.into()).unwrap();
+        assert_eq!(again.graph.nodes.len(), 2);
+        let numbers = again.graph.fields().iter().filter(|f| f.varint.is_some());
+        assert_eq!(numbers.count(), 2);
+    }
 
     #[test]
     fn an_interrupted_write_leaves_the_old_file_and_nothing_else() {

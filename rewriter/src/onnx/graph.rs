@@ -104,8 +104,7 @@ impl Node {
             .flat_map(|a| a.g.iter().chain(&a.graphs));
         let fields = graphs.filter_map(|g| wire::split(g).ok()).flatten();
         fields
-            .filter(|f| f.number == FIELD_NODE)
-            .filter_map(|f| Self::read(f.payload?))
+            .filter_map(|f| Self::read(f.message(FIELD_NODE)?.clone()))
             .collect()
     }
 
@@ -490,7 +489,7 @@ impl Graph {
         let mut pending_nodes = edit.nodes.as_deref();
         for field in &self.fields {
             let dropped = match (field.number, &field.payload) {
-                (FIELD_NODE, _) => edit.nodes.is_some(),
+                (FIELD_NODE, Some(_)) => edit.nodes.is_some(),
                 (FIELD_INITIALIZER, Some(p)) => {
                     !edit.removed_initializers.is_empty()
                         && Constant::read(p)
@@ -510,7 +509,7 @@ impl Graph {
                 },
                 _ => false,
             };
-            if field.number == FIELD_NODE {
+            if field.message(FIELD_NODE).is_some() {
                 for node in pending_nodes.take().unwrap_or_default() {
                     push(&mut pieces, FIELD_NODE, node);
                 }

@@ -64,7 +64,7 @@ impl ModelFile {
         }
         let mut model = Vec::new();
         for field in self.fields() {
-            if field.number == FIELD_GRAPH {
+            if field.message(FIELD_GRAPH).is_some() {
                 model.extend(wire::header(FIELD_GRAPH, graph.len()));
                 model.append(&mut graph);
             } else {

@@ -17,6 +17,20 @@ pub struct Field {
     pub varint: Option<u64>,
 }
 
+impl Field {
+    /// Its payload, if it is the sub-message `number`. With another wire type a field of that number is one that protobuf does
+    /// not know, and is kept like any other.
+    pub fn message(&self, number: u32) -> Option<&Bytes> {
+        self.payload.as_ref().filter(|_| self.number == number)
+    }
+
+    /// Its key and length, as they are before a payload.
+    pub fn header(&self) -> Bytes {
+        let payload = self.payload.as_ref().map_or(0, Bytes::len);
+        self.raw.slice(..self.raw.len() - payload)
+    }
+}
+
 /// The bytes do not form a protobuf message; `offset` is where in the message reading stopped.
 #[derive(Debug, thiserror::Error)]
 #[error("not a protobuf message: {what} at byte {offset}")]
@@ -109,6 +123,16 @@ mod tests {
         assert_eq!(fields.len(), 2);
         assert_eq!(&fields[0].raw[..], &[0x08, 0x81, 0x00]);
         assert_eq!(fields[1].payload.as_deref(), Some(&b"hi"[..]));
+    }
+
+    #[test]
+    fn a_sub_message_has_its_number_and_wire_type() {
+        // A sub-message 2 whose length of 1 takes two bytes, and a number 2.
+        let fields = split(&Bytes::from_static(&[0x12, 0x81, 0x00, b'x', 0x10, 0x05])).unwrap();
+        assert_eq!(fields[0].message(2).map(|m| &m[..]), Some(&b"x"[..]));
+        assert_eq!(&fields[0].header()[..], &[0x12, 0x81, 0x00]);
+        assert_eq!(fields[0].message(3), None);
+        assert_eq!(fields[1].message(2), None);
     }
 
     #[test]
