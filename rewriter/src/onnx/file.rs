@@ -134,9 +134,7 @@ impl ModelFile {
         }
         let size = bytes.len();
         let fields = wire::split(&bytes).map_err(|e| malformed(e.to_string()))?;
-        let mut graphs = fields
-            .iter()
-            .filter_map(|f| f.message(FIELD_GRAPH));
+        let mut graphs = fields.iter().filter_map(|f| f.message(FIELD_GRAPH));
         let graph = graphs
             .next()
             .ok_or_else(|| malformed("it has no graph (field 7)".into()))?;
