@@ -2,8 +2,8 @@
 //!
 //! Tensors that are like that already are read where they are, and so are those with other heads between the lines of
 //! one, where few queries see a key and [`TasksCopy`] does not say otherwise. Others are copied: by each task for itself, or,
-//! where many see a key, once per call, on all threads. In `[batch, tokens, heads, channels]` each token of a head lies in a page of its own, whose
-//! translation costs as much as its data; a copy of all heads visits it once.
+//! where many see a key, once per call, on all threads. In `[batch, tokens, heads, channels]` each token of a head lies in a
+//! page of its own, whose translation costs as much as its data; a copy of all heads visits it once.
 //!
 //! Owns where they are read and the copies in advance. What is computed does not depend on either, bit for bit.
 

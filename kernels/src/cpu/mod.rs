@@ -204,6 +204,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::keys::TasksCopy;
+    use super::pack::{Plane, offset};
     use super::*;
     use crate::api::{Band, Element, Input, Output, Shape, Strides};
     use crate::parallel::Threads;
@@ -234,11 +235,9 @@ mod tests {
     ) -> (Vec<u32>, Vec<u32>, bool) {
         let s = SHAPE;
         let numbers = |seed: usize, heads: usize, channels: usize| -> Vec<T> {
+            let (batch, head) = (s.batch - 1, heads - 1);
             let layout = layout(heads, s.q_tokens, channels);
-            let last = (s.batch - 1) as isize * layout.batch
-                + (heads - 1) as isize * layout.head
-                + (s.q_tokens - 1) as isize * layout.token
-                + (channels - 1) as isize * layout.channel;
+            let last = offset(layout, Plane { batch, head }, s.q_tokens - 1, channels - 1);
             let n = last as usize + 1;
             let number = |i: usize| ((i * 7919 + seed) % 1009) as f32 / 252.0 - 2.0;
             (0..n).map(|i| T::from_f32(number(i))).collect()
