@@ -16,24 +16,31 @@ pub(super) struct Block<'s> {
     pub finished: bool,
     /// Words of `[head_dim, queries]`, pairs being of channels: q, with the sign of the scale.
     pub q: &'s mut [f32],
-    /// `[v_dim, queries]`: Σ 2^(score − reference) · v so far.
-    pub o: &'s mut [f32],
-    /// `[v_dim, queries]`: W, in captures.
-    pub w: &'s mut [f32],
-    /// The exponent everything is relative to, a score times `Context::scale`; −∞ before the first key.
-    pub reference: &'s mut [f32],
-    /// Σ 2^(score − reference) so far.
-    pub sum: &'s mut [f32],
+    /// Over all keys that it sees; in captures, over those inside the band, and over the others.
+    pub sums: [Sums<'s>; 2],
     /// First key and last key + 1 that the query sees in the band (bits of a u32).
     pub from: &'s mut [f32],
     pub to: &'s mut [f32],
 }
 
+/// Sums over keys of one side of the band, with a reference of their own: were it common to both, a side whose scores are
+/// far below the other's would come to 0 / 0. Of no numbers where only one is needed.
+pub(super) struct Sums<'s> {
+    /// `[v_dim, queries]`: Σ 2^(score − reference) · v so far.
+    pub o: &'s mut [f32],
+    /// The exponent everything is relative to, a score times `Context::scale`; −∞ before the first key.
+    pub reference: &'s mut [f32],
+    /// Σ 2^(score − reference) so far.
+    pub sum: &'s mut [f32],
+}
+
 impl Block<'_> {
     /// As if it had seen no key yet.
     pub fn clear(&mut self) {
-        self.o.fill(0.0);
-        self.reference.fill(f32::NEG_INFINITY);
-        self.sum.fill(0.0);
+        for sums in &mut self.sums {
+            sums.o.fill(0.0);
+            sums.reference.fill(f32::NEG_INFINITY);
+            sums.sum.fill(0.0);
+        }
     }
 }

@@ -11,7 +11,8 @@ use pulp::Simd;
 use super::block::Block;
 use super::gemm::row_len;
 use super::pack::{Plane, scatter_channels};
-use super::vector::{load, store};
+use super::softmax::rescale;
+use super::vector::{load, mul_add, store};
 use crate::api::{Attention, DType, Input, Mode, Output};
 
 /// Where blocks end.
@@ -42,7 +43,7 @@ impl Finish<'_> {
         };
         if zeros || a.shape.kv_tokens == 0 {
             // Where nothing was added the empty sum is 0, not 0 / 0.
-            for sum in block.sum.iter_mut().filter(|sum| **sum == 0.0) {
+            for sum in block.sums[0].sum.iter_mut().filter(|sum| **sum == 0.0) {
                 *sum = 1.0;
             }
         }
@@ -59,7 +60,7 @@ impl Finish<'_> {
             };
             // SAFETY (both): promised by the caller.
             if let Mode::FullCapture { residual, .. } = &a.mode {
-                let minus = Some(&*block.w);
+                let minus = Some(&*block.sums[1].o);
                 if !unsafe { self.strip(simd, block, &strip, minus, None, residual) } {
                     self.finite.store(false, Ordering::Relaxed);
                 }
@@ -94,8 +95,12 @@ impl Finish<'_> {
             lane,
         } = strip.clone();
         let (lanes, row) = (S::F32_LANES, row_len::<S>());
-        assert!(block.o.len() == channels * row && block.sum.len() == row && lane + lanes <= row);
-        assert!(minus.is_none_or(|m| m.len() == block.o.len()));
+        assert!(
+            block.sums[0].o.len() == channels * row
+                && block.sums[0].sum.len() == row
+                && lane + lanes <= row
+        );
+        assert!(minus.is_none_or(|m| m.len() == block.sums[0].o.len()));
         let (values, rest) = self.room.split_at_mut(channels * lanes);
         let (rows, room) = rest.split_at_mut(channels * lanes);
         // What is beyond the type's range overflows here already; and an infinity times 0 is NaN.
@@ -104,9 +109,12 @@ impl Finish<'_> {
         let mut check = zero;
         // SAFETY: the assertions above; the rest is promised by the caller.
         unsafe {
-            let factor = reciprocal(simd, block.sum, lane);
+            let factor = reciprocal(simd, block.sums[0].sum, lane);
             for c in 0..channels {
-                let mut x = simd.mul_f32s(load(simd, block.o.as_ptr().add(c * row + lane)), factor);
+                let mut x = simd.mul_f32s(
+                    load(simd, block.sums[0].o.as_ptr().add(c * row + lane)),
+                    factor,
+                );
                 if let Some(minus) = minus {
                     x = simd.sub_f32s(x, load(simd, minus.as_ptr().add(c * row + lane)));
                 }
@@ -148,19 +156,38 @@ fn are_zero<S: Simd>(simd: S, x: S::f32s, n: usize) -> bool {
     lanes[..n.min(S::F32_LANES)].iter().all(|&x| x == 0.0)
 }
 
-/// W of a block: what its sums come to so far.
+/// The end of captures: of the sums over both sides of the band, those over all keys become the first, and W, what those
+/// inside the band come to, the second's O. Where `empties` says that there may be none inside, W is 0 then, not 0 / 0.
 #[inline(always)]
-pub(super) fn divide<S: Simd>(simd: S, block: &mut Block<'_>) {
+pub(super) fn merge<S: Simd>(simd: S, block: &mut Block<'_>, empties: bool) {
     let row = row_len::<S>();
-    assert!(block.o.len() == block.w.len() && block.o.len().is_multiple_of(row));
-    assert!(block.sum.len() == row);
+    let [inside, outside] = &mut block.sums;
+    assert!(inside.o.len() == outside.o.len() && inside.o.len().is_multiple_of(row));
+    for sums in [&inside, &outside] {
+        assert!(sums.sum.len() == row && sums.reference.len() == row);
+    }
+    let zero = simd.splat_f32s(0.0);
     for lane in (0..row).step_by(S::F32_LANES) {
         // SAFETY: the assertions above.
         unsafe {
-            let factor = reciprocal(simd, block.sum, lane);
-            for at in (lane..block.o.len()).step_by(row) {
-                let x = simd.mul_f32s(load(simd, block.o.as_ptr().add(at)), factor);
-                store(simd, block.w.as_mut_ptr().add(at), x);
+            let reference = load(simd, inside.reference.as_ptr().add(lane));
+            let other = load(simd, outside.reference.as_ptr().add(lane));
+            let higher = simd.greater_than_f32s(other, reference);
+            let top = simd.select_f32s(higher, other, reference);
+            let (a, b) = (rescale(simd, reference, top), rescale(simd, other, top));
+            let sum = load(simd, inside.sum.as_ptr().add(lane));
+            let mut w = reciprocal(simd, inside.sum, lane);
+            if empties {
+                w = simd.select_f32s(simd.equal_f32s(sum, zero), zero, w);
+            }
+            let rest = load(simd, outside.sum.as_ptr().add(lane));
+            let sum = mul_add(simd, rest, b, simd.mul_f32s(sum, a));
+            store(simd, inside.sum.as_mut_ptr().add(lane), sum);
+            for line in (lane..inside.o.len()).step_by(row) {
+                let to = [&mut inside.o, &mut outside.o].map(|o| o.as_mut_ptr().add(line));
+                let (x, y) = (load(simd, to[0]), load(simd, to[1]));
+                store(simd, to[0], mul_add(simd, y, b, simd.mul_f32s(x, a)));
+                store(simd, to[1], simd.mul_f32s(x, w));
             }
         }
     }
@@ -183,16 +210,6 @@ pub(super) fn are_finite<S: Simd>(simd: S, x: &[f32], n: usize) -> bool {
         finite &= are_zero(simd, check, n - at);
     }
     finite
-}
-
-/// Rows of `[channels, queries]` whose sum is zero, since they see nothing, become 0 in place of 0 / 0.
-pub(super) fn clear_empty(x: &mut [f32], sum: &[f32]) {
-    for (lane, _) in sum.iter().enumerate().filter(|(_, sum)| **sum == 0.0) {
-        x.iter_mut()
-            .skip(lane)
-            .step_by(sum.len())
-            .for_each(|x| *x = 0.0);
-    }
 }
 
 /// [`Finish::strip`] in registers, for float32 and channels that are neighbours: window + R takes 2 % less than by way of a
@@ -224,14 +241,18 @@ unsafe fn wide<S: Simd>(
         return None;
     }
     let row = row_len::<S>();
-    assert!(block.o.len() == channels * row && block.sum.len() == row && strip.lane + 16 <= row);
-    assert!(minus.is_none_or(|m| m.len() == block.o.len()));
+    assert!(
+        block.sums[0].o.len() == channels * row
+            && block.sums[0].sum.len() == row
+            && strip.lane + 16 <= row
+    );
+    assert!(minus.is_none_or(|m| m.len() == block.sums[0].o.len()));
     let at = |s: Strides| offset(s, strip.plane, strip.tokens.start, 0);
     // SAFETY: the assertions above, and what the caller promises; the level says that AVX-512 is there.
     unsafe {
         Some(finish_avx512(
-            block.o.as_ptr().add(strip.lane),
-            block.sum.as_ptr().add(strip.lane),
+            block.sums[0].o.as_ptr().add(strip.lane),
+            block.sums[0].sum.as_ptr().add(strip.lane),
             minus.map(|m| m.as_ptr().add(strip.lane)),
             row,
             channels,

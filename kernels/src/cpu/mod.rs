@@ -5,6 +5,7 @@
 mod ahead;
 mod arithmetic;
 mod block;
+mod context;
 mod exp;
 mod finish;
 mod gemm;
@@ -16,6 +17,7 @@ mod pairs;
 mod scratch;
 mod sight;
 mod softmax;
+mod step;
 mod task;
 mod transpose;
 mod vector;

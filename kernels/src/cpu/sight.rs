@@ -7,10 +7,10 @@ use std::ops::Range;
 
 use crate::api::Band;
 
-/// Which keys a pass over the keys is about.
+/// Which of its keys a query is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pass {
-    /// Every key.
+pub(crate) enum Side {
+    /// Every key: there is no band.
     All,
     /// The keys the band lets a query see.
     Inside(Band),
@@ -18,11 +18,11 @@ pub(crate) enum Pass {
     Outside(Band),
 }
 
-impl Pass {
+impl Side {
     pub fn band(&self) -> Option<&Band> {
         match self {
-            Pass::All => None,
-            Pass::Inside(band) | Pass::Outside(band) => Some(band),
+            Side::All => None,
+            Side::Inside(band) | Side::Outside(band) => Some(band),
         }
     }
 }
@@ -36,6 +36,30 @@ pub(crate) struct Segment {
     pub masked: u64,
     /// The first to the last of such keys; none are elsewhere.
     pub partial: Range<usize>,
+}
+
+impl Segment {
+    /// All of a block.
+    pub fn whole(keys: Range<usize>, vectors: Range<usize>) -> Self {
+        Segment {
+            keys,
+            vectors,
+            masked: 0,
+            partial: 0..0,
+        }
+    }
+
+    /// The vectors and keys whose scores must be masked; columns of `text` never are.
+    pub fn corners(&self, text: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+        let keys = self.partial.clone();
+        let masked = (self.vectors.clone()).filter(|v| self.masked >> v & 1 == 1);
+        masked.flat_map(move |v| {
+            let text = text.clone();
+            keys.clone()
+                .filter(move |key| !text.contains(key))
+                .map(move |key| (v, key))
+        })
+    }
 }
 
 /// The segments of one block of keys. Kept from block to block for its memory.
@@ -57,7 +81,7 @@ struct Vector {
 /// What the queries of one block see of a sequence, vector by vector.
 #[derive(Clone, Debug)]
 pub(crate) struct Sight {
-    pass: Pass,
+    side: Side,
     kv_tokens: usize,
     text: Range<usize>,
     vectors: Vec<Vector>,
@@ -65,14 +89,14 @@ pub(crate) struct Sight {
 
 impl Sight {
     /// For the queries `queries` of a sequence, `lanes` of them to a vector; the last vector may be ragged.
-    pub fn new(pass: Pass, queries: Range<usize>, kv_tokens: usize, lanes: usize) -> Self {
-        let text = pass.band().map_or(0..0, |band| band.text_range(kv_tokens));
+    pub fn new(side: Side, queries: Range<usize>, kv_tokens: usize, lanes: usize) -> Self {
+        let text = side.band().map_or(0..0, |band| band.text_range(kv_tokens));
         let vectors = queries
             .clone()
             .step_by(lanes)
             .map(|first| {
                 vector(
-                    pass.band(),
+                    side.band(),
                     first..queries.end.min(first + lanes),
                     kv_tokens,
                     &text,
@@ -80,34 +104,43 @@ impl Sight {
             })
             .collect();
         Sight {
-            pass,
+            side,
             kv_tokens,
             text,
             vectors,
         }
     }
 
-    /// Whether some query of the block sees some key of `keys` in this pass.
+    /// Whether some query of the block sees some key of `keys` on this side.
     pub fn touches(&self, keys: &Range<usize>) -> bool {
-        match self.pass {
-            Pass::All => !keys.is_empty(),
-            Pass::Inside(_) => {
+        match self.side {
+            Side::All => !keys.is_empty(),
+            Side::Inside(_) => {
                 overlaps(keys, &self.text) || self.vectors.iter().any(|v| overlaps(keys, &v.some))
             }
-            Pass::Outside(_) => self.vectors.iter().any(|v| {
+            Side::Outside(_) => self.vectors.iter().any(|v| {
                 let image = trim(keys, &self.text);
                 !image.is_empty() && (image.start < v.every.start || v.every.end < image.end)
             }),
         }
     }
 
-    /// The keys of `keys` that queries of the block see in this pass lie in this range.
+    /// The keys of `keys` that queries of the block see on this side lie in this range.
     pub fn part(&self, keys: &Range<usize>) -> Range<usize> {
-        let Pass::Inside(_) = self.pass else {
+        let Side::Inside(_) = self.side else {
             return keys.clone();
         };
         let seen = self.vectors.iter().map(|v| &v.some).chain([&self.text]);
         hull(seen.map(|seen| keys.start.max(seen.start)..keys.end.min(seen.end)))
+    }
+
+    pub fn side(&self) -> Side {
+        self.side
+    }
+
+    /// The vectors of queries of the block.
+    pub fn vectors(&self) -> Range<usize> {
+        0..self.vectors.len()
     }
 
     /// The text tokens of the band; their columns are never masked.
@@ -122,7 +155,7 @@ impl Sight {
         cuts.clear();
         debug_assert!(keys.end <= self.kv_tokens);
         cuts.extend([keys.start, keys.end]);
-        if self.pass != Pass::All {
+        if self.side != Side::All {
             let edges = self
                 .vectors
                 .iter()
@@ -162,10 +195,10 @@ impl Sight {
                     text || v.some.contains(&key),
                     text || v.every.contains(&key),
                 );
-                let (some, every) = match self.pass {
-                    Pass::All => (true, true),
-                    Pass::Inside(_) => (some, every),
-                    Pass::Outside(_) => (!every, !some),
+                let (some, every) = match self.side {
+                    Side::All => (true, true),
+                    Side::Inside(_) => (some, every),
+                    Side::Outside(_) => (!every, !some),
                 };
                 active |= u64::from(some) << i;
                 masked |= u64::from(some && !every) << i;
@@ -263,22 +296,22 @@ mod tests {
     /// Segments, masks and `touches` of every key block against the definition, pair by pair.
     fn compare(band: Band, tokens: usize, lanes: usize, block: usize) {
         let mut segments = Segments::default();
-        for pass in [Pass::All, Pass::Inside(band), Pass::Outside(band)] {
-            let shown = |i: usize, j: usize| match pass {
-                Pass::All => true,
-                Pass::Inside(band) => band.sees(i, j, tokens),
-                Pass::Outside(band) => !band.sees(i, j, tokens),
+        for side in [Side::All, Side::Inside(band), Side::Outside(band)] {
+            let shown = |i: usize, j: usize| match side {
+                Side::All => true,
+                Side::Inside(band) => band.sees(i, j, tokens),
+                Side::Outside(band) => !band.sees(i, j, tokens),
             };
             for first in (0..tokens).step_by(32) {
                 let queries = first..tokens.min(first + 32);
-                let sight = Sight::new(pass, queries.clone(), tokens, lanes);
+                let sight = Sight::new(side, queries.clone(), tokens, lanes);
                 for keys in (0..tokens).step_by(block).map(|k| k..tokens.min(k + block)) {
                     sight.segments(keys.clone(), &mut segments);
                     let segments = &segments.list;
                     assert_eq!(sight.touches(&keys), !segments.is_empty());
                     let seen = hull(segments.iter().map(|s| s.keys.clone()));
-                    match pass {
-                        Pass::Inside(_) => assert_eq!(sight.part(&keys), seen),
+                    match side {
+                        Side::Inside(_) => assert_eq!(sight.part(&keys), seen),
                         _ => assert_eq!(sight.part(&keys), keys),
                     }
                     for key in keys {
@@ -348,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_wide_block_is_one_segment() {
-        let sight = Sight::new(Pass::Inside(Band::new(500)), 1000..1064, 2000, 16);
+        let sight = Sight::new(Side::Inside(Band::new(500)), 1000..1064, 2000, 16);
         let mut segments = Segments::default();
         sight.segments(900..1000, &mut segments);
         let all = Segment {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::arithmetic::Arithmetic;
-use super::block::Block;
+use super::block::Sums;
 use super::exp::exp2;
 use super::gemm::row_len;
 use super::sight::Segment;
@@ -25,7 +25,7 @@ pub(super) fn softmax<S: Simd, A: Arithmetic>(
     arithmetic: A,
     scale: f32,
     scores: &mut [f32],
-    block: &mut Block<'_>,
+    sums: &mut Sums<'_>,
     dv: usize,
     first: usize,
     segments: &[Segment],
@@ -63,8 +63,8 @@ pub(super) fn softmax<S: Simd, A: Arithmetic>(
         );
         let top = simd.mul_f32s(top, scale);
 
-        let mut reference = load(simd, block.reference.as_ptr().add(at));
-        let mut sum = load(simd, block.sum.as_ptr().add(at));
+        let mut reference = load(simd, sums.reference.as_ptr().add(at));
+        let mut sum = load(simd, sums.sum.as_ptr().add(at));
         let limit = simd.add_f32s(reference, simd.splat_f32s(SLACK));
         if simd.first_true_m32s(simd.greater_than_f32s(top, limit)) < S::F32_LANES {
             let raises = simd.greater_than_f32s(top, reference);
@@ -72,25 +72,21 @@ pub(super) fn softmax<S: Simd, A: Arithmetic>(
             // W is O.
             let top = if A::EACH == 2 { round(simd, top) } else { top };
             let new = simd.select_f32s(raises, top, reference);
-            // Equal includes −∞ both times, whose difference would be NaN.
-            let same = simd.equal_f32s(reference, new);
-            let change =
-                simd.select_f32s(same, simd.splat_f32s(0.0), simd.sub_f32s(reference, new));
-            let factor = exp2(simd, change);
+            let factor = rescale(simd, reference, new);
             for c in 0..dv {
-                let p = block.o.as_mut_ptr().add(c * row_len::<S>() + at);
+                let p = sums.o.as_mut_ptr().add(c * row_len::<S>() + at);
                 store(simd, p, simd.mul_f32s(load(simd, p), factor));
             }
             sum = simd.mul_f32s(sum, factor);
             reference = new;
-            store(simd, block.reference.as_mut_ptr().add(at), reference);
+            store(simd, sums.reference.as_mut_ptr().add(at), reference);
         }
         // A row that has seen −∞ only keeps probabilities of 0, not NaN.
         let nothing = simd.equal_f32s(reference, lowest);
         let shift = simd.sub_f32s(simd.splat_f32s(0.0), reference);
         let shift = simd.select_f32s(nothing, simd.splat_f32s(0.0), shift);
 
-        let mut sums = [simd.splat_f32s(0.0); 2];
+        let mut added = [simd.splat_f32s(0.0); 2];
         for seg in segments {
             if !seg.vectors.contains(&v) {
                 continue;
@@ -98,13 +94,13 @@ pub(super) fn softmax<S: Simd, A: Arithmetic>(
             if A::EACH == 2 {
                 let keys = seg.keys.start - first..seg.keys.end - first;
                 let p = scores.add(at);
-                sums[0] = probabilities(simd, arithmetic, scale, shift, p, keys, sums[0]);
+                added[0] = probabilities(simd, arithmetic, scale, shift, p, keys, added[0]);
                 continue;
             }
             let mut p = scores.add((seg.keys.start - first) * row_len::<S>() + at);
             let n = seg.keys.len();
             for _ in 0..n / 2 {
-                for (i, sum) in sums.iter_mut().enumerate() {
+                for (i, sum) in added.iter_mut().enumerate() {
                     let p = p.add(i * row_len::<S>());
                     let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
                     store(simd, p, e);
@@ -115,12 +111,21 @@ pub(super) fn softmax<S: Simd, A: Arithmetic>(
             if n % 2 == 1 {
                 let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
                 store(simd, p, e);
-                sums[0] = simd.add_f32s(sums[0], e);
+                added[0] = simd.add_f32s(added[0], e);
             }
         }
-        let sum = simd.add_f32s(sum, simd.add_f32s(sums[0], sums[1]));
-        store(simd, block.sum.as_mut_ptr().add(at), sum);
+        let sum = simd.add_f32s(sum, simd.add_f32s(added[0], added[1]));
+        store(simd, sums.sum.as_mut_ptr().add(at), sum);
     }
+}
+
+/// What sums relative to `from` are multiplied with to be relative to `to`.
+#[inline(always)]
+pub(super) fn rescale<S: Simd>(simd: S, from: S::f32s, to: S::f32s) -> S::f32s {
+    // Equal includes −∞ both times, whose difference would be NaN.
+    let same = simd.equal_f32s(from, to);
+    let change = simd.select_f32s(same, simd.splat_f32s(0.0), simd.sub_f32s(from, to));
+    exp2(simd, change)
 }
 
 /// Some whole number near `x`; infinities stay.
@@ -131,7 +136,7 @@ fn round<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.sub_f32s(simd.add_f32s(x, magic), magic)
 }
 
-/// Scores of a segment become words of probabilities, in place (see [`place`]), and are added to `sum`. A key of a pair that
+/// Scores of a segment become words of probabilities, in place (see `step`), and are added to `sum`. A key of a pair that
 /// the segment does not contain has the probability 0 in it.
 ///
 /// # Safety

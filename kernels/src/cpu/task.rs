@@ -1,8 +1,7 @@
 //! One task: some query blocks of some neighbouring heads against all keys that they see.
 //!
-//! Owns the order of things: which pass, which block, when to pack, snapshot and finish, and what to ask for meanwhile.
-//! Which keys are seen is `sight`'s business, products are `gemm`'s, probabilities `softmax`'s, memory outside the scratch
-//! `pack`'s.
+//! Owns the order of things: which block, when to pack and finish, and what to ask for meanwhile. Which keys are seen is
+//! `sight`'s business, what a block does with them `step`'s, memory outside the scratch `pack`'s.
 
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
@@ -11,16 +10,17 @@ use pulp::{Simd, WithSimd};
 
 use super::ahead::{Ahead, Prefetch};
 use super::arithmetic::Arithmetic;
-use super::block::Block;
-use super::finish::{Finish, are_finite, clear_empty, divide};
-use super::gemm::{Gemm, row_len};
+use super::block::{Block, Sums};
+use super::context::{Context, Packed};
+use super::finish::{Finish, are_finite, merge};
+use super::gemm::row_len;
 use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
 use super::pack::{Plane, gather_channels};
 use super::scratch::Scratch;
-use super::sight::{Pass, Segment, Segments, Sight, hull, row};
-use super::softmax::softmax;
-use super::vector::{load, mul_add, store};
+use super::sight::{Segments, Side, Sight, hull, row};
+use super::step::step;
+use super::vector::{load, store};
 use crate::api::{Attention, Mode};
 
 pub(crate) struct Task<'a, 'b, A> {
@@ -45,40 +45,6 @@ impl<A: Arithmetic> WithSimd for Task<'_, '_, A> {
     }
 }
 
-/// The keys and values of a block for one key/value head.
-struct Packed<'s> {
-    plane: Plane,
-    k: *const f32,
-    v: *const f32,
-    /// Whether the values are known to hold an infinity or a NaN, which must not reach queries that do not see them.
-    wild: bool,
-    k_room: &'s mut [f32],
-    v_room: &'s mut [f32],
-}
-
-/// What all steps of a task share.
-struct Context<'s, A> {
-    arithmetic: A,
-    prefetch: Prefetch,
-    /// |scale| · log2(e): exponents are base 2.
-    scale: f32,
-    head_dim: usize,
-    v_dim: usize,
-    /// `[KEYS, queries]`, scores and then words of probabilities of one block, see [`place`].
-    scores: &'s mut [f32],
-    keys: &'s Keys<'s>,
-    packed: Vec<Packed<'s>>,
-    /// The mask of the block at work; `None` if the call has none.
-    tile: Option<Tile<'s>>,
-    /// Whether values are looked at before they are multiplied.
-    careful: bool,
-    /// What q is multiplied with: the sign of the scale, or 0.
-    sign: f32,
-    /// `[tokens, channels]`, on the way in.
-    rows: &'s mut [f32],
-    finish: Finish<'s>,
-}
-
 #[inline(always)]
 fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     let a = t.a;
@@ -87,8 +53,16 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     let per_kv = s.heads / s.kv_heads;
     let kv_heads = t.heads.start / per_kv..(t.heads.end - 1) / per_kv + 1;
     let count = t.blocks.len() * t.heads.len();
-    let captures = matches!(a.mode, Mode::FullCapture { .. });
-    let w_len = if captures { dv * row_len::<S>() } else { 0 };
+    let sides: &[Side] = match a.mode {
+        Mode::Full => &[Side::All],
+        Mode::Window { band, .. } => &[Side::Inside(band)],
+        Mode::FullCapture { band, .. } => &[Side::Inside(band), Side::Outside(band)],
+    };
+    let corners_len = if sides.len() == 2 {
+        KEYS * row_len::<S>()
+    } else {
+        0
+    };
     let (k_len, v_len) = (t.keys.k.task_len(), t.keys.v.task_len());
     let tile_len = if a.mask.is_some() {
         Tile::len::<S>(KEYS)
@@ -99,12 +73,12 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     let [
         q,
         o,
-        w,
         reference,
         sum,
         from,
         to,
         scores,
+        corners,
         k,
         v,
         rows,
@@ -113,13 +87,13 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         lines,
     ] = t.scratch.cut([
         count * d * row_len::<S>(),
-        count * dv * row_len::<S>(),
-        count * w_len,
-        count * row_len::<S>(),
-        count * row_len::<S>(),
+        sides.len() * count * dv * row_len::<S>(),
+        sides.len() * count * row_len::<S>(),
+        sides.len() * count * row_len::<S>(),
         count * row_len::<S>(),
         count * row_len::<S>(),
         KEYS * row_len::<S>(),
+        corners_len,
         kv_heads.len() * k_len,
         kv_heads.len() * v_len,
         row_len::<S>() * d,
@@ -151,20 +125,27 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     };
 
     let mut blocks: Vec<Block<'_>> = Vec::with_capacity(count);
-    let (mut q, mut o, mut w) = (q, o, w);
-    let (mut reference, mut sum, mut from, mut to) = (reference, sum, from, to);
+    let (mut q, mut o, mut from, mut to) = (q, o, from, to);
+    let (mut reference, mut sum) = (reference, sum);
     for index in t.blocks.clone() {
         let first = index * row_len::<S>();
         let queries = first..s.q_tokens.min(first + row_len::<S>());
         for head in t.heads.clone() {
             let plane = Plane { batch, head };
-            let [q, o, w] = [
-                take(&mut q, d * row_len::<S>()),
-                take(&mut o, dv * row_len::<S>()),
-                take(&mut w, w_len),
-            ];
-            let [reference, sum, from, to] =
-                [&mut reference, &mut sum, &mut from, &mut to].map(|all| take(all, row_len::<S>()));
+            let q = take(&mut q, d * row_len::<S>());
+            let [from, to] = [&mut from, &mut to].map(|all| take(all, row_len::<S>()));
+            let sums = [0, 1].map(|side| {
+                let queries = if side < sides.len() {
+                    row_len::<S>()
+                } else {
+                    0
+                };
+                Sums {
+                    o: take(&mut o, dv * queries),
+                    reference: take(&mut reference, queries),
+                    sum: take(&mut sum, queries),
+                }
+            });
             if let Mode::FullCapture { band, .. } | Mode::Window { band, .. } = &a.mode {
                 for lane in 0..row_len::<S>() {
                     let keys = row(band, (first + lane).min(s.q_tokens - 1), s.kv_tokens);
@@ -179,10 +160,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
                 packed: false,
                 finished: false,
                 q,
-                o,
-                w,
-                reference,
-                sum,
+                sums,
                 from,
                 to,
             });
@@ -206,6 +184,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         head_dim: d,
         v_dim: dv,
         scores,
+        corners,
         keys: t.keys,
         packed,
         tile: a.mask.map(|mask| Tile::new(mask, turned, lines)),
@@ -233,27 +212,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
             }
             context.careful = careful;
             blocks.iter_mut().for_each(Block::clear);
-            // The band's keys come first, so that W is known before the others are added. One place of the call, for it is
-            // compiled into here.
-            let passes = match &a.mode {
-                Mode::Full => [None, Some(Pass::All)],
-                Mode::Window { band, .. } => [None, Some(Pass::Inside(*band))],
-                Mode::FullCapture { band, .. } => {
-                    [Some(Pass::Inside(*band)), Some(Pass::Outside(*band))]
-                }
-            };
-            for (i, which) in passes.into_iter().enumerate() {
-                let Some(which) = which else { continue };
-                if let Pass::Outside(_) = which {
-                    for block in blocks.iter_mut() {
-                        divide(simd, block);
-                        if a.mask.is_some() {
-                            clear_empty(block.w, block.sum);
-                        }
-                    }
-                }
-                pass(simd, heads, which, i == 1, &mut context, blocks);
-            }
+            walk(simd, heads, sides, &mut context, blocks);
         }
     }
 }
@@ -330,25 +289,26 @@ unsafe fn pack_q<S: Simd, A: Arithmetic>(
     }
 }
 
-/// Takes every query block past the keys of one pass, and finishes it if that is the `last`. `blocks` are those of `heads`
-/// heads for the first queries, then for the next.
+/// Takes every query block past the keys that it sees, and finishes it. `blocks` are those of `heads` heads for the first
+/// queries, then for the next.
 #[inline(always)]
-fn pass<S: Simd, A: Arithmetic>(
+fn walk<S: Simd, A: Arithmetic>(
     simd: S,
     heads: usize,
-    pass: Pass,
-    last: bool,
+    sides: &[Side],
     context: &mut Context<'_, A>,
     blocks: &mut [Block<'_>],
 ) {
     let a = context.finish.a;
     let s = a.shape;
-    let sights: Vec<Sight> = blocks
-        .iter()
-        .step_by(heads)
-        .map(|b| Sight::new(pass, b.queries.clone(), s.kv_tokens, S::F32_LANES))
+    let sight = |queries: &Range<usize>, side: &Side| {
+        Sight::new(*side, queries.clone(), s.kv_tokens, S::F32_LANES)
+    };
+    // Of the queries of a block, for each side.
+    let sights: Vec<Vec<Sight>> = (blocks.iter().step_by(heads))
+        .map(|block| (sides.iter().map(|side| sight(&block.queries, side))).collect())
         .collect();
-    let mut segments = Segments::default();
+    let mut segments: Vec<Segments> = sides.iter().map(|_| Segments::default()).collect();
     let all =
         blocks.first().map_or(0, |b| b.queries.start)..blocks.last().map_or(0, |b| b.queries.end);
     let block_of = |first: usize| first..s.kv_tokens.min(first + KEYS);
@@ -356,14 +316,20 @@ fn pass<S: Simd, A: Arithmetic>(
     let steps: Vec<(usize, usize)> = (0..s.kv_tokens)
         .step_by(KEYS)
         .flat_map(|first| (0..sights.len()).map(move |at| (first, at)))
-        .filter(|&(first, at)| sights[at].touches(&block_of(first)))
+        .filter(|&(first, at)| {
+            let keys = block_of(first);
+            sights[at].iter().any(|sight| sight.touches(&keys))
+        })
         .collect();
     let mut ends = vec![None; sights.len()];
     for (i, &(_, at)) in steps.iter().enumerate() {
         ends[at] = Some(i);
     }
     // What queries of the task see of a block: neither asked for nor copied is what comes before or after.
-    let part_of = |first: usize| hull(sights.iter().map(|sight| sight.part(&block_of(first))));
+    let part_of = |first: usize| {
+        let all = sights.iter().flatten();
+        hull(all.map(|sight| sight.part(&block_of(first))))
+    };
     let kv = blocks[0].kv..blocks[heads - 1].kv + 1;
     let Plane { batch, head } = blocks[0].plane;
     let tiles = (KEYS + s.v_dim) / 6;
@@ -397,7 +363,7 @@ fn pass<S: Simd, A: Arithmetic>(
             if !block.packed {
                 *q = Ahead::new(&a.q, batch, heads.clone(), queries.clone(), s.head_dim);
             }
-            if last && ends[next] == Some(i + 1) {
+            if ends[next] == Some(i + 1) {
                 *residual = match &a.mode {
                     Mode::Window {
                         residual: Some(r), ..
@@ -410,8 +376,9 @@ fn pass<S: Simd, A: Arithmetic>(
                 *out = Ahead::output(&a.out, batch, heads, queries, s.v_dim);
             }
         }
-        let sight = &sights[at];
-        sight.segments(keys.clone(), &mut segments);
+        for (sight, segments) in sights[at].iter().zip(&mut segments) {
+            sight.segments(keys.clone(), segments);
+        }
         for block in &mut blocks[at * heads..][..heads] {
             if !block.packed {
                 // SAFETY: the block's queries lie inside the shape.
@@ -427,19 +394,19 @@ fn pass<S: Simd, A: Arithmetic>(
                 context.prefetch.soon[0] = tile.ahead(block.plane, queries, keys);
             }
             context.prefetch.set_rate(tiles, left);
-            step(simd, context, block, sight, pass, first, &segments.list);
+            step(simd, context, block, keys.clone(), &sights[at], &segments);
         }
         left -= 1;
-        if last && ends[at] == Some(i) {
+        if ends[at] == Some(i) {
             for block in &mut blocks[at * heads..][..heads] {
                 conclude(simd, context, block);
             }
         }
     }
-    // Where queries see nothing in this pass, they had no last step. (No iterator's closure: it would not be compiled for
+    // Where queries see nothing, they had no last step. (No iterator's closure: it would not be compiled for
     // the instruction set.)
     for (at, end) in ends.into_iter().enumerate() {
-        if last && end.is_none() {
+        if end.is_none() {
             for block in &mut blocks[at * heads..][..heads] {
                 conclude(simd, context, block);
             }
@@ -451,8 +418,11 @@ fn pass<S: Simd, A: Arithmetic>(
 #[inline(always)]
 fn conclude<S: Simd, A: Arithmetic>(simd: S, context: &mut Context<'_, A>, block: &mut Block<'_>) {
     let a = context.finish.a;
+    if matches!(a.mode, Mode::FullCapture { .. }) {
+        merge(simd, block, a.mask.is_some());
+    }
     let hides = a.mask.is_some() || !matches!(a.mode, Mode::Full);
-    if hides && !context.careful && !are_finite(simd, block.o, block.queries.len()) {
+    if hides && !context.careful && !are_finite(simd, block.sums[0].o, block.queries.len()) {
         return;
     }
     block.finished = true;
@@ -501,223 +471,4 @@ unsafe fn wild<A: Arithmetic>(values: &Matrix<'_>, block: *const f32, keys: usiz
         });
     }
     sum.iter().any(|&x| x != 0.0) || rest != 0.0
-}
-
-/// One query block against one key block: scores, softmax, values.
-#[inline(always)]
-fn step<S: Simd, A: Arithmetic>(
-    simd: S,
-    context: &mut Context<'_, A>,
-    block: &mut Block<'_>,
-    sight: &Sight,
-    pass: Pass,
-    first: usize,
-    segments: &[Segment],
-) {
-    let lanes = S::F32_LANES;
-    let (d, dv) = (context.head_dim, context.v_dim);
-    assert!(context.scores.len() >= KEYS * row_len::<S>() && block.q.len() >= d * row_len::<S>());
-    assert!(
-        block.o.len() >= dv * row_len::<S>()
-            && block.sum.len() >= row_len::<S>()
-            && block.reference.len() >= row_len::<S>()
-    );
-    let (arithmetic, scores) = (context.arithmetic, context.scores.as_mut_ptr());
-
-    let Packed { k, v, .. } = context.packed[block.kv];
-    let (k_row, k_step) = context.keys.k.strides();
-    for seg in segments {
-        let key = seg.keys.start - first;
-        let lane = seg.vectors.start * lanes;
-        // SAFETY: keys and lanes of a segment lie inside the packed block; the matrices are separate scratch.
-        unsafe {
-            Gemm {
-                a: k.add(key * k_row),
-                a_row: k_row,
-                a_step: k_step,
-                b: block.q.as_ptr().add(lane),
-                c: scores.add(key * row_len::<S>() + lane),
-                rows: seg.keys.len(),
-                steps: d.div_ceil(A::EACH),
-                vectors: seg.vectors.len(),
-                add: false,
-            }
-            .run(simd, arithmetic, |steps| context.prefetch.run(steps));
-        }
-    }
-    let tile = context
-        .tile
-        .as_ref()
-        .filter(|tile| tile.effect() == Effect::Adds);
-    let mut scale = context.scale;
-    if let Some(tile) = tile {
-        for seg in segments {
-            let keys = seg.keys.start - first..seg.keys.end - first;
-            tile.add(simd, scale, context.scores, keys, seg.vectors.clone());
-        }
-        scale = 1.0;
-    }
-    for seg in segments {
-        if seg.masked != 0 {
-            mask(simd, context.scores, block, sight, pass, first, seg);
-        }
-    }
-    let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
-    for v in 0..vectors {
-        softmax(
-            simd,
-            arithmetic,
-            scale,
-            context.scores,
-            block,
-            dv,
-            first,
-            segments,
-            v,
-        );
-    }
-
-    let (v_step, v_row) = context.keys.v.strides();
-    for seg in segments {
-        let (key, end) = (seg.keys.start - first, seg.keys.end - first);
-        // The other half of a pair may be of a key that the segment does not contain.
-        let hides = seg.masked != 0 || tile.is_some() || A::EACH == 2;
-        if context.packed[block.kv].wild && hides {
-            values_seen(simd, context, block, sight, pass, first, seg);
-            continue;
-        }
-        let lane = seg.vectors.start * lanes;
-        // SAFETY: as for the scores.
-        unsafe {
-            Gemm {
-                a: v.add(key / A::EACH * v_step),
-                a_row: v_row,
-                a_step: v_step,
-                b: scores.add(key * row_len::<S>() + lane),
-                c: block.o.as_mut_ptr().add(lane),
-                rows: dv,
-                steps: end.div_ceil(A::EACH) - key / A::EACH,
-                vectors: seg.vectors.len(),
-                add: true,
-            }
-            .run(simd, arithmetic, |steps| context.prefetch.run(steps));
-        }
-    }
-}
-
-/// Where the probability of a key of a segment that begins at key `start` is: the line in the scores, and which number of
-/// its words.
-///
-/// Words of pairs lie in the first lines of their segment, which has no fewer lines than pairs, however it cuts them.
-#[inline(always)]
-fn place<A: Arithmetic>(key: usize, start: usize) -> (usize, usize) {
-    (start + key / A::EACH - start / A::EACH, key % A::EACH)
-}
-
-/// Which lanes of vector `v` take part at `key`.
-#[inline(always)]
-unsafe fn seen<S: Simd>(simd: S, block: &Block<'_>, pass: Pass, key: usize, v: usize) -> S::m32s {
-    let at = v * S::F32_LANES;
-    // SAFETY: the caller's v is a vector of the block.
-    let (from, to) = unsafe {
-        (
-            simd.transmute_u32s_f32s(load(simd, block.from.as_ptr().add(at))),
-            simd.transmute_u32s_f32s(load(simd, block.to.as_ptr().add(at))),
-        )
-    };
-    let key = simd.splat_u32s(key as u32);
-    let inside = simd.and_m32s(
-        simd.less_than_or_equal_u32s(from, key),
-        simd.less_than_u32s(key, to),
-    );
-    match pass {
-        Pass::Outside(_) => simd.not_m32s(inside),
-        _ => inside,
-    }
-}
-
-/// Sets the scores that a query does not see in this pass to −∞.
-#[inline(always)]
-fn mask<S: Simd>(
-    simd: S,
-    scores: &mut [f32],
-    block: &Block<'_>,
-    sight: &Sight,
-    pass: Pass,
-    first: usize,
-    seg: &Segment,
-) {
-    let hidden = simd.splat_f32s(f32::NEG_INFINITY);
-    let text = sight.text();
-    for v in seg.vectors.clone() {
-        if seg.masked >> v & 1 == 0 {
-            continue;
-        }
-        for key in seg.partial.clone() {
-            if text.contains(&key) {
-                continue;
-            }
-            // SAFETY: keys and vectors of a segment lie inside the block.
-            unsafe {
-                let p = scores
-                    .as_mut_ptr()
-                    .add((key - first) * row_len::<S>() + v * S::F32_LANES);
-                let shown = seen(simd, block, pass, key, v);
-                store(simd, p, simd.select_f32s(shown, load(simd, p), hidden));
-            }
-        }
-    }
-}
-
-/// O += Vᵀ·P where masked probabilities stand beside values that are not finite: 0 · ∞ would spoil queries that do
-/// not see the key, so each product is selected. Slow and rare.
-#[inline(always)]
-fn values_seen<S: Simd, A: Arithmetic>(
-    simd: S,
-    context: &Context<'_, A>,
-    block: &mut Block<'_>,
-    sight: &Sight,
-    pass: Pass,
-    first: usize,
-    seg: &Segment,
-) {
-    let text = sight.text();
-    let tile = context
-        .tile
-        .as_ref()
-        .filter(|tile| tile.effect() == Effect::Adds);
-    let hidden = simd.splat_f32s(f32::NEG_INFINITY);
-    let values = context.packed[block.kv].v;
-    let (v_step, v_row) = context.keys.v.strides();
-    for v in seg.vectors.clone() {
-        let at = v * S::F32_LANES;
-        for key in seg.keys.clone() {
-            let (line, number) = place::<A>(key - first, seg.keys.start - first);
-            for c in 0..context.v_dim {
-                // SAFETY: keys and vectors of a segment lie inside the block.
-                unsafe {
-                    let o = block.o.as_mut_ptr().add(c * row_len::<S>() + at);
-                    let p = load(
-                        simd,
-                        context.scores.as_ptr().add(line * row_len::<S>() + at),
-                    );
-                    let value = *values.add((key - first) / A::EACH * v_step + c * v_row);
-                    let value = simd.splat_f32s(A::numbers(value)[number]);
-                    let old = load(simd, o);
-                    let new = mul_add(simd, A::number(simd, p, number), value, old);
-                    let hides = seg.masked >> v & 1 == 1 && !text.contains(&key);
-                    let mut new = if hides {
-                        simd.select_f32s(seen(simd, block, pass, key, v), new, old)
-                    } else {
-                        new
-                    };
-                    if let Some(tile) = tile {
-                        let mask = load(simd, tile.lanes::<S>(key - first)[at..].as_ptr());
-                        new = simd.select_f32s(simd.equal_f32s(mask, hidden), old, new);
-                    }
-                    store(simd, o, new);
-                }
-            }
-        }
-    }
 }
