@@ -18,9 +18,9 @@ pub(super) struct Block<'s> {
     pub q: &'s mut [f32],
     /// Over all keys that it sees; in captures, over those inside the band, and over the others.
     pub sums: [Sums<'s>; 2],
-    /// First key and last key + 1 that the query sees in the band (bits of a u32).
-    pub from: &'s mut [f32],
-    pub to: &'s mut [f32],
+    /// A query sees a key inside the band if key + `shift` ≤ `width`, numbers without a sign that wrap around (bits of a u32).
+    pub shift: &'s mut [f32],
+    pub width: &'s mut [f32],
 }
 
 /// Sums over keys of one side of the band, with a reference of their own: were it common to both, a side whose scores are

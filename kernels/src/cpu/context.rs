@@ -1,5 +1,7 @@
 //! What all steps of a task share. Owns nothing but the fields' meanings.
 
+use std::sync::atomic::AtomicBool;
+
 use super::ahead::Prefetch;
 use super::finish::Finish;
 use super::keys::Keys;
@@ -39,5 +41,7 @@ pub(super) struct Context<'s, A> {
     pub sign: f32,
     /// `[tokens, channels]`, on the way in.
     pub rows: &'s mut [f32],
+    /// Becomes false if a residual is not finite.
+    pub finite: &'s AtomicBool,
     pub finish: Finish<'s>,
 }

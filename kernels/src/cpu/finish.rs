@@ -4,7 +4,6 @@
 //! by the sums, R = O − W, O = W + R and the question whether a residual is finite.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::Simd;
 
@@ -18,8 +17,6 @@ use crate::api::{Attention, DType, Input, Mode, Output};
 /// Where blocks end.
 pub(super) struct Finish<'a> {
     pub a: &'a Attention<'a>,
-    /// Becomes false if a residual is not finite.
-    pub finite: &'a AtomicBool,
     /// Of [`Finish::len`] numbers.
     pub room: &'a mut [f32],
 }
@@ -35,7 +32,7 @@ impl Finish<'_> {
     /// # Safety
     /// The block's queries must lie inside the shape and belong to this task alone.
     #[inline(always)]
-    pub unsafe fn run<S: Simd>(&mut self, simd: S, block: &mut Block<'_>) {
+    pub unsafe fn run<S: Simd>(&mut self, simd: S, block: &mut Block<'_>) -> Finite {
         let a = self.a;
         let zeros = match a.mask {
             Some(mask) => mask.guarded || matches!(a.mode, Mode::Window { .. }),
@@ -51,6 +48,10 @@ impl Finish<'_> {
             Mode::Window { residual, .. } => residual.as_ref(),
             _ => None,
         };
+        let mut finite = Finite {
+            out: true,
+            residual: true,
+        };
         for lane in (0..block.queries.len()).step_by(S::F32_LANES) {
             let first = block.queries.start + lane;
             let strip = Strip {
@@ -61,12 +62,12 @@ impl Finish<'_> {
             // SAFETY (both): promised by the caller.
             if let Mode::FullCapture { residual, .. } = &a.mode {
                 let minus = Some(&*block.sums[1].o);
-                if !unsafe { self.strip(simd, block, &strip, minus, None, residual) } {
-                    self.finite.store(false, Ordering::Relaxed);
-                }
+                finite.residual &=
+                    unsafe { self.strip(simd, block, &strip, minus, None, residual) };
             }
-            unsafe { self.strip(simd, block, &strip, None, plus, &a.out) };
+            finite.out &= unsafe { self.strip(simd, block, &strip, None, plus, &a.out) };
         }
+        finite
     }
 
     /// `to = o / sum − minus + plus`; says whether that without `plus` is finite, also in the type of `to`.
@@ -126,6 +127,14 @@ impl Finish<'_> {
             are_zero(simd, check, n)
         }
     }
+}
+
+/// Whether what was written is finite.
+pub(super) struct Finite {
+    /// The output, before R was added.
+    pub out: bool,
+    /// The residual; true where none was written.
+    pub residual: bool,
 }
 
 /// Some queries of a block, which are the lanes of a vector from `lane` on.
@@ -191,25 +200,6 @@ pub(super) fn merge<S: Simd>(simd: S, block: &mut Block<'_>, empties: bool) {
             }
         }
     }
-}
-
-/// Whether the first `n` of `[channels, queries]` are finite.
-#[inline(always)]
-pub(super) fn are_finite<S: Simd>(simd: S, x: &[f32], n: usize) -> bool {
-    let row = row_len::<S>();
-    assert!(x.len().is_multiple_of(row) && n <= row);
-    let zero = simd.splat_f32s(0.0);
-    let mut finite = true;
-    for at in (0..n).step_by(S::F32_LANES) {
-        let mut check = zero;
-        for line in (at..x.len()).step_by(row) {
-            // SAFETY: a vector inside a row, by the assertion above.
-            let x = unsafe { load(simd, x.as_ptr().add(line)) };
-            check = simd.add_f32s(check, simd.mul_f32s(x, zero));
-        }
-        finite &= are_zero(simd, check, n - at);
-    }
-    finite
 }
 
 /// [`Finish::strip`] in registers, for float32 and channels that are neighbours: window + R takes 2 % less than by way of a

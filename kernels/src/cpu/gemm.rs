@@ -10,7 +10,7 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::ahead::Run;
+use super::ahead::{Run, STEPS};
 use super::arithmetic::Arithmetic;
 use super::vector::{load, store};
 
@@ -47,7 +47,7 @@ pub(crate) struct Gemm {
 
 impl Gemm {
     /// Computes the product. `ahead` is called before each tile with its number of steps, and says what to ask for in them: no
-    /// more than one address in each.
+    /// more than one address in [`STEPS`] of them.
     ///
     /// # Safety
     /// For every row < rows, step < steps and lane < vectors · `S::F32_LANES`: `a + row·a_row + step·a_step` and
@@ -76,7 +76,8 @@ impl Gemm {
     }
 }
 
-/// NR vectors of columns, rows in sixes.
+/// NR vectors of columns, rows in sixes: as many as registers, and as few reads of B for each, allow. One vector in eights, for
+/// six sums leave the multipliers waiting.
 #[inline(always)]
 unsafe fn columns<S: Simd, A: Arithmetic, const NR: usize>(
     simd: S,
@@ -84,18 +85,35 @@ unsafe fn columns<S: Simd, A: Arithmetic, const NR: usize>(
     g: Gemm,
     ahead: &mut dyn FnMut(usize) -> Run,
 ) {
-    let sixes = g.rows / 6 * 6;
-    let head = Gemm { rows: sixes, ..g };
-    let tail = Gemm {
-        a: g.a.wrapping_add(sixes * g.a_row),
-        c: g.c.wrapping_add(sixes * row_len::<S>()),
-        rows: g.rows - sixes,
+    let each = if NR == 1 { 8 } else { 6 };
+    let mut whole = g.rows / each * each;
+    if NR > 1 && g.rows - whole == 1 && whole > 0 {
+        // A tile of a row takes as long as one of two or three: 4 and 3 rather than 6 and 1.
+        whole -= each;
+    }
+    let head = Gemm { rows: whole, ..g };
+    let mut tail = Gemm {
+        a: g.a.wrapping_add(whole * g.a_row),
+        c: g.c.wrapping_add(whole * row_len::<S>()),
+        rows: g.rows - whole,
         ..g
     };
     // SAFETY: parts of the rows of what the caller promised.
     unsafe {
-        tiles::<S, A, 6, NR>(simd, arithmetic, head, ahead);
+        if NR == 1 {
+            tiles::<S, A, 8, NR>(simd, arithmetic, head, ahead);
+        } else {
+            tiles::<S, A, 6, NR>(simd, arithmetic, head, ahead);
+        }
+        if tail.rows == 7 {
+            let four = Gemm { rows: 4, ..tail };
+            tiles::<S, A, 4, NR>(simd, arithmetic, four, ahead);
+            tail.a = tail.a.wrapping_add(4 * g.a_row);
+            tail.c = tail.c.wrapping_add(4 * row_len::<S>());
+            tail.rows = 3;
+        }
         match tail.rows {
+            6 => tiles::<S, A, 6, NR>(simd, arithmetic, tail, ahead),
             5 => tiles::<S, A, 5, NR>(simd, arithmetic, tail, ahead),
             4 => tiles::<S, A, 4, NR>(simd, arithmetic, tail, ahead),
             3 => tiles::<S, A, 3, NR>(simd, arithmetic, tail, ahead),
@@ -172,7 +190,7 @@ unsafe fn tile_body<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
         b: g.b,
         ahead,
     };
-    let asks = ahead.count.min(g.steps);
+    let asks = ahead.count.min(g.steps / STEPS);
     // SAFETY: MR rows, NR vectors and g.steps steps are readable and writable, by the caller's promise.
     unsafe {
         if g.add {
@@ -184,9 +202,11 @@ unsafe fn tile_body<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
         }
         for _ in 0..asks {
             tile.ahead.ask();
-            tile.step(simd, arithmetic, a_row, a_step);
+            for _ in 0..STEPS {
+                tile.step(simd, arithmetic, a_row, a_step);
+            }
         }
-        for _ in asks..g.steps {
+        for _ in STEPS * asks..g.steps {
             tile.step(simd, arithmetic, a_row, a_step);
         }
         for i in 0..MR {

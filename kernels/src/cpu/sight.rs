@@ -34,7 +34,7 @@ pub(crate) struct Segment {
     pub vectors: Range<usize>,
     /// Bit v: some key of the segment is hidden from some query of vector v, so scores must be masked.
     pub masked: u64,
-    /// The first to the last of such keys; none are elsewhere.
+    /// The first to the last of such keys; none are elsewhere, and no text is among them.
     pub partial: Range<usize>,
 }
 
@@ -48,25 +48,6 @@ impl Segment {
             partial: 0..0,
         }
     }
-
-    /// The vectors and keys whose scores must be masked; columns of `text` never are.
-    pub fn corners(&self, text: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
-        let keys = self.partial.clone();
-        let masked = (self.vectors.clone()).filter(|v| self.masked >> v & 1 == 1);
-        masked.flat_map(move |v| {
-            let text = text.clone();
-            keys.clone()
-                .filter(move |key| !text.contains(key))
-                .map(move |key| (v, key))
-        })
-    }
-}
-
-/// The segments of one block of keys. Kept from block to block for its memory.
-#[derive(Debug, Default)]
-pub(crate) struct Segments {
-    pub list: Vec<Segment>,
-    cuts: Vec<usize>,
 }
 
 /// What one vector of queries sees.
@@ -78,20 +59,31 @@ struct Vector {
     every: Range<usize>,
 }
 
-/// What the queries of one block see of a sequence, vector by vector.
+/// Keys between which nothing changes: the same queries see all of them, alone or with others of their vector.
+#[derive(Clone, Debug)]
+struct Stretch {
+    keys: Range<usize>,
+    /// Bit v: some query of vector v sees them. Not zero.
+    active: u64,
+    /// Bit v: some query of vector v does, and some does not.
+    masked: u64,
+}
+
+/// What the queries of one block see of a sequence on one side, vector by vector.
 #[derive(Clone, Debug)]
 pub(crate) struct Sight {
     side: Side,
-    kv_tokens: usize,
     text: Range<usize>,
-    vectors: Vec<Vector>,
+    vectors: usize,
+    /// In the order of the keys.
+    stretches: Vec<Stretch>,
 }
 
 impl Sight {
     /// For the queries `queries` of a sequence, `lanes` of them to a vector; the last vector may be ragged.
     pub fn new(side: Side, queries: Range<usize>, kv_tokens: usize, lanes: usize) -> Self {
         let text = side.band().map_or(0..0, |band| band.text_range(kv_tokens));
-        let vectors = queries
+        let vectors: Vec<Vector> = queries
             .clone()
             .step_by(lanes)
             .map(|first| {
@@ -103,35 +95,70 @@ impl Sight {
                 )
             })
             .collect();
+        // Where vectors begin and end to see something, in part and as a whole: bits that change there.
+        let mut edges = vec![(0, 0, 0), (kv_tokens, 0, 0)];
+        if side != Side::All {
+            edges.extend([(text.start, 0, 0), (text.end, 0, 0)]);
+            for (i, v) in vectors.iter().enumerate() {
+                let bit = 1u64 << i;
+                edges.extend([(v.some.start, bit, 0), (v.some.end, bit, 0)]);
+                edges.extend([(v.every.start, 0, bit), (v.every.end, 0, bit)]);
+            }
+            edges.sort_unstable_by_key(|edge| edge.0);
+        }
+        let all = ones(vectors.len());
+        let (mut some, mut every) = (0, 0);
+        let mut stretches = Vec::with_capacity(edges.len());
+        for pair in edges.windows(2) {
+            let ((start, begins, fills), (end, ..)) = (pair[0], pair[1]);
+            some ^= begins;
+            every ^= fills;
+            if start == end {
+                continue;
+            }
+            let (some, every) = match text.contains(&start) {
+                true => (all, all),
+                false => (some, every),
+            };
+            let (active, masked) = match side {
+                Side::All => (all, 0),
+                Side::Inside(_) => (some, some & !every),
+                Side::Outside(_) => (all & !every, some & !every),
+            };
+            if active != 0 {
+                stretches.push(Stretch {
+                    keys: start..end,
+                    active,
+                    masked,
+                });
+            }
+        }
         Sight {
             side,
-            kv_tokens,
             text,
-            vectors,
+            vectors: vectors.len(),
+            stretches,
         }
+    }
+
+    /// The stretches of `keys`, cut to them.
+    fn cut(&self, keys: Range<usize>) -> impl Iterator<Item = Stretch> {
+        let both = move |s: &Stretch| keys.start.max(s.keys.start)..keys.end.min(s.keys.end);
+        let cut = (self.stretches.iter()).map(move |s| Stretch {
+            keys: both(s),
+            ..*s
+        });
+        cut.filter(|s| !s.keys.is_empty())
     }
 
     /// Whether some query of the block sees some key of `keys` on this side.
     pub fn touches(&self, keys: &Range<usize>) -> bool {
-        match self.side {
-            Side::All => !keys.is_empty(),
-            Side::Inside(_) => {
-                overlaps(keys, &self.text) || self.vectors.iter().any(|v| overlaps(keys, &v.some))
-            }
-            Side::Outside(_) => self.vectors.iter().any(|v| {
-                let image = trim(keys, &self.text);
-                !image.is_empty() && (image.start < v.every.start || v.every.end < image.end)
-            }),
-        }
+        self.cut(keys.clone()).next().is_some()
     }
 
     /// The keys of `keys` that queries of the block see on this side lie in this range.
     pub fn part(&self, keys: &Range<usize>) -> Range<usize> {
-        let Side::Inside(_) = self.side else {
-            return keys.clone();
-        };
-        let seen = self.vectors.iter().map(|v| &v.some).chain([&self.text]);
-        hull(seen.map(|seen| keys.start.max(seen.start)..keys.end.min(seen.end)))
+        hull(self.cut(keys.clone()).map(|s| s.keys))
     }
 
     pub fn side(&self) -> Side {
@@ -140,7 +167,7 @@ impl Sight {
 
     /// The vectors of queries of the block.
     pub fn vectors(&self) -> Range<usize> {
-        0..self.vectors.len()
+        0..self.vectors
     }
 
     /// The text tokens of the band; their columns are never masked.
@@ -149,88 +176,55 @@ impl Sight {
     }
 
     /// Cuts the block of keys `keys` into segments, in the order of the keys.
-    pub fn segments(&self, keys: Range<usize>, segments: &mut Segments) {
-        let Segments { list, cuts } = segments;
-        list.clear();
-        cuts.clear();
-        debug_assert!(keys.end <= self.kv_tokens);
-        cuts.extend([keys.start, keys.end]);
-        if self.side != Side::All {
-            let edges = self
-                .vectors
-                .iter()
-                .flat_map(|v| [&v.some, &v.every])
-                .chain([&self.text])
-                .flat_map(|r| [r.start, r.end]);
-            cuts.extend(edges.filter(|&e| keys.start < e && e < keys.end));
-            cuts.sort_unstable();
-            cuts.dedup();
-        }
-        // Between two cuts every vector sees all, some or none of the keys. Neighbours at which the same vectors
-        // are at work are merged, for a segment costs a product of its own.
-        let mut last: Option<(Range<usize>, u64, u64, Range<usize>)> = None;
-        let mut flush = |last: &mut Option<(Range<usize>, u64, u64, Range<usize>)>| {
-            if let Some((keys, active, masked, partial)) = last.take() {
-                let mut rest = active;
-                while rest != 0 {
-                    let first = rest.trailing_zeros() as usize;
-                    let n = (rest >> first).trailing_ones() as usize;
-                    let bits = ones(n) << first;
-                    rest &= !bits;
-                    list.push(Segment {
-                        keys: keys.clone(),
-                        vectors: first..first + n,
-                        masked: masked & bits,
-                        partial: partial.clone(),
-                    });
-                }
-            }
-        };
-        for pair in cuts.windows(2) {
-            let (mut active, mut masked) = (0u64, 0u64);
-            for (i, v) in self.vectors.iter().enumerate() {
-                let key = pair[0];
-                let text = self.text.contains(&key);
-                let (some, every) = (
-                    text || v.some.contains(&key),
-                    text || v.every.contains(&key),
-                );
-                let (some, every) = match self.side {
-                    Side::All => (true, true),
-                    Side::Inside(_) => (some, every),
-                    Side::Outside(_) => (!every, !some),
-                };
-                active |= u64::from(some) << i;
-                masked |= u64::from(some && !every) << i;
-            }
-            let keys = pair[0]..pair[1];
-            let partial = if masked != 0 { keys.clone() } else { 0..0 };
+    pub fn segments(&self, keys: Range<usize>, segments: &mut Vec<Segment>) {
+        segments.clear();
+        // Neighbours at which the same vectors are at work are merged, for a segment costs a product of its own.
+        let mut last: Option<(Stretch, Range<usize>)> = None;
+        for stretch in self.cut(keys) {
+            let partial = match stretch.masked {
+                0 => 0..0,
+                _ => stretch.keys.clone(),
+            };
             match &mut last {
-                Some((before, a, m, p)) if *a == active => {
-                    before.end = keys.end;
-                    *m |= masked;
-                    if Range::is_empty(p) {
-                        *p = partial;
-                    } else if masked != 0 {
-                        p.end = partial.end;
-                    }
+                Some((before, all))
+                    if before.active == stretch.active && before.keys.end == stretch.keys.start =>
+                {
+                    before.keys.end = stretch.keys.end;
+                    before.masked |= stretch.masked;
+                    *all = hull([all.clone(), partial].into_iter());
                 }
                 _ => {
-                    flush(&mut last);
-                    last = Some((keys, active, masked, partial));
+                    if let Some((stretch, partial)) = last.replace((stretch, partial)) {
+                        split(&stretch, &partial, segments);
+                    }
                 }
             }
         }
-        flush(&mut last);
+        if let Some((stretch, partial)) = last {
+            split(&stretch, &partial, segments);
+        }
+    }
+}
+
+/// A segment for each group of neighbouring vectors that are at work.
+fn split(stretch: &Stretch, partial: &Range<usize>, segments: &mut Vec<Segment>) {
+    let mut rest = stretch.active;
+    while rest != 0 {
+        let first = rest.trailing_zeros() as usize;
+        let n = (rest >> first).trailing_ones() as usize;
+        let bits = ones(n) << first;
+        rest &= !bits;
+        segments.push(Segment {
+            keys: stretch.keys.clone(),
+            vectors: first..first + n,
+            masked: stretch.masked & bits,
+            partial: partial.clone(),
+        });
     }
 }
 
 fn ones(n: usize) -> u64 {
     if n >= 64 { !0 } else { (1 << n) - 1 }
-}
-
-fn overlaps(a: &Range<usize>, b: &Range<usize>) -> bool {
-    a.start.max(b.start) < a.end.min(b.end)
 }
 
 /// The smallest range that contains all of these.
@@ -280,22 +274,13 @@ fn vector(
     Vector { some, every }
 }
 
-/// For every query of `queries` the keys it sees, text columns aside, as a range; what masks are made from.
-pub(crate) fn row(band: &Band, query: usize, tokens: usize) -> Range<usize> {
-    if band.text_range(tokens).contains(&query) {
-        return 0..tokens;
-    }
-    let w = band.half_width;
-    query.saturating_sub(w)..query.saturating_add(w).saturating_add(1).min(tokens)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     /// Segments, masks and `touches` of every key block against the definition, pair by pair.
     fn compare(band: Band, tokens: usize, lanes: usize, block: usize) {
-        let mut segments = Segments::default();
+        let mut segments = Vec::new();
         for side in [Side::All, Side::Inside(band), Side::Outside(band)] {
             let shown = |i: usize, j: usize| match side {
                 Side::All => true,
@@ -307,13 +292,9 @@ mod tests {
                 let sight = Sight::new(side, queries.clone(), tokens, lanes);
                 for keys in (0..tokens).step_by(block).map(|k| k..tokens.min(k + block)) {
                     sight.segments(keys.clone(), &mut segments);
-                    let segments = &segments.list;
                     assert_eq!(sight.touches(&keys), !segments.is_empty());
                     let seen = hull(segments.iter().map(|s| s.keys.clone()));
-                    match side {
-                        Side::Inside(_) => assert_eq!(sight.part(&keys), seen),
-                        _ => assert_eq!(sight.part(&keys), keys),
-                    }
+                    assert_eq!(sight.part(&keys), seen);
                     for key in keys {
                         for (v, start) in queries.clone().step_by(lanes).enumerate() {
                             let rows = start..queries.end.min(start + lanes);
@@ -334,6 +315,8 @@ mod tests {
                                 assert!(
                                     every || s.masked >> v & 1 == 1 && s.partial.contains(&key)
                                 );
+                                let text = band.text_range(tokens);
+                                assert!(!(s.partial.contains(&key) && text.contains(&key)));
                             }
                         }
                     }
@@ -362,27 +345,9 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_the_band_without_text_columns() {
-        let band = Band {
-            half_width: 3,
-            text: 4,
-            text_at_start: true,
-        };
-        for i in 0..20 {
-            for j in 4..20 {
-                assert_eq!(
-                    row(&band, i, 20).contains(&j),
-                    band.sees(i, j, 20),
-                    "{i} {j}"
-                );
-            }
-        }
-    }
-
-    #[test]
     fn a_wide_block_is_one_segment() {
         let sight = Sight::new(Side::Inside(Band::new(500)), 1000..1064, 2000, 16);
-        let mut segments = Segments::default();
+        let mut segments = Vec::new();
         sight.segments(900..1000, &mut segments);
         let all = Segment {
             keys: 900..1000,
@@ -390,7 +355,7 @@ mod tests {
             masked: 0,
             partial: 0..0,
         };
-        assert_eq!(segments.list, [all]);
+        assert_eq!(segments, [all]);
         assert!(!sight.touches(&(300..500)) && !sight.touches(&(1564..1700)));
     }
 }

@@ -17,7 +17,7 @@ use super::context::{Context, Packed};
 use super::gemm::{Gemm, row_len};
 use super::keys::KEYS;
 use super::mask::Effect;
-use super::sight::{Segment, Segments, Side, Sight};
+use super::sight::{Segment, Side, Sight};
 use super::softmax::softmax;
 use super::vector::{load, mul_add, store};
 
@@ -29,7 +29,7 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
     block: &mut Block<'_>,
     keys: Range<usize>,
     sights: &[Sight],
-    segments: &[Segments],
+    segments: &[Vec<Segment>],
 ) {
     let lanes = S::F32_LANES;
     let (d, dv) = (context.head_dim, context.v_dim);
@@ -48,7 +48,7 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
     let (k_row, k_step) = context.keys.k.strides();
     let (whole, scored);
     match segments {
-        [one] => scored = &one.list[..],
+        [one] => scored = &one[..],
         _ => {
             whole = [Segment::whole(keys, sights[0].vectors())];
             scored = &whole;
@@ -87,21 +87,21 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
         scale = 1.0;
     }
     if let [_, outside] = segments {
-        keep_corners(
-            simd,
-            context.scores,
-            context.corners,
-            first,
-            &sights[1],
-            &outside.list,
-        );
+        keep_corners(simd, context.scores, context.corners, first, outside);
     }
 
     let (v_step, v_row) = context.keys.v.strides();
     for (side, (sight, segments)) in sights.iter().zip(segments).enumerate() {
-        let segments = &segments.list[..];
         let corners = (side == 1).then_some(&*context.corners);
-        mask(simd, context.scores, corners, block, first, sight, segments);
+        mask(
+            simd,
+            context.scores,
+            corners,
+            block,
+            first,
+            sight.side(),
+            segments,
+        );
         let sums = &mut block.sums[side];
         let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
         for v in 0..vectors {
@@ -154,54 +154,61 @@ fn place<A: Arithmetic>(key: usize, start: usize) -> (usize, usize) {
     (start + key / A::EACH - start / A::EACH, key % A::EACH)
 }
 
-/// Which lanes of vector `v` take part at `key`.
+/// Which queries of a vector see a key, `shift` and `width` being theirs in [`Block`].
 #[inline(always)]
-unsafe fn seen<S: Simd>(simd: S, block: &Block<'_>, side: Side, key: usize, v: usize) -> S::m32s {
-    let at = v * S::F32_LANES;
-    // SAFETY: the caller's v is a vector of the block.
-    let (from, to) = unsafe {
-        (
-            simd.transmute_u32s_f32s(load(simd, block.from.as_ptr().add(at))),
-            simd.transmute_u32s_f32s(load(simd, block.to.as_ptr().add(at))),
-        )
-    };
-    let key = simd.splat_u32s(key as u32);
-    let inside = simd.and_m32s(
-        simd.less_than_or_equal_u32s(from, key),
-        simd.less_than_u32s(key, to),
-    );
+fn seen<S: Simd>(simd: S, side: Side, key: usize, shift: S::u32s, width: S::u32s) -> S::m32s {
+    let from_first = simd.add_u32s(simd.splat_u32s(key as u32), shift);
+    let inside = simd.less_than_or_equal_u32s(from_first, width);
     match side {
         Side::Outside(_) => simd.not_m32s(inside),
         _ => inside,
     }
 }
 
-/// Keeps the scores of the band's edges for the other side, in the order of [`Segment::corners`].
+/// `shift` and `width` of vector `v`.
+#[inline(always)]
+fn sees<S: Simd>(simd: S, block: &Block<'_>, v: usize) -> [S::u32s; 2] {
+    let lanes = v * S::F32_LANES..(v + 1) * S::F32_LANES;
+    let [shift, width] = [&block.shift[lanes.clone()], &block.width[lanes]];
+    // SAFETY: a vector's length each.
+    unsafe {
+        [
+            simd.transmute_u32s_f32s(load(simd, shift.as_ptr())),
+            simd.transmute_u32s_f32s(load(simd, width.as_ptr())),
+        ]
+    }
+}
+
+/// Keeps the scores of the band's edges for the other side.
 #[inline(always)]
 fn keep_corners<S: Simd>(
     simd: S,
     scores: &[f32],
     corners: &mut [f32],
     first: usize,
-    sight: &Sight,
     segments: &[Segment],
 ) {
     assert!(corners.len() >= KEYS * row_len::<S>());
     let mut to = corners.as_mut_ptr();
     for seg in segments {
-        for (v, key) in seg.corners(sight.text()) {
-            // SAFETY: keys and vectors of a segment lie inside the block, and segments are disjoint.
-            unsafe {
-                let at = (key - first) * row_len::<S>() + v * S::F32_LANES;
-                store(simd, to, load(simd, scores.as_ptr().add(at)));
+        for v in seg.vectors.clone() {
+            if seg.masked >> v & 1 == 0 {
+                continue;
             }
-            to = to.wrapping_add(S::F32_LANES);
+            for key in seg.partial.clone() {
+                // SAFETY: keys and vectors of a segment lie inside the block, and segments are disjoint.
+                unsafe {
+                    let at = (key - first) * row_len::<S>() + v * S::F32_LANES;
+                    store(simd, to, load(simd, scores.as_ptr().add(at)));
+                    to = to.add(S::F32_LANES);
+                }
+            }
         }
     }
 }
 
-/// Sets the scores that a query does not see on this side to −∞, the others of the band's edges to those of `corners`, where
-/// there are any.
+/// Sets the scores that a query does not see on this side to −∞, the others of the band's edges to those in `corners`, which
+/// [`keep_corners`] has kept, if there are any.
 #[inline(always)]
 fn mask<S: Simd>(
     simd: S,
@@ -209,22 +216,28 @@ fn mask<S: Simd>(
     corners: Option<&[f32]>,
     block: &Block<'_>,
     first: usize,
-    sight: &Sight,
+    side: Side,
     segments: &[Segment],
 ) {
     let hidden = simd.splat_f32s(f32::NEG_INFINITY);
     let mut kept = corners.map(<[f32]>::as_ptr);
     for seg in segments {
-        for (v, key) in seg.corners(sight.text()) {
-            let at = (key - first) * row_len::<S>() + v * S::F32_LANES;
-            // SAFETY: keys and vectors of a segment lie inside the block; so many scores were kept.
-            unsafe {
-                let to = scores.as_mut_ptr().add(at);
-                let score = load(simd, kept.unwrap_or(to));
-                let shown = seen(simd, block, sight.side(), key, v);
-                store(simd, to, simd.select_f32s(shown, score, hidden));
+        for v in seg.vectors.clone() {
+            if seg.masked >> v & 1 == 0 {
+                continue;
             }
-            kept = kept.map(|kept| kept.wrapping_add(S::F32_LANES));
+            let [shift, width] = sees(simd, block, v);
+            for key in seg.partial.clone() {
+                // SAFETY: keys and vectors of a segment lie inside the block; so many scores were kept.
+                unsafe {
+                    let at = (key - first) * row_len::<S>() + v * S::F32_LANES;
+                    let to = scores.as_mut_ptr().add(at);
+                    let score = load(simd, kept.unwrap_or(to));
+                    let shown = seen(simd, side, key, shift, width);
+                    store(simd, to, simd.select_f32s(shown, score, hidden));
+                    kept = kept.map(|kept| kept.wrapping_add(S::F32_LANES));
+                }
+            }
         }
     }
 }
@@ -251,6 +264,7 @@ fn values_seen<S: Simd, A: Arithmetic>(
     let (v_step, v_row) = context.keys.v.strides();
     for v in seg.vectors.clone() {
         let at = v * S::F32_LANES;
+        let [shift, width] = sees(simd, block, v);
         for key in seg.keys.clone() {
             let (line, number) = place::<A>(key - first, seg.keys.start - first);
             for c in 0..context.v_dim {
@@ -267,7 +281,7 @@ fn values_seen<S: Simd, A: Arithmetic>(
                     let new = mul_add(simd, A::number(simd, p, number), value, old);
                     let hides = seg.masked >> v & 1 == 1 && !text.contains(&key);
                     let mut new = if hides {
-                        simd.select_f32s(seen(simd, block, sight.side(), key, v), new, old)
+                        simd.select_f32s(seen(simd, sight.side(), key, shift, width), new, old)
                     } else {
                         new
                     };

@@ -4,7 +4,7 @@
 //! `sight`'s business, what a block does with them `step`'s, memory outside the scratch `pack`'s.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pulp::{Simd, WithSimd};
 
@@ -12,13 +12,13 @@ use super::ahead::{Ahead, Prefetch};
 use super::arithmetic::Arithmetic;
 use super::block::{Block, Sums};
 use super::context::{Context, Packed};
-use super::finish::{Finish, are_finite, merge};
+use super::finish::{Finish, merge};
 use super::gemm::row_len;
 use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
 use super::pack::{Plane, gather_channels};
 use super::scratch::Scratch;
-use super::sight::{Segments, Side, Sight, hull, row};
+use super::sight::{Segment, Side, Sight, hull};
 use super::step::step;
 use super::vector::{load, store};
 use crate::api::{Attention, Mode};
@@ -75,8 +75,8 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         o,
         reference,
         sum,
-        from,
-        to,
+        shift,
+        width,
         scores,
         corners,
         k,
@@ -124,16 +124,24 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         )
     };
 
+    let queries_of = |block: usize| {
+        let first = block * row_len::<S>();
+        first..s.q_tokens.min(first + row_len::<S>())
+    };
+    let sight =
+        |block: usize, side: &Side| Sight::new(*side, queries_of(block), s.kv_tokens, S::F32_LANES);
+    let sights: Vec<Vec<Sight>> = (t.blocks.clone())
+        .map(|block| sides.iter().map(|side| sight(block, side)).collect())
+        .collect();
     let mut blocks: Vec<Block<'_>> = Vec::with_capacity(count);
-    let (mut q, mut o, mut from, mut to) = (q, o, from, to);
+    let (mut q, mut o, mut shift, mut width) = (q, o, shift, width);
     let (mut reference, mut sum) = (reference, sum);
     for index in t.blocks.clone() {
-        let first = index * row_len::<S>();
-        let queries = first..s.q_tokens.min(first + row_len::<S>());
+        let queries = queries_of(index);
         for head in t.heads.clone() {
             let plane = Plane { batch, head };
             let q = take(&mut q, d * row_len::<S>());
-            let [from, to] = [&mut from, &mut to].map(|all| take(all, row_len::<S>()));
+            let [shift, width] = [&mut shift, &mut width].map(|all| take(all, row_len::<S>()));
             let sums = [0, 1].map(|side| {
                 let queries = if side < sides.len() {
                     row_len::<S>()
@@ -146,11 +154,18 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
                     sum: take(&mut sum, queries),
                 }
             });
-            if let Mode::FullCapture { band, .. } | Mode::Window { band, .. } = &a.mode {
+            if let Some(band) = sides[0].band() {
+                let text = band.text_range(s.kv_tokens);
+                // Half the width: no more is needed, and twice as much is a u32.
+                let half = band.half_width.min(s.kv_tokens).min(u32::MAX as usize / 2);
                 for lane in 0..row_len::<S>() {
-                    let keys = row(band, (first + lane).min(s.q_tokens - 1), s.kv_tokens);
-                    from[lane] = f32::from_bits(keys.start as u32);
-                    to[lane] = f32::from_bits(keys.end as u32);
+                    let query = (queries.start + lane).min(s.q_tokens - 1);
+                    let bits = if text.contains(&query) {
+                        [0, u32::MAX]
+                    } else {
+                        [half.wrapping_sub(query) as u32, 2 * half as u32]
+                    };
+                    [shift[lane], width[lane]] = bits.map(f32::from_bits);
                 }
             }
             blocks.push(Block {
@@ -161,17 +176,18 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
                 finished: false,
                 q,
                 sums,
-                from,
-                to,
+                shift,
+                width,
             });
         }
     }
 
     // The first queries, keys and values are waited for; all others are asked for while something else is computed.
-    let first = t.blocks.start * row_len::<S>();
-    let queries = first..s.q_tokens.min(first + row_len::<S>());
-    Ahead::new(&a.q, batch, t.heads.clone(), queries, d).all();
-    let keys = first_keys(a, first);
+    let queries = queries_of(t.blocks.start);
+    Ahead::new(&a.q, batch, t.heads.clone(), queries.clone(), d).all();
+    let seen = hull(sights[0].iter().map(|sight| sight.part(&(0..s.kv_tokens))));
+    let first = seen.start;
+    let keys = first..s.kv_tokens.min(first / KEYS * KEYS + KEYS);
     let (head, n) = (kv_heads.start, kv_heads.len());
     let plane = Plane { batch, head };
     t.keys.k.ahead(plane, n, keys.clone()).all();
@@ -191,11 +207,8 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         careful: false,
         sign,
         rows,
-        finish: Finish {
-            a,
-            finite: t.finite,
-            room: strips,
-        },
+        finite: t.finite,
+        finish: Finish { a, room: strips },
     };
     // A tile of a mask that heads share serves all of them; else a head at a time takes less of the cache.
     let heads = if a.mask.is_some() { t.heads.len() } else { 1 };
@@ -204,15 +217,15 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
     }
     for blocks in blocks.chunks_mut(t.blocks.len() * heads) {
         // A value that is not finite spoils the sums of queries that it is hidden from too, for 0 · ∞ is NaN. That can be
-        // seen in them; to look at every value first took 4 % of a band's time. Blocks that are spoilt are not finished the
-        // first time.
+        // seen in what they come to; to look at every value first took 4 % of a band's time. Blocks that are spoilt are
+        // computed and written once more.
         for careful in [false, true] {
             if blocks.iter().all(|block| block.finished) {
                 break;
             }
             context.careful = careful;
             blocks.iter_mut().for_each(Block::clear);
-            walk(simd, heads, sides, &mut context, blocks);
+            walk(simd, heads, &sights, &mut context, blocks);
         }
     }
 }
@@ -222,24 +235,6 @@ fn take<'s>(all: &mut &'s mut [f32], n: usize) -> &'s mut [f32] {
     let (head, tail) = std::mem::take(all).split_at_mut(n);
     *all = tail;
     head
-}
-
-/// What a task beginning at `query` sees of the first block of keys.
-fn first_keys(a: &Attention<'_>, query: usize) -> Range<usize> {
-    let s = a.shape;
-    let first = match &a.mode {
-        Mode::Full => 0,
-        Mode::FullCapture { band, .. } | Mode::Window { band, .. } => {
-            let text = band.text_range(s.kv_tokens);
-            let row = row(band, query, s.kv_tokens);
-            if text.is_empty() {
-                row.start
-            } else {
-                row.start.min(text.start)
-            }
-        }
-    };
-    first..s.kv_tokens.min(first / KEYS * KEYS + KEYS)
 }
 
 /// Q of a block, a query per lane, times the sign, in words; lanes beyond the sequence are zero.
@@ -290,25 +285,18 @@ unsafe fn pack_q<S: Simd, A: Arithmetic>(
 }
 
 /// Takes every query block past the keys that it sees, and finishes it. `blocks` are those of `heads` heads for the first
-/// queries, then for the next.
+/// queries, then for the next; `sights` are those of the queries, for each side.
 #[inline(always)]
 fn walk<S: Simd, A: Arithmetic>(
     simd: S,
     heads: usize,
-    sides: &[Side],
+    sights: &[Vec<Sight>],
     context: &mut Context<'_, A>,
     blocks: &mut [Block<'_>],
 ) {
     let a = context.finish.a;
     let s = a.shape;
-    let sight = |queries: &Range<usize>, side: &Side| {
-        Sight::new(*side, queries.clone(), s.kv_tokens, S::F32_LANES)
-    };
-    // Of the queries of a block, for each side.
-    let sights: Vec<Vec<Sight>> = (blocks.iter().step_by(heads))
-        .map(|block| (sides.iter().map(|side| sight(&block.queries, side))).collect())
-        .collect();
-    let mut segments: Vec<Segments> = sides.iter().map(|_| Segments::default()).collect();
+    let mut segments: Vec<Vec<Segment>> = sights[0].iter().map(|_| Vec::new()).collect();
     let all =
         blocks.first().map_or(0, |b| b.queries.start)..blocks.last().map_or(0, |b| b.queries.end);
     let block_of = |first: usize| first..s.kv_tokens.min(first + KEYS);
@@ -414,20 +402,23 @@ fn walk<S: Simd, A: Arithmetic>(
     }
 }
 
-/// Writes what a block has come to, unless it is spoilt by a value that it may not see.
+/// Writes what a block has come to. It is not finished if it may be spoilt by a value that it does not see.
 #[inline(always)]
 fn conclude<S: Simd, A: Arithmetic>(simd: S, context: &mut Context<'_, A>, block: &mut Block<'_>) {
     let a = context.finish.a;
-    if matches!(a.mode, Mode::FullCapture { .. }) {
+    if let Mode::FullCapture { .. } = a.mode {
         merge(simd, block, a.mask.is_some());
     }
+    // SAFETY: the block's queries lie inside the shape, and belong to this task alone.
+    let finite = unsafe { context.finish.run(simd, block) };
     let hides = a.mask.is_some() || !matches!(a.mode, Mode::Full);
-    if hides && !context.careful && !are_finite(simd, block.sums[0].o, block.queries.len()) {
+    if hides && !context.careful && !finite.out {
         return;
     }
     block.finished = true;
-    // SAFETY: the block's queries lie inside the shape, and belong to this task alone.
-    unsafe { context.finish.run(simd, block) };
+    if !finite.residual {
+        context.finite.store(false, Ordering::Relaxed);
+    }
 }
 
 /// The queries and keys that come after the query block that ends at `end`, if the band hides none of them; `all` are
