@@ -10,8 +10,8 @@ pub(super) struct Block<'s> {
     /// Which of the task's key/value heads it reads.
     pub kv: usize,
     pub queries: Range<usize>,
-    /// Whether `q` is there already.
-    pub packed: bool,
+    /// Whether it has met its first keys: `q` and `sums` hold something since.
+    pub begun: bool,
     /// Whether its output is written.
     pub finished: bool,
     /// Words of `[head_dim, queries]`, pairs being of channels: q, with the sign of the scale.
@@ -35,8 +35,9 @@ pub(super) struct Sums<'s> {
 }
 
 impl Block<'_> {
-    /// As if it had seen no key yet.
-    pub fn clear(&mut self) {
+    /// Sums over no keys yet.
+    pub fn begin(&mut self) {
+        self.begun = true;
         for sums in &mut self.sums {
             sums.o.fill(0.0);
             sums.reference.fill(f32::NEG_INFINITY);

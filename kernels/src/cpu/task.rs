@@ -172,7 +172,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
                 plane,
                 kv: head / per_kv - kv_heads.start,
                 queries: queries.clone(),
-                packed: false,
+                begun: false,
                 finished: false,
                 q,
                 sums,
@@ -224,7 +224,7 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
                 break;
             }
             context.careful = careful;
-            blocks.iter_mut().for_each(Block::clear);
+            blocks.iter_mut().for_each(|block| block.begun = false);
             walk(simd, heads, &sights, &mut context, blocks);
         }
     }
@@ -247,7 +247,6 @@ unsafe fn pack_q<S: Simd, A: Arithmetic>(
     context: &mut Context<'_, A>,
     block: &mut Block<'_>,
 ) {
-    block.packed = true;
     let a = context.finish.a;
     let (q, queries, rows) = (&mut *block.q, block.queries.clone(), &mut *context.rows);
     let (arithmetic, sign) = (context.arithmetic, context.sign);
@@ -348,7 +347,7 @@ fn walk<S: Simd, A: Arithmetic>(
             let block = &blocks[next * heads];
             let (heads, queries) = (head..head + heads, block.queries.clone());
             let [_, q, residual, out] = &mut context.prefetch.soon;
-            if !block.packed {
+            if !block.begun {
                 *q = Ahead::new(&a.q, batch, heads.clone(), queries.clone(), s.head_dim);
             }
             if ends[next] == Some(i + 1) {
@@ -368,7 +367,8 @@ fn walk<S: Simd, A: Arithmetic>(
             sight.segments(keys.clone(), segments);
         }
         for block in &mut blocks[at * heads..][..heads] {
-            if !block.packed {
+            if !block.begun {
+                block.begin();
                 // SAFETY: the block's queries lie inside the shape.
                 unsafe { pack_q(simd, context, block) };
             }
@@ -396,6 +396,7 @@ fn walk<S: Simd, A: Arithmetic>(
     for (at, end) in ends.into_iter().enumerate() {
         if end.is_none() {
             for block in &mut blocks[at * heads..][..heads] {
+                block.begin();
                 conclude(simd, context, block);
             }
         }
