@@ -41,11 +41,12 @@ impl Limits {
     /// with a copy in advance, that of 256 tokens 1 to 9 % less with copies of tasks. With AVX-512 an EPYC (Zen 4) takes 2 to
     /// 4 % more for full attention of 1024 tokens with a copy in advance, a Xeon (Emerald Rapids), which multiplies twice as
     /// much in the time of a cache miss, 1 to 9 % less, and 3 to 12 % less for a window of 1025 of 4096 tokens. Where tokens are
-    /// a multiple of 4 KB apart, copies by tasks save the Xeon 4 to 9 % of full attention of 256 tokens and 3 to 5 % of a window
-    /// of 257 of 1024; Zen 4 takes 2 to 5 % more.
+    /// a multiple of 4 KB apart, copies of the values by tasks save the Xeon 3 to 5 % of full attention of 256 tokens and of a
+    /// window of 257 of 1024; with the keys too it is no less, and windows of 256 tokens take 2 to 8 % more. Zen 4 takes 2 to
+    /// 5 % more with both.
     pub fn best(level: Level) -> Limits {
         let (queries, tasks_copy) = match level {
-            Level::Avx512 if is_intel() => (900, TasksCopy::Colliding),
+            Level::Avx512 if is_intel() => (900, TasksCopy::CollidingValues),
             Level::Avx512 => (1280, TasksCopy::Nothing),
             _ => (512, TasksCopy::OutsideBands),
         };
@@ -61,22 +62,23 @@ impl Limits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TasksCopy {
     Nothing,
-    /// Those whose lines lie a multiple of 4 KB apart, and so in one set of the first cache, which holds a dozen of them.
-    Colliding,
+    /// Values whose lines lie a multiple of 4 KB apart, and so in one set of the first cache, which holds a dozen of them: a
+    /// tile of outputs reads some channels of all keys.
+    CollidingValues,
     /// All, unless a band hides most of them.
     OutsideBands,
 }
 
 impl TasksCopy {
-    /// Where a matrix is read that is not copied in advance.
-    fn place(self, t: &Input<'_>, mode: &Mode<'_>) -> Place {
-        let line = t.strides.token.unsigned_abs() * t.dtype.size();
-        let copies = match self {
-            TasksCopy::Nothing => false,
-            TasksCopy::Colliding => line.is_multiple_of(4096),
-            TasksCopy::OutsideBands => !matches!(mode, Mode::Window { .. }),
+    /// Where keys and values are read that are not copied in advance.
+    fn places(self, values: &Input<'_>, mode: &Mode<'_>) -> [Place; 2] {
+        let line = values.strides.token.unsigned_abs() * values.dtype.size();
+        let copied = match self {
+            TasksCopy::Nothing => [false, false],
+            TasksCopy::CollidingValues => [false, line.is_multiple_of(4096)],
+            TasksCopy::OutsideBands => [!matches!(mode, Mode::Window { .. }); 2],
         };
-        if copies { Place::Task } else { Place::There }
+        copied.map(|copied| if copied { Place::Task } else { Place::There })
     }
 }
 
@@ -131,18 +133,18 @@ impl Places {
                 .min(a.shape.q_tokens),
             _ => a.shape.q_tokens,
         };
-        let early = Places::new(a, each, |_| Place::Call);
+        let early = Places::new(a, each, [Place::Call; 2]);
         if seen_by > limits.queries && early.plane <= limits.words {
             early
         } else {
-            Places::new(a, each, |t| limits.tasks_copy.place(t, &a.mode))
+            Places::new(a, each, limits.tasks_copy.places(&a.v, &a.mode))
         }
     }
 
-    /// `apart`: where a matrix is read whose lines have other heads between them.
-    fn new(a: &Attention<'_>, each: usize, apart: impl Fn(&Input<'_>) -> Place) -> Self {
+    /// `apart`: where keys and values are read whose lines have other heads between them.
+    fn new(a: &Attention<'_>, each: usize, apart: [Place; 2]) -> Self {
         let s = a.shape;
-        let place = |t: &Input<'_>, word: Word, channels: usize| {
+        let place = |t: &Input<'_>, word: Word, channels: usize, apart: Place| {
             // Lines beside each other are read as fast as a copy of them.
             let dense = t.strides.token == channels as isize;
             let words = match word {
@@ -153,7 +155,7 @@ impl Places {
                 Word::Keys => false,
             };
             let lines = words && t.strides.channel == 1 && t.strides.token > 0;
-            match (lines, apart(t)) {
+            match (lines, apart) {
                 (true, apart) if dense || apart == Place::There => Place::There,
                 (_, Place::Call) => Place::Call,
                 _ => Place::Task,
@@ -163,8 +165,8 @@ impl Places {
             1 => (Word::Number, Word::Number),
             _ => (Word::Channels, Word::Keys),
         };
-        let k = (place(&a.k, k_word, s.head_dim), k_word);
-        let v = (place(&a.v, v_word, s.v_dim), v_word);
+        let k = (place(&a.k, k_word, s.head_dim, apart[0]), k_word);
+        let v = (place(&a.v, v_word, s.v_dim, apart[1]), v_word);
         let words = |(place, word): (Place, Word), channels| match place {
             // Inputs that repeat elements may have any number of tokens.
             Place::Call => {
@@ -487,7 +489,7 @@ mod tests {
     #[test]
     fn tasks_copy_what_they_are_told_to() {
         let numbers = [0f32; 1];
-        let place = |copy: TasksCopy, token, mode: &Mode<'_>| {
+        let places = |copy: TasksCopy, token, mode: &Mode<'_>| {
             let strides = Strides {
                 batch: 0,
                 head: 64,
@@ -496,21 +498,36 @@ mod tests {
             };
             // SAFETY: nothing is read through it.
             let t = unsafe { Input::from_raw(numbers.as_ptr().cast(), DType::F32, strides) };
-            copy.place(&t, mode)
+            copy.places(&t, mode).map(|place| place == Place::Task)
         };
         let band = Mode::Window {
             band: Band::new(2),
             residual: None,
         };
         for (copy, token, full, window) in [
-            (TasksCopy::Nothing, 1024, Place::There, Place::There),
-            (TasksCopy::Colliding, 1024, Place::Task, Place::Task),
-            (TasksCopy::Colliding, 3072, Place::Task, Place::Task),
-            (TasksCopy::Colliding, 1536, Place::There, Place::There),
-            (TasksCopy::OutsideBands, 1536, Place::Task, Place::There),
+            (TasksCopy::Nothing, 1024, [false, false], [false, false]),
+            (
+                TasksCopy::CollidingValues,
+                1024,
+                [false, true],
+                [false, true],
+            ),
+            (
+                TasksCopy::CollidingValues,
+                3072,
+                [false, true],
+                [false, true],
+            ),
+            (
+                TasksCopy::CollidingValues,
+                1536,
+                [false, false],
+                [false, false],
+            ),
+            (TasksCopy::OutsideBands, 1536, [true, true], [false, false]),
         ] {
-            assert_eq!(place(copy, token, &Mode::Full), full, "{copy:?} {token}");
-            assert_eq!(place(copy, token, &band), window, "{copy:?} {token}");
+            assert_eq!(places(copy, token, &Mode::Full), full, "{copy:?} {token}");
+            assert_eq!(places(copy, token, &band), window, "{copy:?} {token}");
         }
     }
 

@@ -343,7 +343,7 @@ mod tests {
                     compute::<bf16>(limits, Products::Bfloat16, kind, layout),
                 )
             };
-            assert!(both(TasksCopy::Nothing) == both(TasksCopy::Colliding));
+            assert!(both(TasksCopy::Nothing) == both(TasksCopy::CollidingValues));
         }
     }
 }
