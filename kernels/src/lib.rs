@@ -63,9 +63,9 @@
 //!
 //! **The band.** `sight` cuts each key block into segments in which the same vectors of queries see something;
 //! blocks without any are skipped, corners are computed to one vector of queries, and scores inside a segment that a
-//! query does not see become −∞. Capture is one walk in two passes: the keys inside the band first, then W = O / sum
-//! is noted, then the keys outside, and finally R = O − W. Only the vectors on the band's edge are visited twice, with
-//! complementary masks.
+//! query does not see become −∞. Capture keeps two sums for a query, with references of their own: over the keys inside the
+//! band, which come to W, and over the others. Scores are computed once, vectors on the band's edge are masked and summed
+//! once for either side, and at the end both sums together are O, and R = O − W.
 //!
 //! **Masks.** Where a call has one, a tile of it is turned into `[keys, 64]` too (`mask`), in powers of two, and added
 //! to the scores before the softmax; what a boolean mask hides is −∞ there. Tiles of zeros are not added, and blocks

@@ -156,6 +156,15 @@ impl Plan {
         self.steps.first().map_or(0, Vec::len)
     }
 
+    /// This plan with every layer full at every step.
+    pub fn with_all_full(&self) -> Plan {
+        let Plan { steps, .. } = Plan::all_full(self.layers(), self.step_count());
+        Plan {
+            steps,
+            ..self.clone()
+        }
+    }
+
     /// Diffusion steps.
     pub fn step_count(&self) -> usize {
         self.steps.len()

@@ -10,7 +10,7 @@ use super::whole::{Moment, Whole};
 use crate::find::Survey;
 use crate::lower::{Dense, RequestInputs, State, lower_with};
 use crate::onnx::ModelFile;
-use ditfastattn_plans::{Action, Plan};
+use ditfastattn_plans::Plan;
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
@@ -56,10 +56,7 @@ pub fn measure(
     sizes: &[(String, usize)],
     go_on: &dyn Fn() -> bool,
 ) -> anyhow::Result<Option<Measured>> {
-    let full = Plan {
-        steps: vec![vec![Action::Full; plan.layers()]; plan.step_count()],
-        ..plan.clone()
-    };
+    let full = plan.with_all_full();
     let source = Source::Random { sizes, seed: 0 };
     let inputs = feed(model, survey, &full, &source)?.inputs(0, 0, 0)?;
     let load = |what, dense| -> anyhow::Result<Whole> {

@@ -15,7 +15,7 @@ use crate::find::Survey;
 use crate::lower::{RequestInputs, lower};
 use crate::onnx::ModelFile;
 use anyhow::ensure;
-use ditfastattn_plans::{Action, Cfg, Denoiser, Plan};
+use ditfastattn_plans::{Cfg, Denoiser, Plan};
 use serde::Serialize;
 
 /// What is compared.
@@ -92,11 +92,12 @@ fn dense(
         fed == planned,
         "the inputs are those of {fed} steps, expected as many as the plan has, {planned}"
     );
-    let full = Plan {
-        steps: vec![vec![Action::Full; plan.layers()]; planned],
-        ..(*plan).clone()
-    };
-    let full = lower(model, survey, &full, RequestInputs::Optional)?;
+    let full = lower(
+        model,
+        survey,
+        &plan.with_all_full(),
+        RequestInputs::Optional,
+    )?;
     let mut full = Whole::load(host, "the rewritten model", model, &full.pieces.concat())?;
     let bytes = std::fs::read(&model.path)?;
     let mut original = Whole::load(host, "the model", model, &bytes)?;
