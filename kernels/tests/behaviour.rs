@@ -413,7 +413,14 @@ fn a_row_of_nothing_but_minus_infinity_is_nan() {
 
 #[test]
 fn a_residual_that_is_read_may_be_the_output() {
-    // The product keeps residuals apart, but a raw caller may reuse memory: each block reads before it writes.
+    // The product keeps residuals apart, but a raw caller may reuse memory: each block reads before it writes, once, also
+    // where a value that is not finite makes it compute a block again.
+    for spoilt in [false, true] {
+        residual_in_place(spoilt);
+    }
+}
+
+fn residual_in_place(spoilt: bool) {
     let mut p = Problem::<f32>::new(
         Kind::WindowResidual,
         shape(1, 2, 200, 24),
@@ -421,7 +428,11 @@ fn a_residual_that_is_read_may_be_the_output() {
         [Layout::Bhsd; 4],
         3,
     );
+    if spoilt {
+        p.v.data[0] = f32::INFINITY;
+    }
     let want = p.run(Level::best(), &Sequential).0;
+    assert!(want.iter().any(|x| x.is_finite()));
     let mut both = p.residual.clone();
     let data = both.data.as_mut_ptr().cast::<u8>();
     let a = Attention {

@@ -12,7 +12,7 @@ use super::ahead::{Ahead, Prefetch};
 use super::arithmetic::Arithmetic;
 use super::block::{Block, Sums};
 use super::context::{Context, Packed};
-use super::finish::{Finish, merge};
+use super::finish::{Finish, are_finite, merge};
 use super::gemm::row_len;
 use super::keys::{KEYS, Keys, Matrix};
 use super::mask::{Effect, Tile};
@@ -410,10 +410,21 @@ fn conclude<S: Simd, A: Arithmetic>(simd: S, context: &mut Context<'_, A>, block
     if let Mode::FullCapture { .. } = a.mode {
         merge(simd, block, a.mask.is_some());
     }
+    let hides = a.mask.is_some() || !matches!(a.mode, Mode::Full);
+    let doubtful = hides && !context.careful;
+    // A residual that lies where the output goes can be added once only.
+    let in_place = match &a.mode {
+        Mode::Window {
+            residual: Some(r), ..
+        } => std::ptr::eq(r.data, a.out.data),
+        _ => false,
+    };
+    if doubtful && in_place && !are_finite(simd, block.sums[0].o, block.queries.len()) {
+        return;
+    }
     // SAFETY: the block's queries lie inside the shape, and belong to this task alone.
     let finite = unsafe { context.finish.run(simd, block) };
-    let hides = a.mask.is_some() || !matches!(a.mode, Mode::Full);
-    if hides && !context.careful && !finite.out {
+    if doubtful && !in_place && !finite.out {
         return;
     }
     block.finished = true;
