@@ -416,14 +416,16 @@ fn a_residual_that_is_read_may_be_the_output() {
     // The product keeps residuals apart, but a raw caller may reuse memory: each block reads before it writes, once, also
     // where a value that is not finite makes it compute a block again.
     for spoilt in [false, true] {
-        residual_in_place(spoilt);
+        residual_in_place(spoilt, shape(1, 2, 200, 24));
+        // Several blocks to a task, of which one is computed again.
+        residual_in_place(spoilt, shape(2, 16, 400, 8));
     }
 }
 
-fn residual_in_place(spoilt: bool) {
+fn residual_in_place(spoilt: bool, shape: Shape) {
     let mut p = Problem::<f32>::new(
         Kind::WindowResidual,
-        shape(1, 2, 200, 24),
+        shape,
         Band::new(9),
         [Layout::Bhsd; 4],
         3,

@@ -366,7 +366,7 @@ fn walk<S: Simd, A: Arithmetic>(
         for (sight, segments) in sights[at].iter().zip(&mut segments) {
             sight.segments(keys.clone(), segments);
         }
-        for block in &mut blocks[at * heads..][..heads] {
+        for block in unfinished(&mut blocks[at * heads..][..heads]) {
             if !block.begun {
                 block.begin();
                 // SAFETY: the block's queries lie inside the shape.
@@ -386,7 +386,7 @@ fn walk<S: Simd, A: Arithmetic>(
         }
         left -= 1;
         if ends[at] == Some(i) {
-            for block in &mut blocks[at * heads..][..heads] {
+            for block in unfinished(&mut blocks[at * heads..][..heads]) {
                 conclude(simd, context, block);
             }
         }
@@ -395,12 +395,17 @@ fn walk<S: Simd, A: Arithmetic>(
     // the instruction set.)
     for (at, end) in ends.into_iter().enumerate() {
         if end.is_none() {
-            for block in &mut blocks[at * heads..][..heads] {
+            for block in unfinished(&mut blocks[at * heads..][..heads]) {
                 block.begin();
                 conclude(simd, context, block);
             }
         }
     }
+}
+
+/// The second time around only what was spoilt is computed again.
+fn unfinished<'b, 's>(blocks: &'b mut [Block<'s>]) -> impl Iterator<Item = &'b mut Block<'s>> {
+    blocks.iter_mut().filter(|block| !block.finished)
 }
 
 /// Writes what a block has come to. It is not finished if it may be spoilt by a value that it does not see.
