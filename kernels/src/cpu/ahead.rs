@@ -195,7 +195,7 @@ impl Prefetch {
         let left = |of: &[Ahead]| of.iter().map(Ahead::left).sum::<usize>();
         let lines = left(&self.soon) + left(&self.keys) / steps;
         // Three times as much, for runs end where a piece of a token does, and in the corners of a band tiles have few steps:
-        // with a quarter more a window takes 2 % longer, and captures do.
+        // with twice as much a window takes 2 % longer.
         self.rate = 1 + 3 * lines / tiles;
     }
 

@@ -48,6 +48,12 @@ impl Segment {
             partial: 0..0,
         }
     }
+
+    /// Vectors of which some query does not see some key of the segment.
+    pub fn masked_vectors(&self) -> impl Iterator<Item = usize> {
+        let masked = self.masked;
+        (self.vectors.clone()).filter(move |v| masked >> v & 1 == 1)
+    }
 }
 
 /// What one vector of queries sees.

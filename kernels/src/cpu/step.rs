@@ -191,10 +191,7 @@ fn keep_corners<S: Simd>(
     assert!(corners.len() >= KEYS * row_len::<S>());
     let mut to = corners.as_mut_ptr();
     for seg in segments {
-        for v in seg.vectors.clone() {
-            if seg.masked >> v & 1 == 0 {
-                continue;
-            }
+        for v in seg.masked_vectors() {
             for key in seg.partial.clone() {
                 // SAFETY: keys and vectors of a segment lie inside the block, and segments are disjoint.
                 unsafe {
@@ -222,10 +219,7 @@ fn mask<S: Simd>(
     let hidden = simd.splat_f32s(f32::NEG_INFINITY);
     let mut kept = corners.map(<[f32]>::as_ptr);
     for seg in segments {
-        for v in seg.vectors.clone() {
-            if seg.masked >> v & 1 == 0 {
-                continue;
-            }
+        for v in seg.masked_vectors() {
             let [shift, width] = sees(simd, block, v);
             for key in seg.partial.clone() {
                 // SAFETY: keys and vectors of a segment lie inside the block; so many scores were kept.
