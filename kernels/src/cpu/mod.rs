@@ -307,7 +307,7 @@ mod tests {
                     5 * plane,
                     usize::MAX,
                 ] {
-                    for tasks_copy in [TasksCopy::Nothing, TasksCopy::OutsideBands] {
+                    for tasks_copy in [TasksCopy::Nothing, TasksCopy::All] {
                         let limits = Limits {
                             queries: 0,
                             tasks_copy,
@@ -343,7 +343,9 @@ mod tests {
                     compute::<bf16>(limits, Products::Bfloat16, kind, layout),
                 )
             };
-            assert!(both(TasksCopy::Nothing) == both(TasksCopy::CollidingValues));
+            let nothing = both(TasksCopy::Nothing);
+            assert!(nothing == both(TasksCopy::CollidingValues));
+            assert!(nothing == both(TasksCopy::All));
         }
     }
 }
