@@ -9,10 +9,12 @@ use pulp::Simd;
 
 use super::block::Block;
 use super::gemm::row_len;
+#[cfg(target_arch = "x86_64")]
+use super::in_registers;
 use super::pack::{Plane, scatter_channels};
 use super::softmax::rescale;
 use super::vector::{load, mul_add, store};
-use crate::api::{Attention, DType, Input, Mode, Output};
+use crate::api::{Attention, Input, Mode, Output};
 
 /// Where blocks end.
 pub(super) struct Finish<'a> {
@@ -87,7 +89,9 @@ impl Finish<'_> {
         let channels = self.a.shape.v_dim;
         #[cfg(target_arch = "x86_64")]
         // SAFETY: promised by the caller.
-        if let Some(finite) = unsafe { wide::<S>(block, strip, channels, minus, plus, to) } {
+        if let Some(finite) =
+            unsafe { in_registers::strip::<S>(block, strip, channels, minus, plus, to) }
+        {
             return finite;
         }
         let Strip {
@@ -139,10 +143,10 @@ pub(super) struct Finite {
 
 /// Some queries of a block, which are the lanes of a vector from `lane` on.
 #[derive(Clone)]
-struct Strip {
-    plane: Plane,
-    tokens: Range<usize>,
-    lane: usize,
+pub(super) struct Strip {
+    pub plane: Plane,
+    pub tokens: Range<usize>,
+    pub lane: usize,
 }
 
 /// 1 / sum of a vector of queries.
@@ -219,113 +223,4 @@ pub(super) fn are_finite<S: Simd>(simd: S, x: &[f32], n: usize) -> bool {
         finite &= are_zero(simd, check, n - at);
     }
     finite
-}
-
-/// [`Finish::strip`] in registers, for float32 and channels that are neighbours: window + R takes 2 % less than by way of a
-/// strip in the cache, 3.5 % where all tensors are there. `None` where that is not so.
-///
-/// # Safety
-/// As for [`Finish::run`].
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn wide<S: Simd>(
-    block: &Block<'_>,
-    strip: &Strip,
-    channels: usize,
-    minus: Option<&[f32]>,
-    plus: Option<&Input<'_>>,
-    to: &Output<'_>,
-) -> Option<bool> {
-    use std::any::TypeId;
-
-    use super::pack::offset;
-    use crate::api::Strides;
-
-    let fits = |dtype: DType, strides: Strides| dtype == DType::F32 && strides.channel == 1;
-    if TypeId::of::<S>() != TypeId::of::<pulp::x86::V4>()
-        || strip.tokens.len() != 16
-        || !fits(to.dtype, to.strides)
-        || !plus.is_none_or(|r| fits(r.dtype, r.strides))
-    {
-        return None;
-    }
-    let row = row_len::<S>();
-    assert!(
-        block.sums[0].o.len() == channels * row
-            && block.sums[0].sum.len() == row
-            && strip.lane + 16 <= row
-    );
-    assert!(minus.is_none_or(|m| m.len() == block.sums[0].o.len()));
-    let at = |s: Strides| offset(s, strip.plane, strip.tokens.start, 0);
-    // SAFETY: the assertions above, and what the caller promises; the level says that AVX-512 is there.
-    unsafe {
-        Some(finish_avx512(
-            block.sums[0].o.as_ptr().add(strip.lane),
-            block.sums[0].sum.as_ptr().add(strip.lane),
-            minus.map(|m| m.as_ptr().add(strip.lane)),
-            row,
-            channels,
-            plus.map(|r| (r.data.cast::<f32>().offset(at(r.strides)), r.strides.token)),
-            (
-                to.data.cast::<f32>().offset(at(to.strides)),
-                to.strides.token,
-            ),
-        ))
-    }
-}
-
-/// 16 queries of all channels: `to = o / sum − minus + plus`; says whether that without `plus` is finite. `o` and `minus`
-/// are `[channels, row]`, `plus` and `to` `[16, channels]` with lines as far apart as the numbers beside them say.
-///
-/// # Safety
-/// These elements must be readable, and those of `to` writable.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn finish_avx512(
-    o: *const f32,
-    sum: *const f32,
-    minus: Option<*const f32>,
-    row: usize,
-    channels: usize,
-    plus: Option<(*const f32, isize)>,
-    (to, to_stride): (*mut f32, isize),
-) -> bool {
-    use super::transpose::turn_16x16;
-    use std::arch::x86_64::*;
-    let zero = _mm512_setzero_ps();
-    let mut check = zero;
-    // Stores wait for their lines one after the other, as far as the second cache; to ask for all at once takes 1 to 3 % off
-    // window + R where the tensors do not fit there.
-    for i in 0..16 {
-        for first in (0..channels).step_by(16).chain([channels - 1]) {
-            let at = to.wrapping_offset(i * to_stride + first as isize);
-            _mm_prefetch::<_MM_HINT_T0>(at.cast());
-        }
-    }
-    // SAFETY: promised by the caller.
-    unsafe {
-        let factor = _mm512_div_ps(_mm512_set1_ps(1.0), _mm512_loadu_ps(sum));
-        for first in (0..channels).step_by(16) {
-            let n = 16.min(channels - first);
-            let there = (!0u16) >> (16 - n);
-            let mut x = [zero; 16];
-            for (i, x) in x.iter_mut().enumerate().take(n) {
-                let at = (first + i) * row;
-                *x = _mm512_mul_ps(_mm512_loadu_ps(o.add(at)), factor);
-                if let Some(minus) = minus {
-                    *x = _mm512_sub_ps(*x, _mm512_loadu_ps(minus.add(at)));
-                }
-                check = _mm512_fmadd_ps(*x, zero, check);
-            }
-            for (i, mut y) in turn_16x16(x).into_iter().enumerate() {
-                let at = |stride: isize| i as isize * stride + first as isize;
-                if let Some((plus, stride)) = plus {
-                    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(there, plus.offset(at(stride))));
-                }
-                _mm512_mask_storeu_ps(to.offset(at(to_stride)), there, y);
-            }
-        }
-    }
-    _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(check, zero) == !0
 }

@@ -9,6 +9,8 @@ mod context;
 mod exp;
 mod finish;
 mod gemm;
+#[cfg(target_arch = "x86_64")]
+mod in_registers;
 mod keys;
 mod level;
 mod mask;

@@ -1,4 +1,4 @@
-//! Turning matrices, a few elements at a time: 4 × 4 with SSE or plain moves, 16 × 16 and 16 × 4 with AVX-512.
+//! Turning matrices, a few elements at a time: 4 × 4 with SSE or plain moves, 8 × 8 with AVX2, 16 × 16 and 16 × 4 with AVX-512.
 
 #[cfg(target_arch = "x86_64")]
 use std::any::TypeId;
@@ -50,10 +50,11 @@ pub(crate) unsafe fn transpose<S: Simd, const READS: bool>(
     }
 }
 
-/// What can be turned 16 × 16 or 16 × 4 at a time; says how much of `outer` that was, all but the last `inner` % 4 of it.
+/// What can be turned in squares with a vector to a side, or 4 of the other side; says how much of `outer` that was, all but the
+/// last `inner` % 4 of it.
 ///
 /// Where lines are a multiple of 4 KB apart (16 heads of 64 channels) 16 of them do not fit the first cache together: what
-/// is not taken of a line at once has to be fetched again. 16 × 16 takes all of it.
+/// is not taken of a line at once has to be fetched again. A square of 16 takes all of it.
 ///
 /// # Safety
 /// As for [`transpose`], rows and columns being `outer` and `inner` if `READS`, else the other way round.
@@ -67,31 +68,46 @@ unsafe fn wide<S: Simd, const READS: bool>(
     outer: usize,
     inner: usize,
 ) -> usize {
-    if TypeId::of::<S>() != TypeId::of::<pulp::x86::V4>() {
+    let avx512 = TypeId::of::<S>() == TypeId::of::<pulp::x86::V4>();
+    if !avx512 && TypeId::of::<S>() != TypeId::of::<pulp::x86::V3>() {
         return 0;
     }
-    let done = outer / 16 * 16;
-    let squares = inner / 16 * 16;
-    for a in (0..done).step_by(16) {
-        for b in (0..squares).step_by(16) {
-            let (i, j) = if READS { (a, b) } else { (b, a) };
-            // SAFETY: 16 by 16 elements from here on lie inside; the level says that AVX-512 is there.
+    let side = S::F32_LANES;
+    let done = outer / side * side;
+    let squares = inner / side * side;
+    let at = |a: usize, b: usize| {
+        let (i, j) = if READS { (a, b) } else { (b, a) };
+        (
+            from.wrapping_offset(i as isize * from_stride + j as isize),
+            to.wrapping_offset(j as isize * to_stride + i as isize),
+        )
+    };
+    for a in (0..done).step_by(side) {
+        for b in (0..squares).step_by(side) {
+            let (from, to) = at(a, b);
+            // SAFETY: `side` by `side` elements from here on lie inside; the level says which instructions are there.
             unsafe {
-                let from = from.offset(i as isize * from_stride + j as isize);
-                let to = to.offset(j as isize * to_stride + i as isize);
-                transpose_16x16(from, from_stride, to, to_stride);
+                if avx512 {
+                    transpose_16x16(from, from_stride, to, to_stride);
+                } else {
+                    transpose_8x8(from, from_stride, to, to_stride);
+                }
             }
         }
         for b in (squares..inner / 4 * 4).step_by(4) {
-            // SAFETY: 16 by 4 elements from here on lie inside; the level says that AVX-512 is there.
+            // SAFETY: `side` by 4 elements from here on lie inside, of the matrix if `READS`, else of the turned one.
             unsafe {
+                if !avx512 {
+                    for a in [a, a + 4] {
+                        let (from, to) = at(a, b);
+                        transpose_4x4(from, from_stride, to, to_stride);
+                    }
+                    continue;
+                }
+                let (from, to) = at(a, b);
                 if READS {
-                    let from = from.offset(a as isize * from_stride + b as isize);
-                    let to = to.offset(b as isize * to_stride + a as isize);
                     transpose_16x4(from, from_stride, to, to_stride);
                 } else {
-                    let from = from.offset(b as isize * from_stride + a as isize);
-                    let to = to.offset(a as isize * to_stride + b as isize);
                     transpose_4x16(from, from_stride, to, to_stride);
                 }
             }
@@ -141,6 +157,60 @@ unsafe fn transpose_4x4(from: *const f32, from_stride: isize, to: *mut f32, to_s
             unsafe { *to.offset(j * to_stride + i) = *from.offset(i * from_stride + j) }
         }
     }
+}
+
+/// 8 rows of 8. Halves of rows 4 apart make a vector, as they are read: then the rest is four 4 × 4.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn transpose_8x8(from: *const f32, from_stride: isize, to: *mut f32, to_stride: isize) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller says that 8 × 8 elements can be read and written.
+    unsafe {
+        for half in [0, 4] {
+            let row = |i: isize| _mm_loadu_ps(from.offset(i * from_stride + half));
+            let rows = |i: isize| {
+                let x = _mm256_castps128_ps256(row(i));
+                _mm256_insertf128_ps::<1>(x, row(i + 4))
+            };
+            let turned = turn_halves([rows(0), rows(1), rows(2), rows(3)]);
+            for (j, x) in turned.into_iter().enumerate() {
+                _mm256_storeu_ps(to.offset((half + j as isize) * to_stride), x);
+            }
+        }
+    }
+}
+
+/// The columns of 8 rows: elements of four rows change places inside halves of vectors, then halves between vectors.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn turn_8x8(x: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
+    use std::arch::x86_64::*;
+    let first = turn_halves([x[0], x[1], x[2], x[3]]);
+    let second = turn_halves([x[4], x[5], x[6], x[7]]);
+    let mut y = x;
+    for j in 0..4 {
+        y[j] = _mm256_permute2f128_ps::<0x20>(first[j], second[j]);
+        y[4 + j] = _mm256_permute2f128_ps::<0x31>(first[j], second[j]);
+    }
+    y
+}
+
+/// Turns the 4 × 4 elements in each half of four vectors.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn turn_halves([a, b, c, d]: [std::arch::x86_64::__m256; 4]) -> [std::arch::x86_64::__m256; 4] {
+    use std::arch::x86_64::*;
+    let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+    let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+    [
+        _mm256_shuffle_ps::<0x44>(ab, cd),
+        _mm256_shuffle_ps::<0xee>(ab, cd),
+        _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+        _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+    ]
 }
 
 /// 16 rows of 16.
