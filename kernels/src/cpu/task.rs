@@ -128,11 +128,12 @@ fn run<S: Simd, A: Arithmetic>(simd: S, t: Task<'_, '_, A>) {
         let first = block * row_len::<S>();
         first..s.q_tokens.min(first + row_len::<S>())
     };
-    let sight =
-        |block: usize, side: &Side| Sight::new(*side, queries_of(block), s.kv_tokens, S::F32_LANES);
-    let sights: Vec<Vec<Sight>> = (t.blocks.clone())
-        .map(|block| sides.iter().map(|side| sight(block, side)).collect())
-        .collect();
+    let mut sights = Vec::with_capacity(t.blocks.len() * sides.len());
+    for block in t.blocks.clone() {
+        let of = |side: &Side| Sight::new(*side, queries_of(block), s.kv_tokens, S::F32_LANES);
+        sights.extend(sides.iter().map(of));
+    }
+    let sights: Vec<&[Sight]> = sights.chunks(sides.len()).collect();
     let mut blocks: Vec<Block<'_>> = Vec::with_capacity(count);
     let (mut q, mut o, mut shift, mut width) = (q, o, shift, width);
     let (mut reference, mut sum) = (reference, sum);
@@ -289,7 +290,7 @@ unsafe fn pack_q<S: Simd, A: Arithmetic>(
 fn walk<S: Simd, A: Arithmetic>(
     simd: S,
     heads: usize,
-    sights: &[Vec<Sight>],
+    sights: &[&[Sight]],
     context: &mut Context<'_, A>,
     blocks: &mut [Block<'_>],
 ) {
@@ -314,7 +315,7 @@ fn walk<S: Simd, A: Arithmetic>(
     }
     // What queries of the task see of a block: neither asked for nor copied is what comes before or after.
     let part_of = |first: usize| {
-        let all = sights.iter().flatten();
+        let all = sights.iter().copied().flatten();
         hull(all.map(|sight| sight.part(&block_of(first))))
     };
     let kv = blocks[0].kv..blocks[heads - 1].kv + 1;
@@ -382,7 +383,7 @@ fn walk<S: Simd, A: Arithmetic>(
                 context.prefetch.soon[0] = tile.ahead(block.plane, queries, keys);
             }
             context.prefetch.set_rate(tiles, left);
-            step(simd, context, block, keys.clone(), &sights[at], &segments);
+            step(simd, context, block, keys.clone(), sights[at], &segments);
         }
         left -= 1;
         if ends[at] == Some(i) {
