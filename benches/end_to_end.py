@@ -89,7 +89,7 @@ def compare(args, folder, tokens, threads):
             time.sleep(host.PAUSE)
             # The first product after a pause takes a quarter longer, 2 % of a layer of 1024 tokens: that is not to be
             # paid by dense graphs only, whose runs always follow one.
-            run(session, 0, request and request + 1)
+            run(session, 0, None if request is None else request + 1)
         last = session
         start = clock()
         run(session, step, request)
@@ -101,8 +101,6 @@ def compare(args, folder, tokens, threads):
         (folder / "plan.json").write_text(json.dumps(plan))
         tool(model, "--plan", folder / "plan.json", "--force", "--quiet")
         planned = host.session(str(folder / "dit.dfa.onnx"), threads, spin)
-        for which in (planned, *dense.values()):
-            timed(which, 0, 1 if which is planned else None)
         rounds = []
         for _ in range(args.runs):
             times, beside = [], {name: [] for name in dense}

@@ -239,8 +239,8 @@ struct Registers<S: Simd, const MR: usize, const NR: usize> {
 /// Whether [`STEPS`] steps are one turn of a loop, and each keeps to its place.
 ///
 /// Six rows of two vectors take 12 multiply-adds in a step, 8 loads, and 6 more instructions where a step is a turn. Where
-/// another program runs on the core's second thread, these are what products wait for: on an EPYC (Zen 3) full attention took 7
-/// to 13 % longer. Compilers are fond of loading for the next step early, for which 16 registers are too few: sums go to the stack
+/// another program runs on the core's second thread, these are what products wait for: on an EPYC (Zen 3) full attention took 5
+/// to 10 % longer at best, 11 to 16 % as a median. Compilers are fond of loading for the next step early, for which 16 registers are too few: sums go to the stack
 /// and back. With 32 registers a step has 24 multiply-adds, and neither was measured to matter.
 const fn in_steps<S: Simd>() -> bool {
     S::REGISTER_COUNT < 32

@@ -38,13 +38,13 @@ impl Limits {
     ///
     /// With AVX-512 a number of a key meets 64 queries each time it is read, at the other levels 16, so what it costs to read
     /// it from a line of its own is paid four times as often. With AVX2 full attention of 1024 tokens took 7 to 16 % less time
-    /// with a copy in advance, that of 256 tokens 1 to 9 % less with copies of tasks, and a window of heads of 64 or 128 channels
-    /// 13 to 25 % less, of 96 channels 5 to 8 % less, with copies of the values, of which a copy in advance took as long. With AVX-512 an EPYC (Zen 4) takes 2 to
-    /// 4 % more for full attention of 1024 tokens with a copy in advance, a Xeon (Emerald Rapids), which multiplies twice as
-    /// much in the time of a cache miss, 1 to 9 % less, and 3 to 12 % less for a window of 1025 of 4096 tokens. Where tokens are
-    /// a multiple of 4 KB apart, copies of the values by tasks save the Xeon 3 to 5 % of full attention of 256 tokens and of a
-    /// window of 257 of 1024; with the keys too it is no less, and windows of 256 tokens take 2 to 8 % more. Zen 4 takes 2 to
-    /// 5 % more with both.
+    /// with a copy in advance, that of 256 tokens 1 to 9 % less with copies of tasks, and a window of heads of 64 or 128
+    /// channels 13 to 25 % less, of 96 channels 5 to 8 % less with copies of the values. With AVX-512 an EPYC (Zen 4) takes 2
+    /// to 4 % more for full attention of 1024 tokens with a copy in advance, a Xeon (Emerald Rapids), which multiplies twice as
+    /// much in the time of a cache miss, 1 to 9 % less, and 3 to 12 % less for a window of 1025 of 4096 tokens. Where tokens
+    /// are a multiple of 4 KB apart, copies of the values by tasks save the Xeon 3 to 5 % of full attention of 256 tokens and
+    /// of a window of 257 of 1024; with the keys too it is no less, and windows of 256 tokens take 2 to 8 % more. Zen 4 takes 2
+    /// to 5 % more with both.
     pub fn best(level: Level) -> Limits {
         let (queries, tasks_copy) = match level {
             Level::Avx512 if is_intel() => (900, TasksCopy::CollidingValues),

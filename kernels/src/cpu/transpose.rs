@@ -1,9 +1,9 @@
 //! Turning matrices, a few elements at a time: 4 × 4 with SSE or plain moves, 8 × 8 with AVX2, 16 × 16 and 16 × 4 with AVX-512.
 
-#[cfg(target_arch = "x86_64")]
-use std::any::TypeId;
-
 use pulp::Simd;
+
+#[cfg(target_arch = "x86_64")]
+use super::vector::is;
 
 /// `to[j][i] = from[i][j]` for i < rows, j < columns; rows of `from` are `from_stride` apart, of `to` `to_stride`.
 ///
@@ -68,8 +68,8 @@ unsafe fn wide<S: Simd, const READS: bool>(
     outer: usize,
     inner: usize,
 ) -> usize {
-    let avx512 = TypeId::of::<S>() == TypeId::of::<pulp::x86::V4>();
-    if !avx512 && TypeId::of::<S>() != TypeId::of::<pulp::x86::V3>() {
+    let avx512 = is::<S, pulp::x86::V4>();
+    if !avx512 && !is::<S, pulp::x86::V3>() {
         return 0;
     }
     let side = S::F32_LANES;
@@ -97,15 +97,12 @@ unsafe fn wide<S: Simd, const READS: bool>(
         for b in (squares..inner / 4 * 4).step_by(4) {
             // SAFETY: `side` by 4 elements from here on lie inside, of the matrix if `READS`, else of the turned one.
             unsafe {
-                if !avx512 {
-                    for a in [a, a + 4] {
-                        let (from, to) = at(a, b);
-                        transpose_4x4(from, from_stride, to, to_stride);
-                    }
-                    continue;
-                }
                 let (from, to) = at(a, b);
-                if READS {
+                if !avx512 {
+                    transpose_4x4(from, from_stride, to, to_stride);
+                    let (from, to) = at(a + 4, b);
+                    transpose_4x4(from, from_stride, to, to_stride);
+                } else if READS {
                     transpose_16x4(from, from_stride, to, to_stride);
                 } else {
                     transpose_4x16(from, from_stride, to, to_stride);

@@ -4,6 +4,12 @@ use std::any::TypeId;
 
 use pulp::Simd;
 
+/// Whether S is the level L.
+#[inline(always)]
+pub(crate) fn is<S: Simd, L: Simd>() -> bool {
+    TypeId::of::<S>() == TypeId::of::<L>()
+}
+
 /// # Safety
 /// `S::F32_LANES` floats at `p` must be readable; no alignment is needed.
 #[inline(always)]
@@ -25,7 +31,7 @@ pub(crate) unsafe fn store<S: Simd>(_: S, p: *mut f32, x: S::f32s) {
 /// Without such an instruction `pulp` calls the C library's exact `fmaf` for every lane, a hundred times slower.
 #[inline(always)]
 pub(crate) fn mul_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-    if TypeId::of::<S>() == TypeId::of::<pulp::Scalar256b>() {
+    if is::<S, pulp::Scalar256b>() {
         simd.add_f32s(simd.mul_f32s(a, b), c)
     } else {
         simd.mul_add_e_f32s(a, b, c)
@@ -36,9 +42,8 @@ pub(crate) fn mul_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) fn as_avx512<S: Simd>(x: S::f32s) -> Option<std::arch::x86_64::__m512> {
-    let is = TypeId::of::<S>() == TypeId::of::<pulp::x86::V4>();
     // SAFETY: vectors of that level are 16 floats.
-    is.then(|| unsafe { std::mem::transmute_copy(&x) })
+    is::<S, pulp::x86::V4>().then(|| unsafe { std::mem::transmute_copy(&x) })
 }
 
 /// The way back from [`as_avx512`], at the level that gave it.
