@@ -1,8 +1,8 @@
 """A DiT's generation, dense and rewritten, in one process with paired runs: what a plan costs and saves.
 
-    .venv/tests/bin/python benches/end_to_end.py [--tokens 1024 4096] [--threads 1 2] [--layers 1] [--width 1152] [--heads 16] [--runs 3]
+    .venv/tests/bin/python benches/end_to_end.py [--tokens 1024 4096] [--threads 1 2] [--layers 1] [--width 1152] [--heads 16] [--runs 9]
 
-Needs `cargo build --release` and the packages onnxruntime, onnx and numpy; takes some ten minutes on two cores. Dense is the faster of the
+Needs `cargo build --release` and the packages onnxruntime, onnx and numpy; takes some twenty minutes on two cores. Dense is the faster of the
 exported graph and of the same graph with its attention fused into ONNX Runtime's MultiHeadAttention; both run before, in the middle of and
 after every generation. Printed are medians over generations of a step's time relative to theirs, the same as predicted by counting
 multiplications, and how much of what was predicted to be saved was saved. `--clock cpu` compares CPU time in place of wall time, for a
@@ -37,6 +37,10 @@ PLANS = [
 ]
 
 
+# Generations: with three of 1024 tokens, a second each, a neighbour decides what is a hundredth more or less.
+RUNS = {1024: 9, 4096: 3}
+
+
 def work(step, tokens, width):
     """Multiplications of one layer under a directive, for one token of width 1: of its attention module, and of the rest."""
     half = tokens // 8
@@ -48,14 +52,15 @@ def work(step, tokens, width):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name, value in (("layers", 1), ("width", 1152), ("heads", 16), ("runs", 3)):
+    for name, value in (("layers", 1), ("width", 1152), ("heads", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--runs", type=int, help=f"generations; without it as many as a size needs: {RUNS}")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(RUNS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     args = parser.parse_args()
     print(host.about(args.clock))
-    print(f"layers: {args.layers}, width {args.width}, {args.heads} heads, batch 2, float32; {args.runs} generations\n")
+    print(f"layers: {args.layers}, width {args.width}, {args.heads} heads, batch 2, float32; generations: {args.runs or RUNS}\n")
     print("| tokens | threads | steps | / exported | / fused | predicted | saved / predicted | goal missed |\n|---:|---:|---|---:|---:|---:|---:|---|")
     for tokens in args.tokens:
         with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +107,7 @@ def compare(args, folder, tokens, threads):
         tool(model, "--plan", folder / "plan.json", "--force", "--quiet")
         planned = host.session(str(folder / "dit.dfa.onnx"), threads, spin)
         rounds = []
-        for _ in range(args.runs):
+        for _ in range(args.runs or RUNS.get(tokens, 3)):
             times, beside = [], {name: [] for name in dense}
             for step in range(len(steps)):
                 if step in (0, len(steps) // 2):

@@ -8,6 +8,7 @@
 //! Owns where they are read and the copies in advance. What is computed does not depend on either, bit for bit.
 
 use std::ops::Range;
+use std::sync::LazyLock;
 
 use super::ahead::Ahead;
 use super::level::{Level, is_intel};
@@ -21,7 +22,7 @@ use crate::parallel::Parallel;
 /// L2 and mostly in L1. Even, so that no pair of keys is in two blocks.
 pub(crate) const KEYS: usize = 120;
 
-/// What decides how keys and values are read.
+/// What depends on the machine: how keys and values are read, and how large tasks are. Nothing that is computed does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     /// Where more queries than this see a key, a copy in advance is worth its traffic.
@@ -31,6 +32,8 @@ pub(crate) struct Limits {
     /// Words that are copied in advance at a time: calls that need more are done in several parts, and those of
     /// which one head needs more are not copied in advance.
     pub words: usize,
+    /// Tasks that a part without a band is cut into at least.
+    pub tasks: usize,
 }
 
 impl Limits {
@@ -55,8 +58,21 @@ impl Limits {
             queries,
             tasks_copy,
             words: 12 << 20,
+            tasks: tasks(),
         }
     }
+}
+
+/// Tasks that are enough for any number of threads; more would share too little.
+pub(crate) const MOST_TASKS: usize = 32;
+
+/// 8 tasks for each thread that can run at a time, the host's threads being unknown. Larger tasks ask for and copy the same
+/// keys fewer times: with 16 in place of 32, half a batch of 256 tokens takes 1 to 4 % less on a Xeon (Emerald Rapids).
+fn tasks() -> usize {
+    // Asked once: the answer is in files of the system.
+    static THREADS: LazyLock<usize> =
+        LazyLock::new(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    (8 * *THREADS).min(MOST_TASKS)
 }
 
 /// Which keys and values each task copies for itself, of those with other heads between their lines.

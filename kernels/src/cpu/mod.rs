@@ -33,7 +33,7 @@ use crate::Computed;
 use crate::api::{Attention, DType, Mode, Products};
 use crate::parallel::Parallel;
 use arithmetic::{Arithmetic, Float32};
-use keys::{Keys, Limits, Part, Places};
+use keys::{Keys, Limits, MOST_TASKS, Part, Places};
 
 /// Shares a call between threads.
 #[derive(Clone, Copy)]
@@ -106,7 +106,7 @@ fn run_in<A: Arithmetic + Sync>(
     scratch::with_keys(|memory| {
         for part in Part::all(a, places, limits) {
             let keys = Keys::new(a, places, &part, memory, pool);
-            let cut = Cut::new(a, &part, level.queries());
+            let cut = Cut::new(a, &part, level.queries(), limits.tasks);
             pool.run(cut.tasks(), &|i| {
                 let (batch, heads, blocks) = cut.task(i);
                 scratch::with(|scratch| {
@@ -127,7 +127,7 @@ fn run_in<A: Arithmetic + Sync>(
     });
 }
 
-/// How a part of a call is cut into tasks. Depends on the call alone, so that no result depends on the pool.
+/// How a part of a call is cut into tasks. No result depends on it: each query block meets the same blocks of keys.
 #[derive(Clone, Debug)]
 struct Cut {
     batch: Range<usize>,
@@ -143,8 +143,8 @@ struct Cut {
 }
 
 impl Cut {
-    /// `queries` are those of a block.
-    fn new(a: &Attention<'_>, part: &Part, queries: usize) -> Self {
+    /// `queries` are those of a block, `tasks` what a part is cut into at least, if it has so many blocks and no band.
+    fn new(a: &Attention<'_>, part: &Part, queries: usize, tasks: usize) -> Self {
         let s = a.shape;
         let per_kv = s.heads / s.kv_heads;
         let heads = part.kv_heads.start * per_kv..part.kv_heads.end * per_kv;
@@ -156,7 +156,10 @@ impl Cut {
         };
         // Queries in one task share keys and values in the cache; more of them save traffic, fewer of them balance better.
         let blocks_all = part.batch.len() * heads.len() * blocks;
-        let blocks_each = (blocks_all / heads_each / 32)
+        let band = matches!(a.mode, Mode::Window { .. });
+        // Of a band's keys a larger task sees more, not the same ones for longer.
+        let tasks = if band { MOST_TASKS } else { tasks };
+        let blocks_each = (blocks_all / heads_each / tasks)
             .clamp(1, 512 / queries)
             .min(blocks);
         Cut {
@@ -166,7 +169,7 @@ impl Cut {
             heads_each,
             blocks_each,
             // A band's queries, keys and values lie together, also in pages of memory that heads share.
-            heads_first: matches!(a.mode, Mode::Window { .. }),
+            heads_first: band,
         }
     }
 
@@ -314,10 +317,33 @@ mod tests {
                             queries: 0,
                             tasks_copy,
                             words,
+                            tasks: MOST_TASKS,
                         };
                         assert!(want == all(limits));
                     }
                 }
+            }
+        }
+    }
+
+    /// The machine decides how large tasks are.
+    #[test]
+    fn how_a_call_is_cut_into_tasks_changes_nothing() {
+        for kind in [Kind::Full, Kind::Capture] {
+            let in_tasks = |tasks| {
+                let limits = Limits {
+                    tasks,
+                    ..Limits::best(Level::best())
+                };
+                let [float32, bfloat16] = [Products::Float32, Products::Bfloat16];
+                (
+                    compute::<f32>(limits, float32, kind, Strides::bshd),
+                    compute::<bf16>(limits, bfloat16, kind, Strides::bshd),
+                )
+            };
+            let whole_heads = in_tasks(1);
+            for tasks in [16, MOST_TASKS, usize::MAX] {
+                assert!(whole_heads == in_tasks(tasks), "{tasks} tasks");
             }
         }
     }
@@ -339,6 +365,7 @@ mod tests {
                     queries,
                     tasks_copy,
                     words: 0,
+                    tasks: MOST_TASKS,
                 };
                 (
                     compute::<f32>(limits, Products::Float32, kind, layout),
