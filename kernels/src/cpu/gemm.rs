@@ -23,9 +23,16 @@ use super::vector::{load, store};
 /// tile, those of B that a tile reads would lie apart, in a part of the first cache's sets only, and not stay there: with AVX2
 /// and rows of 64 a window took 3 to 7 % longer.
 pub(crate) const fn row_len<S: Simd>() -> usize {
-    let vectors = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
+    let vectors = if S::REGISTER_COUNT >= 32 {
+        MOST_VECTORS
+    } else {
+        2
+    };
     vectors * S::F32_LANES
 }
+
+/// Vectors in a row, at most.
+pub(crate) const MOST_VECTORS: usize = 4;
 
 /// One product of words in 32 bits. All pointers may be unaligned.
 #[derive(Clone, Copy)]
@@ -45,6 +52,8 @@ pub(crate) struct Gemm {
     pub vectors: usize,
     /// Add to C, rather than overwrite it.
     pub add: bool,
+    /// `[queries]`, already advanced to the first lane: raised to what is largest in each column of C. Null if nobody asks.
+    pub tops: *mut f32,
 }
 
 impl Gemm {
@@ -53,8 +62,8 @@ impl Gemm {
     ///
     /// # Safety
     /// For every row < rows, step < steps and lane < vectors · `S::F32_LANES`: `a + row·a_row + step·a_step` and
-    /// `b + step·queries + lane` must be readable, `c + row·queries + lane` readable and writable, and C must not
-    /// overlap A or B.
+    /// `b + step·queries + lane` must be readable, `c + row·queries + lane` readable and writable, also `tops + lane`
+    /// unless that is null, and C must not overlap A or B.
     #[inline(always)]
     pub unsafe fn run<S: Simd, A: Arithmetic>(
         self,
@@ -225,6 +234,17 @@ unsafe fn tile_body<S: Simd, A: Arithmetic, const MR: usize, const NR: usize>(
                 );
             }
         }
+        if !g.tops.is_null() {
+            // While the stores wait for each other.
+            for j in 0..NR {
+                let at = g.tops.add(j * S::F32_LANES);
+                let mut top = load(simd, at);
+                for i in 0..MR {
+                    top = simd.max_f32s(top, tile.acc[i][j]);
+                }
+                store(simd, at, top);
+            }
+        }
     }
 }
 
@@ -330,6 +350,7 @@ mod tests {
                 for vectors in 1..=row_len::<S>() / S::F32_LANES {
                     for add in [false, true] {
                         let mut c = vec![1f32; rows * row_len::<S>()];
+                        let mut tops = vec![-3f32; row_len::<S>()];
                         let g = Gemm {
                             a: words.as_ptr(),
                             a_row,
@@ -340,6 +361,7 @@ mod tests {
                             steps,
                             vectors,
                             add,
+                            tops: tops.as_mut_ptr(),
                         };
                         // SAFETY: the matrices have these sizes.
                         unsafe { g.run(simd, arithmetic, |_| Run::NOTHING) };
@@ -352,6 +374,15 @@ mod tests {
                                 sum + f32::from(u8::from(add))
                             };
                             assert_eq!(c, want, "{rows} rows of {numbers}, at {at}");
+                        }
+                        for (lane, &top) in tops.iter().enumerate() {
+                            let column = c[lane..].iter().step_by(row_len::<S>());
+                            let want = if lane >= vectors * S::F32_LANES {
+                                -3.0
+                            } else {
+                                column.fold(-3.0, |top: f32, &x| top.max(x))
+                            };
+                            assert_eq!(top, want, "the top of {rows} rows in lane {lane}");
                         }
                     }
                 }

@@ -56,6 +56,11 @@ impl Segment {
         let masked = self.masked;
         (self.vectors.clone()).filter(move |v| masked >> v & 1 == 1)
     }
+
+    /// Whether every query of vector `v` sees all of its keys.
+    pub fn shows(&self, v: usize) -> bool {
+        self.vectors.contains(&v) && self.masked >> v & 1 == 0
+    }
 }
 
 /// What one vector of queries sees.

@@ -17,6 +17,8 @@ const SLACK: f32 = 8.0;
 /// Online softmax of one vector of queries: scores become probabilities relative to the row's reference, which is
 /// raised (and sums so far rescaled) only where scores exceed it by more than [`SLACK`].
 ///
+/// `known` is the largest score of the keys that segments show to all of these queries, if that is known.
+///
 /// Where probabilities are rounded to bfloat16 the rounded ones are summed: what values are multiplied with adds up to 1.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
@@ -30,6 +32,7 @@ pub(super) fn softmax<S: Simd, A: Arithmetic>(
     first: usize,
     segments: &[Segment],
     v: usize,
+    known: Option<S::f32s>,
 ) {
     let at = v * S::F32_LANES;
     let scores = scores.as_mut_ptr();
@@ -38,8 +41,9 @@ pub(super) fn softmax<S: Simd, A: Arithmetic>(
     // SAFETY (all of the function): keys and vectors of a segment lie inside the block, whose lengths `step` asserts.
     unsafe {
         let mut tops = [lowest; 4];
+        tops[0] = known.unwrap_or(lowest);
         for seg in segments {
-            if !seg.vectors.contains(&v) {
+            if !seg.vectors.contains(&v) || known.is_some() && seg.shows(v) {
                 continue;
             }
             let mut p = scores

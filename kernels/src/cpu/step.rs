@@ -14,7 +14,7 @@ use pulp::Simd;
 use super::arithmetic::Arithmetic;
 use super::block::Block;
 use super::context::{Context, Packed};
-use super::gemm::{Gemm, row_len};
+use super::gemm::{Gemm, MOST_VECTORS, row_len};
 use super::keys::KEYS;
 use super::mask::Effect;
 use super::sight::{Segment, Side, Sight};
@@ -33,7 +33,7 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
 ) {
     let lanes = S::F32_LANES;
     let (d, dv) = (context.head_dim, context.v_dim);
-    let first = keys.start;
+    let (first, count) = (keys.start, keys.len());
     assert!(context.scores.len() >= KEYS * row_len::<S>() && block.q.len() >= d * row_len::<S>());
     for sums in &block.sums[..sights.len()] {
         assert!(
@@ -54,9 +54,13 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
             scored = &whole;
         }
     }
+    let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+    // The largest scores of keys that all queries of a vector see.
+    let mut tops = [lowest; MOST_VECTORS];
     for seg in scored {
         let key = seg.keys.start - first;
         let lane = seg.vectors.start * lanes;
+        let mut largest = [lowest; MOST_VECTORS];
         // SAFETY: keys and lanes of a segment lie inside the packed block; the matrices are separate scratch.
         unsafe {
             Gemm {
@@ -69,8 +73,12 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
                 steps: d.div_ceil(A::EACH),
                 vectors: seg.vectors.len(),
                 add: false,
+                tops: largest.as_mut_ptr().cast::<f32>().add(lane),
             }
             .run(simd, arithmetic, |steps| context.prefetch.run(steps));
+        }
+        for v in (0..MOST_VECTORS).filter(|&v| seg.shows(v)) {
+            tops[v] = simd.max_f32s(tops[v], largest[v]);
         }
     }
     let tile = context
@@ -104,7 +112,13 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
         );
         let sums = &mut block.sums[side];
         let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
-        for v in 0..vectors {
+        for (v, &top) in tops[..vectors].iter().enumerate() {
+            let whole = || {
+                let shown = segments.iter().filter(|seg| seg.shows(v));
+                shown.map(|seg| seg.keys.len()).sum::<usize>() == count
+            };
+            // Of two sides each has its own, which is known if there are none of the other.
+            let known = !adds && (sights.len() == 1 || whole());
             softmax(
                 simd,
                 arithmetic,
@@ -115,6 +129,7 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
                 first,
                 segments,
                 v,
+                known.then_some(top),
             );
         }
         for seg in segments {
@@ -138,6 +153,7 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
                     steps: end.div_ceil(A::EACH) - key / A::EACH,
                     vectors: seg.vectors.len(),
                     add: true,
+                    tops: std::ptr::null_mut(),
                 }
                 .run(simd, arithmetic, |steps| context.prefetch.run(steps));
             }
