@@ -117,7 +117,7 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
                 let shown = segments.iter().filter(|seg| seg.shows(v));
                 shown.map(|seg| seg.keys.len()).sum::<usize>() == count
             };
-            // Of two sides each has its own, which is known if there are none of the other.
+            // Each side needs its own, which that of all keys is if none of them are on the other side.
             let known = !adds && (sights.len() == 1 || whole());
             softmax(
                 simd,
