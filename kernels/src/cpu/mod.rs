@@ -13,6 +13,7 @@ mod gemm;
 mod in_registers;
 mod keys;
 mod level;
+mod limits;
 mod mask;
 mod pack;
 mod pairs;
@@ -33,7 +34,8 @@ use crate::Computed;
 use crate::api::{Attention, DType, Mode, Products};
 use crate::parallel::Parallel;
 use arithmetic::{Arithmetic, Float32};
-use keys::{Keys, Limits, MOST_TASKS, Part, Places};
+use keys::{Keys, Part, Places};
+use limits::{Limits, MOST_TASKS};
 
 /// Shares a call between threads.
 #[derive(Clone, Copy)]

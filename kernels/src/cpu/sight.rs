@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
+use super::gemm::MOST_VECTORS;
 use crate::api::Band;
 
 /// Which of its keys a query is asked about.
@@ -53,13 +54,17 @@ impl Segment {
 
     /// Vectors of which some query does not see some key of the segment.
     pub fn masked_vectors(&self) -> impl Iterator<Item = usize> {
-        let masked = self.masked;
-        (self.vectors.clone()).filter(move |v| masked >> v & 1 == 1)
+        (self.vectors.clone()).filter(|&v| self.hides(v))
+    }
+
+    /// Whether some query of vector `v` does not see some of its keys.
+    pub fn hides(&self, v: usize) -> bool {
+        self.masked >> v & 1 == 1
     }
 
     /// Whether every query of vector `v` sees all of its keys.
     pub fn shows(&self, v: usize) -> bool {
-        self.vectors.contains(&v) && self.masked >> v & 1 == 0
+        self.vectors.contains(&v) && !self.hides(v)
     }
 }
 
@@ -92,15 +97,15 @@ pub(crate) struct Sight {
     stretches: SmallVec<[Stretch; EDGES - 1]>,
 }
 
-/// Keys at which something changes for a block of four vectors of queries, the most there are. Lists of so many need no memory
+/// Keys at which something changes for the largest block of queries. Lists of so many need no memory
 /// of their own: with AVX2, where blocks are small, these cost 2 % of a window of 1024 tokens and 6 % of one of 256.
-const EDGES: usize = 4 + 4 * 4;
+const EDGES: usize = 4 + 4 * MOST_VECTORS;
 
 impl Sight {
     /// For the queries `queries` of a sequence, `lanes` of them to a vector; the last vector may be ragged.
     pub fn new(side: Side, queries: Range<usize>, kv_tokens: usize, lanes: usize) -> Self {
         let text = side.band().map_or(0..0, |band| band.text_range(kv_tokens));
-        let vectors: SmallVec<[Vector; 4]> = queries
+        let vectors: SmallVec<[Vector; MOST_VECTORS]> = queries
             .clone()
             .step_by(lanes)
             .map(|first| {

@@ -54,8 +54,13 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
             scored = &whole;
         }
     }
+    let tile = context
+        .tile
+        .as_ref()
+        .filter(|tile| tile.effect() == Effect::Adds);
+    let adds = tile.is_some();
     let lowest = simd.splat_f32s(f32::NEG_INFINITY);
-    // The largest scores of keys that all queries of a vector see.
+    // The largest scores of keys that all queries of a vector see; nobody asks where a mask is still to be added.
     let mut tops = [lowest; MOST_VECTORS];
     for seg in scored {
         let key = seg.keys.start - first;
@@ -73,7 +78,11 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
                 steps: d.div_ceil(A::EACH),
                 vectors: seg.vectors.len(),
                 add: false,
-                tops: largest.as_mut_ptr().cast::<f32>().add(lane),
+                tops: if adds {
+                    std::ptr::null_mut()
+                } else {
+                    largest.as_mut_ptr().cast::<f32>().add(lane)
+                },
             }
             .run(simd, arithmetic, |steps| context.prefetch.run(steps));
         }
@@ -81,11 +90,6 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
             tops[v] = simd.max_f32s(tops[v], largest[v]);
         }
     }
-    let tile = context
-        .tile
-        .as_ref()
-        .filter(|tile| tile.effect() == Effect::Adds);
-    let adds = tile.is_some();
     let mut scale = context.scale;
     if let Some(tile) = tile {
         for seg in scored {
@@ -113,12 +117,12 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
         let sums = &mut block.sums[side];
         let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
         for (v, &top) in tops[..vectors].iter().enumerate() {
-            let whole = || {
+            let shows_all = || {
                 let shown = segments.iter().filter(|seg| seg.shows(v));
                 shown.map(|seg| seg.keys.len()).sum::<usize>() == count
             };
             // Each side needs its own, which that of all keys is if none of them are on the other side.
-            let known = !adds && (sights.len() == 1 || whole());
+            let known = !adds && (sights.len() == 1 || shows_all());
             softmax(
                 simd,
                 arithmetic,
@@ -289,7 +293,7 @@ fn values_seen<S: Simd, A: Arithmetic>(
                     let value = simd.splat_f32s(A::numbers(value)[number]);
                     let old = load(simd, o);
                     let new = mul_add(simd, A::number(simd, p, number), value, old);
-                    let hides = seg.masked >> v & 1 == 1 && !text.contains(&key);
+                    let hides = seg.hides(v) && !text.contains(&key);
                     let mut new = if hides {
                         simd.select_f32s(seen(simd, sight.side(), key, shift, width), new, old)
                     } else {
