@@ -1,9 +1,8 @@
 //! Where the batch lies in every value. Halving a batch, and putting two halves one after the other, is only right where
 //! the batch is outermost.
 
-use super::place::{self, Place};
 use crate::onnx::Graph;
-use crate::shapes::{BATCH, Dim, Facts};
+use crate::shapes::{self, BATCH, Dim, Facts, Place};
 use std::collections::HashMap;
 
 #[derive(Debug)]
@@ -38,7 +37,7 @@ impl Batch {
                     let Some(at) = places.get(input) else {
                         continue;
                     };
-                    if let Some(to) = place::follow(facts, node, slot, at, out) {
+                    if let Some(to) = shapes::follow_apart(facts, node, slot, at, out) {
                         agree &= found.as_ref().is_none_or(|f| *f == to);
                         found = Some(to);
                     }

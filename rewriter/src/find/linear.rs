@@ -2,22 +2,20 @@
 
 use super::source::is_weight;
 use crate::onnx::{Graph, Node};
+use crate::shapes::{self, LAYOUT, LINEAR};
 
-/// Products of two activations whose result goes straight into another such product, through layout at most: the
+/// Operators of linear attention, and products of two activations whose result goes straight into another such product, through layout at most: the
 /// (v·kᵀ)·q of linear attention. The last product of each chain.
 pub fn sites(graph: &Graph) -> Vec<&Node> {
     let is_product =
         |n: &Node| n.is("MatMul") && !n.proto.input.iter().any(|i| is_weight(graph, i));
-    graph
-        .nodes
-        .iter()
-        .filter(|n| is_product(n))
-        .filter(|n| {
-            n.proto
-                .input
-                .iter()
-                .any(|i| behind_layout(graph, i).is_some_and(is_product))
-        })
+    let ends_chain = |n: &Node| {
+        let mut inputs = n.proto.input.iter();
+        is_product(n) && inputs.any(|i| behind_layout(graph, i).is_some_and(is_product))
+    };
+    let nodes = graph.nodes.iter();
+    nodes
+        .filter(|n| shapes::is(n, LINEAR) || ends_chain(n))
         .collect()
 }
 
@@ -25,9 +23,9 @@ fn behind_layout<'g>(graph: &'g Graph, value: &'g str) -> Option<&'g Node> {
     let mut at = value;
     loop {
         let (node, _) = graph.producer(at)?;
-        match node.op() {
-            "Cast" | "Transpose" | "Reshape" | "Identity" => at = node.input(0)?,
-            _ => return Some(node),
+        if !shapes::is(node, LAYOUT) {
+            return Some(node);
         }
+        at = node.input(0)?;
     }
 }

@@ -14,7 +14,6 @@ mod inputs;
 mod linear;
 mod module;
 mod operand;
-mod place;
 mod sink;
 mod source;
 mod streams;

@@ -8,7 +8,7 @@ use super::sink;
 use super::source::is_weight;
 use super::target::{self, Target};
 use crate::onnx::{Graph, Node, elem_type};
-use crate::shapes::{BATCH, Facts, Value};
+use crate::shapes::{self, BATCH, COPY, Facts, LAYOUT, PICK, RESHAPE, SIZE, Value};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// A module that can run inside an `If` and on any number of batch rows.
@@ -116,18 +116,10 @@ fn batch_major_source(scene: &Scene, source: &str) -> String {
     let mut at = source;
     while !scene.batch.is_outermost(scene.facts, at) {
         match scene.graph.producer(at) {
-            Some((node, 0))
-                if node.domain().is_empty()
-                    && matches!(
-                        node.op(),
-                        "Transpose" | "Reshape" | "Unsqueeze" | "Squeeze" | "Identity"
-                    ) =>
-            {
-                match node.input(0) {
-                    Some(input) => at = input,
-                    None => return source.to_owned(),
-                }
-            }
+            Some((node, 0)) if shapes::is(node, LAYOUT) => match node.input(0) {
+                Some(input) => at = input,
+                None => return source.to_owned(),
+            },
             _ => return source.to_owned(),
         }
     }
@@ -385,18 +377,7 @@ fn is_cheap(facts: &Facts, node: &Node) -> bool {
         ) && fact.rank().is_some_and(|r| r <= 1)
     };
     node.domain().is_empty()
-        && (matches!(
-            node.op(),
-            "Shape"
-                | "Gather"
-                | "Slice"
-                | "Unsqueeze"
-                | "Squeeze"
-                | "Concat"
-                | "Cast"
-                | "Size"
-                | "Constant"
-        ) || node.proto.output.iter().all(is_size))
+        && (shapes::is(node, COPY | RESHAPE | PICK | SIZE) || node.proto.output.iter().all(is_size))
 }
 
 /// Nodes whose results nobody needs any more once the op produces the core's result. Nodes that were unused before are

@@ -4,7 +4,7 @@ use super::anchor::Core;
 use super::batch::Batch;
 use super::source::{is_weight, projected};
 use crate::onnx::{Graph, Node};
-use crate::shapes::Facts;
+use crate::shapes::{self, Facts, LAYOUT, QUANTIZE, SIZE};
 
 /// Where the module ends.
 #[derive(Clone, Debug, PartialEq)]
@@ -97,20 +97,7 @@ fn mixes_tokens(node: &Node) -> bool {
 }
 
 fn is_layout(node: &Node) -> bool {
-    node.domain().is_empty()
-        && matches!(
-            node.op(),
-            "Reshape"
-                | "Transpose"
-                | "Cast"
-                | "Identity"
-                | "Squeeze"
-                | "Unsqueeze"
-                | "Flatten"
-                | "Dropout"
-                | "QuantizeLinear"
-                | "DequantizeLinear"
-        )
+    shapes::is(node, LAYOUT | QUANTIZE) && !node.is("DynamicQuantizeLinear")
 }
 
 /// The nodes that use `value` as data; reading its shape does not count.
@@ -119,7 +106,7 @@ fn data_consumers<'g>(graph: &'g Graph, value: &str) -> Vec<&'g Node> {
         .consumers(value)
         .iter()
         .map(|&i| &graph.nodes[i])
-        .filter(|n| !n.is("Shape"))
+        .filter(|n| !shapes::is(n, SIZE))
         .collect()
 }
 

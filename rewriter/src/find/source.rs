@@ -1,6 +1,7 @@
 //! Where q, k and v come from: the inputs of their projections, and the graph inputs those depend on.
 
 use crate::onnx::{Graph, Node};
+use crate::shapes::{self, COPY, LAYOUT, PROJECTION, QUANTIZE, RESHAPE, SCALE, SIZE};
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// For every value, the graph inputs it depends on. `Shape` breaks dependence: a size is not data.
@@ -24,7 +25,7 @@ impl Dependence {
             .collect();
         for node in &graph.nodes {
             let mut set = BTreeSet::new();
-            if !matches!(node.op(), "Shape" | "Size") {
+            if !shapes::is(node, SIZE) {
                 for input in node.proto.input.iter().chain(&node.captured) {
                     set.extend(of.get(input).into_iter().flatten());
                 }
@@ -59,18 +60,7 @@ pub fn is_weight(graph: &Graph, value: &str) -> bool {
         match graph.producer(at) {
             Some((node, _)) if node.is("Constant") => return true,
             Some((node, _))
-                if node.domain().is_empty()
-                    && matches!(
-                        node.op(),
-                        "Transpose"
-                            | "Cast"
-                            | "Identity"
-                            | "DequantizeLinear"
-                            | "Reshape"
-                            | "Mul"
-                            | "Squeeze"
-                            | "Unsqueeze"
-                    )
+                if shapes::is(node, LAYOUT | QUANTIZE | SCALE)
                     && node.proto.input.iter().skip(1).all(|i| is_small(graph, i)) =>
             {
                 match node.input(0) {
@@ -95,21 +85,12 @@ fn is_small(graph: &Graph, value: &str) -> bool {
 /// The data operand of a projection: a product with a weight. `None` if `node` is no projection.
 pub fn projected<'n>(graph: &Graph, node: &'n Node) -> Option<&'n str> {
     let (a, b) = (node.input(0)?, node.input(1));
-    match (node.domain(), node.op()) {
-        ("", "MatMul" | "Gemm" | "MatMulInteger")
-        | (
-            "com.microsoft",
-            "FusedMatMul"
-            | "FusedGemm"
-            | "MatMulNBits"
-            | "MatMulIntegerToFloat"
-            | "DynamicQuantizeMatMul",
-        ) => match (is_weight(graph, a), b.is_some_and(|b| is_weight(graph, b))) {
-            (false, true) => Some(a),
-            (true, false) => b,
-            _ => None,
-        },
-        ("", "Conv") if b.is_some_and(|b| is_weight(graph, b)) => Some(a),
+    if !shapes::is(node, PROJECTION) {
+        return None;
+    }
+    match (is_weight(graph, a), b.is_some_and(|b| is_weight(graph, b))) {
+        (false, true) => Some(a),
+        (true, false) => b,
         _ => None,
     }
 }
@@ -118,21 +99,7 @@ pub fn projected<'n>(graph: &Graph, node: &'n Node) -> Option<&'n str> {
 pub fn root<'g>(graph: &'g Graph, value: &'g str) -> &'g str {
     let mut at = value;
     while let Some((node, slot)) = graph.producer(at) {
-        let transparent = node.domain().is_empty()
-            && slot == 0
-            && matches!(
-                node.op(),
-                "Reshape"
-                    | "Cast"
-                    | "Identity"
-                    | "Dropout"
-                    | "Flatten"
-                    | "Squeeze"
-                    | "Unsqueeze"
-                    | "QuantizeLinear"
-                    | "DequantizeLinear"
-                    | "DynamicQuantizeLinear"
-            );
+        let transparent = slot == 0 && shapes::is(node, COPY | RESHAPE | QUANTIZE);
         match node.input(0) {
             Some(input) if transparent => at = input,
             _ => break,
@@ -200,7 +167,7 @@ fn projection_behind<'g>(graph: &'g Graph, value: &'g str) -> Option<&'g str> {
         if let Some(source) = projected(graph, node) {
             return Some(source);
         }
-        if !matches!(node.op(), "Mul" | "Cast" | "Identity" | "Reshape") {
+        if !shapes::is(node, COPY | RESHAPE | SCALE) {
             return None;
         }
         at = node.input(0)?;

@@ -5,9 +5,8 @@
 //! stays what it was. So a text stream is recognised in the last block as in the first.
 
 use super::Core;
-use super::place::{self, Place};
 use crate::onnx::{Graph, Node};
-use crate::shapes::{self, Dim, Facts, Value};
+use crate::shapes::{self, Dim, Facts, Place, Value};
 use std::collections::HashMap;
 
 /// Neighbouring tokens of one kind.
@@ -125,7 +124,7 @@ impl Streams {
     /// The pieces of a core's query sequence, if it has any.
     fn queries(&self, facts: &Facts, core: &Core) -> Option<&[Piece]> {
         let sequence = self.flows.get(&core.q.value)?.sequence.as_ref()?;
-        let axis = place::exact_axis(facts, &core.q.value, &sequence.place)?;
+        let axis = shapes::exact_axis(facts, &core.q.value, &sequence.place)?;
         (Some(axis) == core.q.token_axis()).then_some(&sequence.pieces)
     }
 
@@ -147,7 +146,7 @@ impl Streams {
 
     fn through(&self, facts: &Facts, node: &Node, out: usize) -> Flow {
         // A size, or the scale and zero point of a quantisation, is the same for every token.
-        if matches!(node.op(), "Shape" | "Size") || (node.is("DynamicQuantizeLinear") && out > 0) {
+        if shapes::is(node, shapes::SIZE) || (node.is("DynamicQuantizeLinear") && out > 0) {
             return Flow::default();
         }
         let mut inputs: Vec<Flow> = node.proto.input.iter().map(|i| self.flow(i)).collect();
@@ -173,7 +172,7 @@ impl Streams {
         for (slot, flow) in inputs.iter().enumerate() {
             let moved = flow.sequence.as_ref().and_then(|s| {
                 Some(Sequence {
-                    place: place::follow(facts, node, slot, &s.place, out)?,
+                    place: shapes::follow(facts, node, slot, &s.place, out)?,
                     pieces: s.pieces.clone(),
                 })
             });
@@ -219,7 +218,7 @@ fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Option<Sequence> {
     let mut pieces = Vec::new();
     for (input, flow) in node.proto.input.iter().zip(inputs) {
         match &flow.sequence {
-            Some(s) if place::exact_axis(facts, input, &s.place) == Some(axis) => {
+            Some(s) if shapes::exact_axis(facts, input, &s.place) == Some(axis) => {
                 pieces.extend(s.pieces.iter().cloned());
             }
             // Pieces along another axis: this is no Concat of a sequence.
@@ -238,7 +237,7 @@ fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Option<Sequence> {
 fn cut(facts: &Facts, node: &Node, out: usize, inputs: &[Flow]) -> Option<Flow> {
     let sequence = inputs.first()?.sequence.as_ref()?;
     let source = node.input(0)?;
-    let axis = place::exact_axis(facts, source, &sequence.place)?;
+    let axis = shapes::exact_axis(facts, source, &sequence.place)?;
     let rank = facts.shape(source)?.len();
     let along = |a: i64| shapes::axis(a, rank) == Some(axis);
     let total = &facts.shape(source)?[axis];

@@ -9,6 +9,7 @@ use bytes::Bytes;
 /// Element types of `TensorProto.DataType` that the rewriter names.
 pub mod elem_type {
     pub const FLOAT: i32 = 1;
+    pub const UINT8: i32 = 2;
     pub const INT32: i32 = 6;
     pub const INT64: i32 = 7;
     pub const BOOL: i32 = 9;

@@ -5,17 +5,8 @@
 
 use crate::lower::Lowered;
 use crate::onnx::{Graph, Node};
+use crate::shapes::{self, PRODUCT, PROJECTION, RANDOM};
 use std::collections::{BTreeSet, HashMap, HashSet};
-
-/// Operators whose results differ from run to run, so that copies of them would not agree.
-const RANDOM: [&str; 6] = [
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-    "Multinomial",
-    "Bernoulli",
-];
 
 /// One part of the model.
 #[derive(Debug, PartialEq)]
@@ -91,7 +82,7 @@ impl<'a> Cutter<'a> {
 
     /// The latest segment that `node` reads from; `None` if it depends on nothing that is fed.
     fn behind(&self, node: &Node) -> Option<usize> {
-        let random = RANDOM.contains(&node.op());
+        let random = shapes::is(node, RANDOM);
         let read = needs(node).filter_map(|value| {
             if self.provided.contains(value) || self.is_fed(value) {
                 return Some(0);
@@ -217,7 +208,7 @@ fn needs(node: &Node) -> impl Iterator<Item = &str> {
 /// Matrix products of a node; a layer's are in its branch.
 fn products(node: &Node) -> usize {
     match node.op() {
-        "MatMul" | "Gemm" | "Conv" | "FusedMatMul" | "MatMulInteger" | "QLinearMatMul" => 1,
+        _ if shapes::is(node, PRODUCT | PROJECTION) => 1,
         "DiTFastAttn" => 2,
         _ => node.inner().iter().map(products).sum(),
     }

@@ -1,7 +1,7 @@
 //! One forward pass over the graph that gives every value its [`Fact`].
 
 use super::dim::{Dim, Symbol, Symbols};
-use super::ops;
+use super::rules;
 use crate::onnx::{Constant, Data, Graph, Node, TypeProto};
 use std::collections::{HashMap, HashSet};
 
@@ -62,7 +62,7 @@ impl Fact {
             Some(Value::Ints(v)) => v.iter().any(|d| d.depends_on(BATCH)),
             Some(Value::Floats(_)) => false,
             // A rank-1 (or 0) integer tensor of unknown value may well be a shape.
-            None if ops::is_integer(self.elem_type) && self.rank()? <= 1 => return None,
+            None if rules::is_integer(self.elem_type) && self.rank()? <= 1 => return None,
             None => false,
         };
         Some(in_shape || in_value)
@@ -91,9 +91,22 @@ pub struct Facts {
     pub static_batch: Option<i64>,
     facts: HashMap<String, Fact>,
     batch_literals: HashMap<usize, Vec<i64>>,
+    batch_bound: HashSet<usize>,
 }
 
 impl Facts {
+    /// Facts about these values and no others.
+    #[cfg(test)]
+    pub(super) fn given(facts: impl Iterator<Item = (String, Fact)>) -> Self {
+        Self {
+            symbols: Symbols::default(),
+            static_batch: None,
+            facts: facts.collect(),
+            batch_literals: HashMap::new(),
+            batch_bound: HashSet::new(),
+        }
+    }
+
     /// The fact about `value`; nothing known if it is not in the graph.
     pub fn of(&self, value: &str) -> Fact {
         self.facts.get(value).cloned().unwrap_or_default()
@@ -141,6 +154,12 @@ impl Facts {
     /// For a `Reshape` (by node index) whose constant target has the batch baked in: a target that works for any batch.
     pub fn batch_free_target(&self, node: usize) -> Option<&[i64]> {
         self.batch_literals.get(&node).map(Vec::as_slice)
+    }
+
+    /// Whether the node with this index meets an axis that grows with the batch with one of a fixed size: it works for that
+    /// number of rows only.
+    pub fn binds_batch(&self, node: usize) -> bool {
+        self.batch_bound.contains(&node)
     }
 }
 
@@ -219,6 +238,7 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         batch_name,
         facts,
         batch_literals: HashMap::new(),
+        batch_bound: HashSet::new(),
     };
     walk.nodes(graph, 0);
     Facts {
@@ -226,6 +246,7 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         static_batch,
         facts: walk.facts,
         batch_literals: walk.batch_literals,
+        batch_bound: walk.batch_bound,
     }
 }
 
@@ -236,6 +257,7 @@ struct Walk {
     batch_name: Option<String>,
     facts: HashMap<String, Fact>,
     batch_literals: HashMap<usize, Vec<i64>>,
+    batch_bound: HashSet<usize>,
 }
 
 /// Exporters nest conditions one or two deep.
@@ -254,19 +276,24 @@ impl Walk {
                     .iter()
                     .map(|name| self.facts.get(name).cloned().unwrap_or_default())
                     .collect();
-                let mut context = ops::Context {
+                let mut context = rules::Context {
                     graph,
                     node,
                     inputs: &inputs,
                     symbols: &mut self.symbols,
                     static_batch: self.static_batch,
                     repaired: None,
+                    batch_is_bound: false,
                 };
-                let inferred = ops::outputs(&mut context);
-                if let Some(target) = context.repaired
+                let inferred = rules::outputs(&mut context);
+                let (repaired, bound) = (context.repaired, context.batch_is_bound);
+                if let Some(target) = repaired
                     && depth == 0
                 {
                     self.batch_literals.insert(index, target);
+                }
+                if bound && depth == 0 {
+                    self.batch_bound.insert(index);
                 }
                 inferred
             };

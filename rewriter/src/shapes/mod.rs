@@ -7,8 +7,13 @@
 
 mod dim;
 mod infer;
-mod ops;
+mod place;
+mod rules;
 
 pub use dim::{Dim, Symbol, Symbols};
 pub use infer::{BATCH, Fact, Facts, Value, infer};
-pub use ops::axis;
+pub use place::{Place, exact_axis, follow, follow_apart};
+pub use rules::{
+    ANCHOR, COPY, Class, LAYOUT, LINEAR, PICK, PRODUCT, PROJECTION, QUANTIZE, RANDOM, REPEAT,
+    RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, is,
+};

@@ -1,7 +1,7 @@
 //! What stands between q·kᵀ and the softmax: masks and biases.
 
 use crate::onnx::{Data, Graph, Node};
-use crate::shapes::{Facts, Value};
+use crate::shapes::{self, COPY, Facts, LAYOUT, REPEAT, RESHAPE, Value};
 
 /// The masks of one attention, all in force together.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -85,8 +85,7 @@ pub fn is_zero(graph: &Graph, facts: &Facts, value: &str) -> bool {
     }
     let zero = |i: usize| node.input(i).is_some_and(|v| is_zero(graph, facts, v));
     match node.op() {
-        "Cast" | "Identity" | "Expand" | "Tile" | "Reshape" | "Unsqueeze" | "Squeeze"
-        | "Transpose" => zero(0),
+        _ if shapes::is(node, LAYOUT | REPEAT) => zero(0),
         "ConstantOfShape" => node
             .attribute("value")
             .and_then(|a| a.t.as_ref())
@@ -115,7 +114,7 @@ fn is_filled(graph: &Graph, facts: &Facts, value: &str) -> bool {
         node.domain().is_empty()
             && match node.op() {
                 "ConstantOfShape" | "Constant" | "Shape" => true,
-                "Expand" | "Cast" | "Identity" | "Reshape" => {
+                _ if shapes::is(node, COPY | RESHAPE | REPEAT) => {
                     node.input(0).is_some_and(|v| is_filled(graph, facts, v))
                 }
                 _ => false,

@@ -14,7 +14,7 @@ use super::Reason;
 use super::operand::{self, Operand};
 use super::source::Dependence;
 use crate::onnx::{Graph, Node, elem_type};
-use crate::shapes::{Dim, Facts};
+use crate::shapes::{self, ANCHOR, Dim, Facts};
 
 /// The attention core: what the op will read and write instead of the exporter's nodes.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,23 +51,7 @@ impl Core {
 
 /// Whether `node` can be the middle of an attention.
 pub fn is_anchor(graph: &Graph, node: &Node) -> bool {
-    match node.domain() {
-        "" => {
-            matches!(node.op(), "Softmax" | "Attention")
-                || softmax::spelled_out(graph, node).is_some()
-        }
-        "com.microsoft" => matches!(
-            node.op(),
-            "MultiHeadAttention"
-                | "Attention"
-                | "QAttention"
-                | "GroupQueryAttention"
-                | "PackedMultiHeadAttention"
-                | "PackedAttention"
-                | "BiasSoftmax"
-        ),
-        _ => false,
-    }
+    shapes::is(node, ANCHOR) || softmax::spelled_out(graph, node).is_some()
 }
 
 /// The attention around the anchor `index`.

@@ -3,7 +3,7 @@
 use crate::find::Reason;
 use crate::find::operand::Operand;
 use crate::onnx::Node;
-use crate::shapes::Facts;
+use crate::shapes::{self, Facts, PRODUCT};
 use std::collections::HashMap;
 
 /// q·kᵀ times a factor.
@@ -20,10 +20,7 @@ pub struct Weighted {
 }
 
 pub fn is_product(node: &Node) -> bool {
-    matches!(
-        (node.domain(), node.op()),
-        ("", "MatMul" | "Einsum") | ("com.microsoft", "FusedMatMul")
-    )
+    shapes::is(node, PRODUCT)
 }
 
 /// Reads `node` as q·kᵀ whose result has `rank` axes ending in queries, keys.

@@ -6,7 +6,7 @@ use crate::find::Reason;
 use crate::find::operand::{self, Prep};
 use crate::find::source::{Dependence, is_weight};
 use crate::onnx::{Data, Graph, Node};
-use crate::shapes::{Dim, Facts};
+use crate::shapes::{self, COPY, Dim, Facts, QUANTIZE, SCALE, SUM};
 
 /// A softmax, however it is written; its result is the first output of `node`.
 pub struct Softmax<'g> {
@@ -175,7 +175,7 @@ fn walk_scores<'g>(
         }
         let (a, b) = (node.input(0), node.input(1));
         match (node.domain(), node.op()) {
-            ("", "Cast" | "Identity" | "Dropout") => at = a.unwrap_or_default(),
+            _ if shapes::is(node, COPY) => at = a.unwrap_or_default(),
             ("", op @ ("Mul" | "Div")) => match operand::scalar_factor(facts, op, a, b) {
                 Some((value, factor)) => {
                     scale *= factor;
@@ -266,19 +266,7 @@ fn leads_to_product(graph: &Graph, value: &str) -> bool {
     loop {
         match graph.producer(at) {
             Some((node, _)) if product::is_product(node) => return !is_projection(graph, node),
-            Some((node, _))
-                if matches!(
-                    node.op(),
-                    "Cast"
-                        | "Mul"
-                        | "Div"
-                        | "Identity"
-                        | "Add"
-                        | "Sub"
-                        | "DequantizeLinear"
-                        | "QuantizeLinear"
-                ) =>
-            {
+            Some((node, _)) if shapes::is(node, COPY | SCALE | SUM | QUANTIZE) => {
                 match node.input(0) {
                     Some(input) => at = input,
                     None => return false,
@@ -341,7 +329,7 @@ fn walk_weights<'g>(
             }
         };
         match (next.domain(), next.op()) {
-            ("", "Cast" | "Identity" | "Dropout") => at = next.output(0),
+            _ if shapes::is(next, COPY) => at = next.output(0),
             ("", "QuantizeLinear") => {
                 return Err(Reason::new(QUANTIZED, [softmax.label(), next.label()]));
             }
