@@ -3,10 +3,13 @@
 //! A joint sequence is made by a Concat of something that depends on the latents with something that does not (prompt,
 //! class, time, registers). From there the pieces are followed token by token; attention mixes them, but a query's token
 //! stays what it was. So a text stream is recognised in the last block as in the first.
+//!
+//! Where the trail of such a sequence ends without its axis ending, everything behind that node is *lost*: it may hold text,
+//! and nobody may say that it holds none.
 
 use super::Core;
 use crate::onnx::{Graph, Node};
-use crate::shapes::{self, Dim, Facts, Place, Value};
+use crate::shapes::{self, Dim, Facts, Place, Trail, Value};
 use std::collections::HashMap;
 
 /// Neighbouring tokens of one kind.
@@ -32,13 +35,17 @@ struct Flow {
     /// Some of it depends on the latents, attention of the same sequence aside.
     image: bool,
     sequence: Option<Sequence>,
+    /// The node behind which the kinds of tokens are not known any more.
+    lost: Option<usize>,
 }
 
 /// The text tokens of one attention.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Text {
-    /// No text that the graph shows.
+    /// There is none: the tokens are those of the latents, on the whole way from there.
     None,
+    /// The trail of a sequence of both kinds ends at this node: whether there is any is not known.
+    Lost { node: String },
     /// Text on one side of the image.
     Known { pieces: Vec<Piece>, at_start: bool },
     /// Text on both sides of the image, or between its parts.
@@ -50,6 +57,7 @@ impl Text {
     pub fn known(&self) -> Option<i64> {
         match self {
             Self::None => Some(0),
+            Self::Lost { .. } => None,
             Self::Known { pieces, .. } => known_tokens(pieces),
             Self::Scattered => None,
         }
@@ -71,18 +79,18 @@ impl Streams {
                 latents.to_owned(),
                 Flow {
                     image: true,
-                    sequence: None,
+                    ..Flow::default()
                 },
             )]),
         };
-        for node in &graph.nodes {
+        for (index, node) in graph.nodes.iter().enumerate() {
             for (out, name) in node.proto.output.iter().enumerate() {
                 if name.is_empty() {
                     continue;
                 }
                 let flow = match results.get(name.as_str()) {
                     Some(core) => streams.through_attention(facts, core),
-                    None => streams.through(facts, node, out),
+                    None => streams.through(facts, index, node, out),
                 };
                 if flow != Flow::default() {
                     streams.flows.insert(name.clone(), flow);
@@ -93,9 +101,16 @@ impl Streams {
     }
 
     /// The text tokens of the attention `core`.
-    pub fn text(&self, facts: &Facts, core: &Core) -> Text {
-        let Some(pieces) = self.queries(facts, core) else {
-            return Text::None;
+    pub fn text(&self, graph: &Graph, facts: &Facts, core: &Core) -> Text {
+        let pieces = match self.queries(facts, core) {
+            Ok(Some(pieces)) => pieces,
+            Ok(None) => return Text::None,
+            Err(lost) => {
+                let node = lost.unwrap_or(core.anchor);
+                return Text::Lost {
+                    node: graph.nodes[node].label().to_owned(),
+                };
+            }
         };
         let is_image: Vec<bool> = pieces.iter().map(|p| p.image).collect();
         let text = || pieces.iter().filter(|p| !p.image).cloned().collect();
@@ -122,10 +137,25 @@ impl Streams {
     }
 
     /// The pieces of a core's query sequence, if it has any.
-    fn queries(&self, facts: &Facts, core: &Core) -> Option<&[Piece]> {
-        let sequence = self.flows.get(&core.q.value)?.sequence.as_ref()?;
-        let axis = shapes::exact_axis(facts, &core.q.value, &sequence.place)?;
-        (Some(axis) == core.q.token_axis()).then_some(&sequence.pieces)
+    ///
+    /// # Errors
+    /// Nobody knows; the node behind which that is so, the attention's own if there is none.
+    fn queries(&self, facts: &Facts, core: &Core) -> Result<Option<&[Piece]>, Option<usize>> {
+        let Some(flow) = self.flows.get(&core.q.value) else {
+            return Ok(None);
+        };
+        if flow.lost.is_some() {
+            return Err(flow.lost);
+        }
+        let Some(sequence) = &flow.sequence else {
+            return Ok(None);
+        };
+        match shapes::exact_axis(facts, &core.q.value, &sequence.place) {
+            Some(axis) if Some(axis) == core.q.token_axis() => Ok(Some(&sequence.pieces)),
+            // Rows or heads of one kind each.
+            Some(_) => Ok(None),
+            None => Err(None),
+        }
     }
 
     fn flow(&self, value: &str) -> Flow {
@@ -135,16 +165,29 @@ impl Streams {
     /// Every token attends to all, and stays what it is.
     fn through_attention(&self, facts: &Facts, core: &Core) -> Flow {
         let image = self.flow(&core.q.value).image;
-        let sequence = (|| {
-            let pieces = self.queries(facts, core)?.to_vec();
+        let place = || {
             let shape = facts.shape(&core.out.value)?;
-            let place = Dim::product(shape.get(..core.out.token_axis()?)?)?;
-            Some(Sequence { place, pieces })
-        })();
-        Flow { image, sequence }
+            Dim::product(shape.get(..core.out.token_axis()?)?)
+        };
+        let (sequence, lost) = match self.queries(facts, core) {
+            Ok(None) => (None, None),
+            Ok(Some(pieces)) => match place() {
+                Some(place) => {
+                    let pieces = pieces.to_vec();
+                    (Some(Sequence { place, pieces }), None)
+                }
+                None => (None, Some(core.anchor)),
+            },
+            Err(node) => (None, node.or(Some(core.anchor))),
+        };
+        Flow {
+            image,
+            sequence,
+            lost,
+        }
     }
 
-    fn through(&self, facts: &Facts, node: &Node, out: usize) -> Flow {
+    fn through(&self, facts: &Facts, index: usize, node: &Node, out: usize) -> Flow {
         // A size, or the scale and zero point of a quantisation, is the same for every token.
         if shapes::is(node, shapes::SIZE) || (node.is("DynamicQuantizeLinear") && out > 0) {
             return Flow::default();
@@ -154,50 +197,72 @@ impl Streams {
         if matches!(node.op(), "ScatterND" | "ScatterElements") && inputs[0].sequence.is_some() {
             inputs.truncate(1);
         }
-        let captured = node.captured.iter().map(|i| self.flow(i).image);
-        let image = inputs.iter().any(|f| f.image) || captured.into_iter().any(|i| i);
-        if node.is("Concat")
-            && let Some(sequence) = concat(facts, node, &inputs)
-        {
-            return Flow {
-                image,
-                sequence: Some(sequence),
-            };
+        let captured: Vec<Flow> = node.captured.iter().map(|i| self.flow(i)).collect();
+        let all = || inputs.iter().chain(&captured);
+        let image = all().any(|f| f.image);
+        let gone = |lost| Flow {
+            image,
+            sequence: None,
+            lost: Some(lost),
+        };
+        if let Some(lost) = all().find_map(|f| f.lost) {
+            return gone(lost);
         }
-        if let Some(flow) = cut(facts, node, out, &inputs) {
-            return flow;
+        if captured.iter().any(|f| f.sequence.is_some()) {
+            return gone(index);
+        }
+        if node.is("Concat") {
+            match concat(facts, node, &inputs) {
+                Joined::Sequence(sequence) => {
+                    return Flow {
+                        image,
+                        sequence: Some(sequence),
+                        lost: None,
+                    };
+                }
+                Joined::Unknown => return gone(index),
+                Joined::Elsewhere => {}
+            }
+        }
+        match cut(facts, node, out, &inputs) {
+            Some(Ok(flow)) => return flow,
+            Some(Err(())) => return gone(index),
+            None => {}
         }
         // Everything else keeps the pieces of the operands that have them, or loses them.
         let mut sequence: Option<Sequence> = None;
         for (slot, flow) in inputs.iter().enumerate() {
-            let moved = flow.sequence.as_ref().and_then(|s| {
-                Some(Sequence {
-                    place: shapes::follow(facts, node, slot, &s.place, out)?,
-                    pieces: s.pieces.clone(),
-                })
-            });
-            match (&mut sequence, moved) {
-                (None, Some(moved)) => sequence = Some(moved),
-                (Some(all), Some(moved)) if same_cuts(all, &moved) => {
+            let Some(before) = &flow.sequence else {
+                // What has no pieces is the same for every token: a table, a modulation.
+                continue;
+            };
+            let moved = match shapes::trace(facts, node, slot, &before.place, out) {
+                Trail::At(place) => Sequence {
+                    place,
+                    pieces: before.pieces.clone(),
+                },
+                Trail::Ends => continue,
+                Trail::Lost => return gone(index),
+            };
+            match &mut sequence {
+                None => sequence = Some(moved),
+                Some(all) if same_cuts(all, &moved) => {
                     for (a, b) in all.pieces.iter_mut().zip(&moved.pieces) {
                         a.image |= b.image;
                     }
                 }
-                (Some(_), Some(_)) => {
-                    return Flow {
-                        image,
-                        sequence: None,
-                    };
-                }
-                // What has no pieces is the same for every token: a table, a modulation. Depending on the latents it would
-                // make everything image.
-                (_, None) => {}
+                Some(_) => return gone(index),
             }
         }
-        if inputs.iter().any(|f| f.image && f.sequence.is_none()) {
-            sequence = None;
+        // A modulation that depends on the latents would make everything image.
+        if sequence.is_some() && inputs.iter().any(|f| f.image && f.sequence.is_none()) {
+            return gone(index);
         }
-        Flow { image, sequence }
+        Flow {
+            image,
+            sequence,
+            lost: None,
+        }
     }
 }
 
@@ -210,11 +275,30 @@ fn same_cuts(a: &Sequence, b: &Sequence) -> bool {
             .all(|(a, b)| a.tokens == b.tokens)
 }
 
-/// A Concat along the sequence: the pieces of its operands, in order.
-fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Option<Sequence> {
-    let shape = facts.shape(node.output(0))?;
-    let axis = shapes::axis(node.int("axis").unwrap_or(0), shape.len())?;
-    let place = Dim::product(&shape[..axis])?;
+/// What a Concat makes of its operands' tokens.
+enum Joined {
+    /// The pieces of its operands, in order.
+    Sequence(Sequence),
+    /// It joins something else: all of one kind, or along another axis than the pieces'.
+    Elsewhere,
+    /// Tokens of both kinds, nobody knows how.
+    Unknown,
+}
+
+fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Joined {
+    let is_joint = || inputs.iter().any(|f| f.image) && inputs.iter().any(|f| !f.image);
+    let unknown = || match is_joint() || inputs.iter().any(|f| f.sequence.is_some()) {
+        true => Joined::Unknown,
+        false => Joined::Elsewhere,
+    };
+    let place = || {
+        let shape = facts.shape(node.output(0))?;
+        let axis = shapes::axis(node.int("axis").unwrap_or(0), shape.len())?;
+        Some((axis, Dim::product(&shape[..axis])?))
+    };
+    let Some((axis, place)) = place() else {
+        return unknown();
+    };
     let mut pieces = Vec::new();
     for (input, flow) in node.proto.input.iter().zip(inputs) {
         match &flow.sequence {
@@ -222,19 +306,27 @@ fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Option<Sequence> {
                 pieces.extend(s.pieces.iter().cloned());
             }
             // Pieces along another axis: this is no Concat of a sequence.
-            Some(_) => return None,
-            None => pieces.push(Piece {
-                tokens: facts.shape(input)?.get(axis)?.clone(),
-                image: flow.image,
-                measured: (input.clone(), axis),
-            }),
+            Some(_) => return Joined::Elsewhere,
+            None => {
+                let Some(tokens) = facts.shape(input).and_then(|s| s.get(axis)) else {
+                    return unknown();
+                };
+                pieces.push(Piece {
+                    tokens: tokens.clone(),
+                    image: flow.image,
+                    measured: (input.clone(), axis),
+                });
+            }
         }
     }
-    is_mixed(&pieces).then_some(Sequence { place, pieces })
+    match is_mixed(&pieces) {
+        true => Joined::Sequence(Sequence { place, pieces }),
+        false => Joined::Elsewhere,
+    }
 }
 
-/// A Slice, Split or Gather along the sequence takes some of its pieces. `None`: it is no such node.
-fn cut(facts: &Facts, node: &Node, out: usize, inputs: &[Flow]) -> Option<Flow> {
+/// A Slice, Split or Gather along the sequence takes some of its pieces, or nobody knows which. `None`: it is no such node.
+fn cut(facts: &Facts, node: &Node, out: usize, inputs: &[Flow]) -> Option<Result<Flow, ()>> {
     let sequence = inputs.first()?.sequence.as_ref()?;
     let source = node.input(0)?;
     let axis = shapes::exact_axis(facts, source, &sequence.place)?;
@@ -269,25 +361,22 @@ fn cut(facts: &Facts, node: &Node, out: usize, inputs: &[Flow]) -> Option<Flow> 
                 .zip(bound("ends", 2))
                 .and_then(|(from, to)| between(&sequence.pieces, total, &from, &to))
         }
-        "Gather" if along(node.int("axis").unwrap_or(0)) => None,
         _ => return None,
     };
     Some(match pieces {
-        Some(pieces) if is_mixed(&pieces) => Flow {
+        Some(pieces) if is_mixed(&pieces) => Ok(Flow {
             image: true,
             sequence: Some(Sequence {
                 place: sequence.place.clone(),
                 pieces,
             }),
-        },
-        Some(pieces) => Flow {
+            lost: None,
+        }),
+        Some(pieces) => Ok(Flow {
             image: pieces.iter().any(|p| p.image),
-            sequence: None,
-        },
-        None => Flow {
-            image: inputs[0].image,
-            sequence: None,
-        },
+            ..Flow::default()
+        }),
+        None => Err(()),
     })
 }
 

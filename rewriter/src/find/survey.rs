@@ -299,7 +299,7 @@ fn into_kinds(
             if let Some(why) = excluded {
                 return (node, Kind::Skipped(Reason::new(why, [label])));
             }
-            let text = streams.text(facts, &candidate.core);
+            let text = streams.text(graph, facts, &candidate.core);
             let sources: Vec<String> = candidate.sources.iter().cloned().collect();
             let module = module::isolate(&scene, &candidate.core, &sources);
             let halves = halves(&scene, &candidate.core);

@@ -92,7 +92,7 @@ pub enum LowerError {
     TextUnknown {
         layer: usize,
         node: String,
-        why: &'static str,
+        why: String,
     },
     #[error(
         "layer {layer} ({node}) cannot be shared across guidance: {why}; use a plan without asc for it, or leave the layer out with --skip"

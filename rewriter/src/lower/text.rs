@@ -64,7 +64,7 @@ impl<'a> Texts<'a> {
     /// # Errors
     /// [`LowerError::TextUnknown`] where the graph does not show them and the plan does not say.
     pub fn of(&self, layer: &Layer, plan: &Plan) -> Result<TextTokens, LowerError> {
-        let unknown = |why| {
+        let unknown = |why: String| {
             if plan.text.is_some() {
                 return Ok(TextTokens::ByPlan);
             }
@@ -76,11 +76,14 @@ impl<'a> Texts<'a> {
         };
         match &layer.text {
             Text::None if layer.joint => unknown(
-                "joint attention of two streams, and the graph does not show which of them is text",
+                "joint attention of two streams, and the graph does not show which of them is text".into(),
             ),
+            Text::Lost { node } => unknown(format!(
+                "whether its sequence holds text tokens is not known: their trail ends at `{node}`"
+            )),
             Text::None if self.any => Ok(TextTokens::Never),
             Text::None => Ok(TextTokens::ByPlan),
-            Text::Scattered => unknown("text tokens on both sides of the image tokens"),
+            Text::Scattered => unknown("text tokens on both sides of the image tokens".into()),
             Text::Known { pieces, at_start } => {
                 let at_start = *at_start;
                 if let Some(tokens) = layer.text.known() {
@@ -88,7 +91,7 @@ impl<'a> Texts<'a> {
                 }
                 match pieces.iter().map(|p| self.measure(layer, p)).collect() {
                     Some(axes) => Ok(TextTokens::Measured { axes, at_start }),
-                    None => unknown("the number of its text tokens is hidden in another layer"),
+                    None => unknown("the number of its text tokens is hidden in another layer".into()),
                 }
             }
         }

@@ -12,8 +12,8 @@ mod rules;
 
 pub use dim::{Dim, Symbol, Symbols};
 pub use infer::{BATCH, Fact, Facts, Value, infer};
-pub use place::{Place, exact_axis, follow, follow_apart};
+pub use place::{Place, Trail, exact_axis, follow, follow_apart, trace};
 pub use rules::{
     ANCHOR, COPY, Class, LAYOUT, LINEAR, PICK, PRODUCT, PROJECTION, QUANTIZE, RANDOM, REPEAT,
-    RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, is,
+    RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, is, why_unknown,
 };

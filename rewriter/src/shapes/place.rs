@@ -93,15 +93,42 @@ impl Follow<'_> {
 
 /// Where the axis that lies at `place` in input `slot` of `node` lies in its output `out`; `None` where it is lost.
 pub fn follow(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize) -> Option<Place> {
-    rules::follow(&Follow {
+    match trace(facts, node, slot, place, out) {
+        Trail::At(place) => Some(place),
+        Trail::Ends | Trail::Lost => None,
+    }
+}
+
+/// What becomes of an axis in a node.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Trail {
+    /// It lies at this place of the result.
+    At(Place),
+    /// It is summed over, or one element of it is picked: the result has no such axis.
+    Ends,
+    /// Nobody knows.
+    Lost,
+}
+
+/// What becomes of the axis that lies at `place` in input `slot` of `node`, in its output `out`.
+pub fn trace(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize) -> Trail {
+    let Some(input) = node.input(slot).and_then(|i| facts.shape(i)) else {
+        return Trail::Lost;
+    };
+    let follow = Follow {
         facts,
         node,
         slot,
-        input: facts.shape(node.input(slot)?)?,
+        input,
         place,
         out,
         output: facts.shape(node.output(out)),
-    })
+    };
+    match rules::follow(&follow) {
+        Some(place) => Trail::At(place),
+        None if rules::ends(&follow) => Trail::Ends,
+        None => Trail::Lost,
+    }
 }
 
 /// As [`follow`], for an axis whose elements must know nothing of one another, such as rows of a batch.

@@ -15,14 +15,16 @@ const fn opaque(name: &'static str, why: &'static str) -> Op {
 const CACHE: &str = "attention over a cache of keys";
 
 pub(super) const OPS: &[Op] = &[
-    op("Attention", Shape::First(attention), Axis::By(queries)).is(ANCHOR),
+    op("Attention", Shape::First(attention), Axis::By(queries))
+        .ends(keys)
+        .is(ANCHOR),
     anchor(
         "MultiHeadAttention",
         Shape::First(multi_head),
         Axis::By(queries),
     ),
-    anchor("Attention", Shape::First(projecting), Axis::By(queries)),
-    anchor("QAttention", Shape::First(projecting), Axis::By(queries)),
+    anchor("Attention", Shape::First(projecting), Axis::By(queries)).ends(keys),
+    anchor("QAttention", Shape::First(projecting), Axis::By(queries)).ends(keys),
     anchor(
         "GroupQueryAttention",
         Shape::First(grouped),
@@ -61,8 +63,8 @@ pub(super) const OPS: &[Op] = &[
         Shape::Open(CACHE),
         Axis::Lost(CACHE),
     ),
-    op("LinearAttention", Shape::First(linear), Axis::By(queries)).is(LINEAR),
-    ms("LinearAttention", Shape::First(linear), Axis::By(queries)).is(LINEAR),
+    op("LinearAttention", Shape::First(linear), Axis::By(queries)).ends(keys).is(LINEAR),
+    ms("LinearAttention", Shape::First(linear), Axis::By(queries)).ends(keys).is(LINEAR),
     ms("LinearAttentionGate", Shape::First(like_first), Axis::Same),
     ms(
         "GatedDeltaNet",
@@ -89,13 +91,39 @@ pub(super) const OPS: &[Op] = &[
     ),
 ];
 
-/// [B, …] in every form of every attention operator; the axis of the queries' tokens only where rank and order stay.
+/// The axis of the queries' tokens in an input of `rank` axes, and in the result.
+fn tokens(f: &Follow) -> Option<(usize, usize)> {
+    match (f.input.len(), f.output?.len()) {
+        (3, 3) => Some((1, 1)),
+        (4, 4) => Some((2, 2)),
+        // Heads apart, [B, H, S, D], or packed [B, S, H, 3, D], become side by side.
+        (4, 3) => Some((2, 1)),
+        (5, 3) => Some((1, 1)),
+        _ => None,
+    }
+}
+
+/// Rows, and the queries' tokens.
 fn queries(f: &Follow) -> Option<Place> {
     let (at, inner) = f.at()?;
-    let same_rank = f.output.is_some_and(|o| o.len() == f.input.len());
-    let tokens = f.input.len().checked_sub(2)?;
-    let keeps = at == 0 || (same_rank && at <= tokens);
-    (f.slot == 0 && f.out == 0 && keeps).then(|| f.moved(at, &inner))?
+    if f.slot != 0 || f.out != 0 {
+        return None;
+    }
+    match tokens(f) {
+        _ if at == 0 => f.moved(0, &inner),
+        Some((from, to)) if at == from => f.moved(to, &inner),
+        _ => None,
+    }
+}
+
+/// Keys and the channels of q are summed over.
+fn keys(f: &Follow) -> bool {
+    let Some((at, _)) = f.at() else { return false };
+    match f.slot {
+        0 => at + 1 == f.input.len(),
+        1 | 2 => at > 0 && at + 1 < f.input.len(),
+        _ => false,
+    }
 }
 
 fn attention(c: &mut Context) -> Option<Fact> {

@@ -10,7 +10,7 @@ const fn pooling(name: &'static str) -> Op {
 }
 
 const fn global(name: &'static str) -> Op {
-    op(name, Shape::First(global_pool), Axis::By(rows_and_channels))
+    op(name, Shape::First(global_pool), Axis::By(rows_and_channels)).ends(positions)
 }
 
 /// Of com.microsoft.nchwc: what ONNX Runtime's default level makes of convolutions on CPUs, with channels in blocks.
@@ -24,8 +24,8 @@ const fn blocked(name: &'static str, shape: Shape) -> Op {
 const WITH_INDICES: &str = "its sizes are data";
 
 pub(super) const OPS: &[Op] = &[
-    op("Conv", Shape::First(conv), Axis::By(all_but_channels)).is(PROJECTION),
-    ms("FusedConv", Shape::First(conv), Axis::By(all_but_channels)),
+    op("Conv", Shape::First(conv), Axis::By(all_but_channels)).ends(channels).is(PROJECTION),
+    ms("FusedConv", Shape::First(conv), Axis::By(all_but_channels)).ends(channels),
     op(
         "ConvInteger",
         Shape::First(conv_integer),
@@ -415,6 +415,14 @@ fn all_but_channels(f: &Follow) -> Option<Place> {
         (0, _) => f.unless_resized(),
         _ => None,
     }
+}
+
+fn channels(f: &Follow) -> bool {
+    f.slot == 0 && f.at().is_some_and(|(at, _)| at == 1)
+}
+
+fn positions(f: &Follow) -> bool {
+    f.at().is_some_and(|(at, _)| at >= 2)
 }
 
 fn rows_and_channels(f: &Follow) -> Option<Place> {

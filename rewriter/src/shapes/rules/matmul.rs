@@ -12,34 +12,34 @@ const fn product(name: &'static str, shape: Shape, axis: Axis) -> Op {
 
 /// A product with weights that were packed: input 0 is the data.
 const fn packed(name: &'static str, shape: Shape) -> Op {
-    ms(name, shape, Axis::By(rows_of_data)).is(PROJECTION)
+    ms(name, shape, Axis::By(rows_of_data)).ends(channels).is(PROJECTION)
 }
 
 const EXPERTS: &str = "which expert computes a token is data";
 
 pub(super) const OPS: &[Op] = &[
-    product("MatMul", Shape::First(matmul), Axis::By(outside)).is(PROJECTION),
-    op("MatMulInteger", Shape::First(integers), Axis::By(outside)).is(PROJECTION),
+    product("MatMul", Shape::First(matmul), Axis::By(outside)).ends(contracted).is(PROJECTION),
+    op("MatMulInteger", Shape::First(integers), Axis::By(outside)).ends(contracted).is(PROJECTION),
     op(
         "QLinearMatMul",
         Shape::First(quantized),
         Axis::By(outside_of_quantized),
     ),
-    op("Gemm", Shape::First(gemm), Axis::By(gemm_rows)).is(PROJECTION),
-    product("Einsum", Shape::First(einsum), Axis::By(einsum_axis)),
-    ms("FusedMatMul", Shape::First(fused), Axis::By(outside))
+    op("Gemm", Shape::First(gemm), Axis::By(gemm_rows)).ends(gemm_contracted).is(PROJECTION),
+    product("Einsum", Shape::First(einsum), Axis::By(einsum_axis)).ends(summed),
+    ms("FusedMatMul", Shape::First(fused), Axis::By(outside)).ends(contracted)
         .is(PRODUCT)
         .is(PROJECTION),
-    ms("TransposeMatMul", Shape::First(fused), Axis::By(outside)).is(PROJECTION),
+    ms("TransposeMatMul", Shape::First(fused), Axis::By(outside)).ends(contracted).is(PROJECTION),
     ms(
         "FusedMatMulActivation",
         Shape::First(fused),
         Axis::By(outside),
     ),
-    ms("FusedGemm", Shape::First(gemm), Axis::By(gemm_rows)).is(PROJECTION),
-    ms("GemmFastGelu", Shape::First(matmul), Axis::By(outside)),
-    ms("GemmFloat8", Shape::First(gemm_float8), Axis::By(gemm_rows)),
-    ms("QGemm", Shape::First(quantized_gemm), Axis::By(gemm_rows)),
+    ms("FusedGemm", Shape::First(gemm), Axis::By(gemm_rows)).ends(gemm_contracted).is(PROJECTION),
+    ms("GemmFastGelu", Shape::First(matmul), Axis::By(outside)).ends(contracted),
+    ms("GemmFloat8", Shape::First(gemm_float8), Axis::By(gemm_rows)).ends(gemm_contracted),
+    ms("QGemm", Shape::First(quantized_gemm), Axis::By(gemm_rows)).ends(gemm_contracted),
     ms(
         "DynamicQuantizeMatMul",
         Shape::First(to_float),
@@ -52,7 +52,7 @@ pub(super) const OPS: &[Op] = &[
         Axis::By(outside),
     )
     .is(PROJECTION),
-    ms("MatMulInteger16", Shape::First(integers), Axis::By(outside)),
+    ms("MatMulInteger16", Shape::First(integers), Axis::By(outside)).ends(contracted),
     packed("MatMulNBits", Shape::First(columns_named)),
     packed("MatMulBnb4", Shape::First(columns_named)),
     packed("MatMulFpQ4", Shape::First(columns_by_shape)),
@@ -284,6 +284,27 @@ fn rows_of_three(f: &Follow) -> Option<Place> {
     stays.then(|| f.moved(at, &inner))?
 }
 
+/// The axis that a product sums over.
+fn contracted(f: &Follow) -> bool {
+    let flag = |name: &str| f.node.int(name).unwrap_or(0) != 0;
+    let Some((at, _)) = f.at() else { return false };
+    let from_end = match f.slot {
+        0 => 1 + usize::from(flag("transA")),
+        1 | 3 => 2 - usize::from(flag("transB")),
+        _ => return false,
+    };
+    let is_moved = flag("transBatchA") || flag("transBatchB");
+    !is_moved && f.input.len().max(1) == at + from_end.min(f.input.len().max(1))
+}
+
+fn gemm_contracted(f: &Follow) -> bool {
+    f.slot < 2 && contracted(f)
+}
+
+fn channels(f: &Follow) -> bool {
+    f.slot == 0 && f.at().is_some_and(|(at, _)| at + 1 == f.input.len())
+}
+
 /// The terms of an Einsum and its result, an axis per letter; axes of an ellipsis are digits, the last of them 0, so that they
 /// align as numpy aligns them.
 struct Equation {
@@ -374,19 +395,28 @@ fn einsum(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims.collect::<Option<_>>()?)))
 }
 
-fn einsum_axis(f: &Follow) -> Option<Place> {
-    let (at, inner) = f.at()?;
+/// The equation of an axis' node, and the letter of the axis; not one that its term has twice, of which only the diagonal
+/// is left.
+fn letter(f: &Follow) -> Option<(Equation, char)> {
+    let (at, _) = f.at()?;
     let inputs = f.node.proto.input.iter();
     let ranks = inputs.map(|i| f.facts.shape(i).map(<[Dim]>::len));
     let equation = Equation::read(f.node, &ranks.collect::<Option<Vec<_>>>()?)?;
     let term = equation.terms.get(f.slot)?;
     let letter = *term.get(at)?;
-    // Of a letter that a term has twice only the diagonal is left.
-    if term.iter().filter(|&&l| l == letter).count() > 1 {
-        return None;
-    }
+    let is_once = term.iter().filter(|&&l| l == letter).count() == 1;
+    is_once.then_some((equation, letter))
+}
+
+fn einsum_axis(f: &Follow) -> Option<Place> {
+    let (_, inner) = f.at()?;
+    let (equation, letter) = letter(f)?;
     let to = equation.result.iter().position(|&l| l == letter)?;
     f.moved(to, &inner)
+}
+
+fn summed(f: &Follow) -> bool {
+    letter(f).is_some_and(|(equation, letter)| !equation.result.contains(&letter))
 }
 
 #[cfg(test)]
@@ -400,6 +430,7 @@ mod tests {
             .input(1, &["8", "16"]);
         assert_eq!(g.shows(), "float32 [batch, 4, tokens, 16]");
         assert_eq!((g.axis(0, 2), g.axis(0, 3)), (Some(2), None));
+        assert!(g.ends(0, 3) && g.ends(1, 0) && !g.ends(0, 2) && !g.ends(1, 1));
         let mut g = Given::new("MatMulInteger");
         g.input(2, &["tokens", "8"]).input(3, &["8", "16"]);
         assert_eq!(g.shows(), "int32 [tokens, 16]");
@@ -412,6 +443,7 @@ mod tests {
             .input(1, &["batch", "keys", "8"]);
         assert_eq!(g.shows(), "float32 [batch, tokens, keys]");
         assert_eq!((g.axis(0, 0), g.axis(0, 1)), (Some(0), None));
+        assert!(g.ends(0, 2) && g.ends(1, 2));
         let mut g = Given::microsoft("FusedMatMul").int("transBatchA", 1);
         g.input(1, &["tokens", "batch", "8"])
             .input(1, &["batch", "8", "4"]);

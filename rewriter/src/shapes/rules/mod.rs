@@ -98,6 +98,9 @@ impl BitOr for Class {
 /// The axes of a tensor of some rank along which an operator lets elements see one another.
 type Along = fn(&Node, usize) -> Option<Range<usize>>;
 
+/// Whether an axis ends in a node: it is summed over, or one element of it is picked. The result has no such axis.
+type Ends = fn(&Follow) -> bool;
+
 /// One operator.
 pub struct Op {
     domain: &'static str,
@@ -106,6 +109,7 @@ pub struct Op {
     axis: Axis,
     class: Class,
     along: Option<Along>,
+    ends: Option<Ends>,
 }
 
 /// The row of an operator of ai.onnx.
@@ -117,6 +121,7 @@ const fn op(name: &'static str, shape: Shape, axis: Axis) -> Op {
         axis,
         class: NONE,
         along: None,
+        ends: None,
     }
 }
 
@@ -139,6 +144,13 @@ impl Op {
     const fn along(self, along: Along) -> Self {
         Self {
             along: Some(along),
+            ..self
+        }
+    }
+
+    const fn ends(self, ends: Ends) -> Self {
+        Self {
+            ends: Some(ends),
             ..self
         }
     }
@@ -201,6 +213,21 @@ pub(super) fn follow(follow: &Follow) -> Option<Place> {
         Axis::Lost(_) => return None,
     };
     (follow.slot < slots && follow.out == 0).then(|| follow.place.clone())
+}
+
+/// Whether the axis in `follow` ends in its node.
+pub(super) fn ends(follow: &Follow) -> bool {
+    let ends = of(follow.node).and_then(|op| op.ends);
+    ends.is_some_and(|ends| ends(follow))
+}
+
+/// Why nothing is said of the results of `node`.
+pub fn why_unknown(node: &Node) -> &'static str {
+    match of(node).map(|op| op.shape) {
+        None => "an operator without a rule",
+        Some(Shape::Open(why)) => why,
+        Some(_) => "its sizes are not known before the model runs",
+    }
 }
 
 /// Whether elements of axis `axis` of a tensor of `rank` axes see one another in `node`, as far as its axis rule keeps that
@@ -400,6 +427,16 @@ mod tests {
         /// As `axis`, for elements that must know nothing of one another.
         pub fn axis_apart(&mut self, slot: usize, at: usize) -> Option<usize> {
             self.followed(slot, at, 0, crate::shapes::follow_apart)
+        }
+
+        /// Whether axis `at` of input `slot` ends here.
+        pub fn ends(&mut self, slot: usize, at: usize) -> bool {
+            let inputs = self.proto.input.iter().cloned().zip(self.inputs.clone());
+            let outputs = self.proto.output.iter().cloned().zip(self.results.clone());
+            let facts = Facts::given(inputs.chain(outputs));
+            let place = Dim::product(&self.inputs[slot].shape.as_ref().unwrap()[..at]).unwrap();
+            let trail = crate::shapes::trace(&facts, &self.node(), slot, &place, 0);
+            trail == crate::shapes::Trail::Ends
         }
 
         fn followed(

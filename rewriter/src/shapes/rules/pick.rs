@@ -10,7 +10,7 @@ use crate::shapes::{BATCH, Dim, Value};
 const LISTED: i64 = 64;
 
 pub(super) const OPS: &[Op] = &[
-    op("Gather", Shape::First(gather), Axis::By(gathered)).is(PICK),
+    op("Gather", Shape::First(gather), Axis::By(gathered)).is(PICK).ends(is_picked),
     op(
         "GatherElements",
         Shape::First(gather_elements),
@@ -107,6 +107,14 @@ fn gathered(f: &Follow) -> Option<Place> {
         std::cmp::Ordering::Greater => f.moved(at, &inner),
         std::cmp::Ordering::Less => f.moved((at + indices).checked_sub(1)?, &inner),
     }
+}
+
+/// One element of the axis is taken.
+fn is_picked(f: &Follow) -> bool {
+    let picked = axis(f.node.int("axis").unwrap_or(0), f.input.len());
+    let indices = f.node.input(1).and_then(|i| f.facts.shape(i));
+    let is_one = indices.is_some_and(|dims| dims.iter().all(|d| d.known() == Some(1)));
+    f.slot == 0 && is_one && f.at().is_some_and(|(at, _)| Some(at) == picked)
 }
 
 fn gather_elements(c: &mut Context) -> Option<Fact> {

@@ -6,7 +6,7 @@ use crate::onnx::elem_type;
 use crate::shapes::{Dim, Value};
 
 const fn reduction(name: &'static str) -> Op {
-    op(name, Shape::First(reduce), Axis::By(kept))
+    op(name, Shape::First(reduce), Axis::By(kept)).ends(is_reduced)
 }
 
 pub(super) const OPS: &[Op] = &[
@@ -20,8 +20,8 @@ pub(super) const OPS: &[Op] = &[
     reduction("ReduceLogSum"),
     reduction("ReduceLogSumExp"),
     reduction("ReduceSumSquare"),
-    op("ArgMax", Shape::First(arg), Axis::By(arg_kept)),
-    op("ArgMin", Shape::First(arg), Axis::By(arg_kept)),
+    op("ArgMax", Shape::First(arg), Axis::By(arg_kept)).ends(is_searched),
+    op("ArgMin", Shape::First(arg), Axis::By(arg_kept)).ends(is_searched),
     op("CumSum", Shape::First(like_first), Axis::Same).along(running),
     op("CumProd", Shape::First(like_first), Axis::Same).along(running),
     op("Det", Shape::First(of_matrices), Axis::By(outside_matrix)),
@@ -30,7 +30,7 @@ pub(super) const OPS: &[Op] = &[
         Shape::First(like_first),
         Axis::By(outside_matrix),
     ),
-    ms("ReduceSumInteger", Shape::First(reduce), Axis::By(kept)),
+    ms("ReduceSumInteger", Shape::First(reduce), Axis::By(kept)).ends(is_reduced),
     op(
         "DFT",
         Shape::Open("a spectrum"),
@@ -125,12 +125,26 @@ fn moved_up(f: &Follow, axes: &[usize]) -> Option<Place> {
     f.moved(at - gone, &inner)
 }
 
-fn kept(f: &Follow) -> Option<Place> {
+fn reduced_in(f: &Follow) -> Option<Vec<usize>> {
     let given = match f.node.ints("axes") {
         Some(axes) => Some(axes.to_vec()),
         None => f.node.input(1).and_then(|a| f.facts.of(a).known_ints()),
     };
-    moved_up(f, &reduced(f.node, given, f.input.len())?)
+    reduced(f.node, given, f.input.len())
+}
+
+fn kept(f: &Follow) -> Option<Place> {
+    moved_up(f, &reduced_in(f)?)
+}
+
+fn is_reduced(f: &Follow) -> bool {
+    let at = f.at().zip(reduced_in(f));
+    f.slot == 0 && at.is_some_and(|((at, _), axes)| axes.contains(&at))
+}
+
+fn is_searched(f: &Follow) -> bool {
+    let searched = axis(f.node.int("axis").unwrap_or(0), f.input.len());
+    f.at().is_some_and(|(at, _)| Some(at) == searched)
 }
 
 fn arg(c: &mut Context) -> Option<Fact> {
@@ -174,6 +188,7 @@ mod tests {
         g.input(1, &["batch", "tokens", "8"]);
         assert_eq!(g.shows(), "float32 [batch, tokens, 1]");
         assert_eq!((g.axis(0, 1), g.axis(0, 2)), (Some(1), None));
+        assert!(g.ends(0, 2) && !g.ends(0, 1));
         let mut g = Given::new("ReduceSum").int("keepdims", 0);
         g.input(1, &["batch", "4", "tokens"]).ints(&[1]);
         assert_eq!(g.shows(), "float32 [batch, tokens]");
