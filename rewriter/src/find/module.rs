@@ -8,7 +8,7 @@ use super::sink;
 use super::source::is_weight;
 use super::target::{self, Target};
 use crate::onnx::{Graph, Node, elem_type};
-use crate::shapes::{self, BATCH, COPY, Facts, LAYOUT, PICK, RESHAPE, SIZE, Value};
+use crate::shapes::{self, BATCH, COPY, Dim, Facts, LAYOUT, PICK, RESHAPE, SIZE, Value};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// A module that can run inside an `If` and on any number of batch rows.
@@ -236,25 +236,46 @@ fn check(
             ));
         }
         let shape_slot = retargeted.contains_key(&index).then_some(1);
+        let mut has_row_table = false;
         for (slot, value) in live_inputs(node, index, retargeted).enumerate() {
             // A patched shape is read with its batch, which is then replaced.
-            if is_inside(value) || is_weight(graph, value) || shape_slot == Some(slot) {
+            if is_inside(value) || shape_slot == Some(slot) {
                 continue;
             }
-            if carries_batch(scene, value, node)? {
+            if is_row_table(facts, node, slot, value) {
+                has_row_table = true;
+                selected.insert(value.to_owned());
+            } else if !is_weight(graph, value) && carries_batch(scene, value, node)? {
                 selected.insert(value.to_owned());
             }
         }
         if retargeted.contains_key(&index) {
             continue;
         }
+        if facts.batch_free_target(index).is_some()
+            || (facts.binds_batch(index) && !has_row_table)
+        {
+            return Err(baked(node));
+        }
         if facts.static_batch.is_some() {
-            batch_not_baked_in(facts, index, node)?;
-        } else if traced_rows(facts, node) {
+            batch_not_baked_in(facts, node)?;
+        } else if target::traced_rows(facts, node) {
             return Err(baked(node));
         }
     }
     Ok(selected)
+}
+
+/// Whether `value` has a row for each row of a batch that the exporter baked in, and `node` combines them row by row: a table
+/// that was folded into a constant.
+fn is_row_table(facts: &Facts, node: &Node, slot: usize, value: &str) -> bool {
+    let rows = facts.leading(value).and_then(Dim::known);
+    let outermost = Dim::from(1);
+    rows.is_some()
+        && rows == facts.static_batch
+        && leads(facts, node.output(0))
+        && shapes::follow(facts, node, slot, &outermost, 0) == Some(outermost)
+        && elem_type::is_supported_float(facts.of(value).elem_type)
 }
 
 /// Whether the side input `value` of `node` has rows that must be selected.
@@ -280,19 +301,16 @@ fn carries_batch(scene: &Scene, value: &str, node: &Node) -> Result<bool, Reason
 }
 
 /// For graphs exported with a fixed batch: `node` must not have it in a constant.
-fn batch_not_baked_in(facts: &Facts, index: usize, node: &Node) -> Result<(), Reason> {
+fn batch_not_baked_in(facts: &Facts, node: &Node) -> Result<(), Reason> {
     let rows = |v: &str| leads(facts, v);
     let baked = match node.op() {
         "Reshape" => {
-            facts.batch_free_target(index).is_some()
-                || {
-                    let target = node.input(1).map(|t| facts.of(t)).unwrap_or_default();
-                    rows(node.output(0))
-                        && target
-                            .known_ints()
-                            .is_none_or(|t| t.first().is_some_and(|&d| d > 0))
-                        && !matches!(target.value, Some(Value::Ints(v)) if v.iter().any(|d| d.depends_on(BATCH)))
-                }
+            let target = node.input(1).map(|t| facts.of(t)).unwrap_or_default();
+            rows(node.output(0))
+                && target
+                    .known_ints()
+                    .is_none_or(|t| t.first().is_some_and(|&d| d > 0))
+                && !matches!(target.value, Some(Value::Ints(v)) if v.iter().any(|d| d.depends_on(BATCH)))
         }
         "Expand" | "Tile" | "ConstantOfShape" => rows(node.output(0)),
         "Slice" | "Split" | "Gather" => {
@@ -313,23 +331,6 @@ fn baked(node: &Node) -> Reason {
         "the exporter baked the batch into a constant here",
         [node.label()],
     )
-}
-
-/// For graphs whose batch is said to be dynamic: a `Reshape` that turns the batch into a literal number of rows all the same,
-/// as TorchScript does with shapes that Python computed.
-fn traced_rows(facts: &Facts, node: &Node) -> bool {
-    let rows_in = node.input(0).is_some_and(|v| leads(facts, v));
-    let literal_out = facts
-        .leading(node.output(0))
-        .and_then(|d| d.known())
-        .is_some_and(|n| n > 1);
-    // Elsewhere in the result the batch is whole: it only lies behind other axes.
-    let whole = facts.shape(node.output(0)).is_some_and(|s| {
-        s.iter().any(|d| {
-            d.depends_on(BATCH) && d.over(&BATCH.into()).is_some_and(|rest| rest.is_whole())
-        })
-    });
-    node.is("Reshape") && rows_in && literal_out && !whole
 }
 
 /// Nodes `inside` that the outside still needs: cheap ones may run twice.

@@ -1,7 +1,7 @@
 //! Where q, k and v come from: the inputs of their projections, and the graph inputs those depend on.
 
 use crate::onnx::{Graph, Node};
-use crate::shapes::{self, COPY, LAYOUT, PROJECTION, QUANTIZE, RESHAPE, SCALE, SIZE};
+use crate::shapes::{self, COPY, Dim, Facts, LAYOUT, PROJECTION, QUANTIZE, RESHAPE, SCALE, SIZE, SUM};
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// For every value, the graph inputs it depends on. `Shape` breaks dependence: a size is not data.
@@ -109,8 +109,14 @@ pub fn root<'g>(graph: &'g Graph, value: &'g str) -> &'g str {
 }
 
 /// Inputs of the projections that `value` is computed from, as they stand in the graph; without any projection, the graph
-/// inputs. Values that depend on nothing fed (position tables) are no source.
-pub fn sources(graph: &Graph, dependence: &Dependence, value: &str) -> BTreeSet<String> {
+/// inputs. Values that depend on nothing fed (position tables) are no source, nor is what is the same for all tokens (a shift
+/// by the time).
+pub fn sources(
+    graph: &Graph,
+    facts: &Facts,
+    dependence: &Dependence,
+    value: &str,
+) -> BTreeSet<String> {
     let mut projections = BTreeSet::new();
     let mut inputs = BTreeSet::new();
     let mut seen = HashSet::new();
@@ -137,7 +143,7 @@ pub fn sources(graph: &Graph, dependence: &Dependence, value: &str) -> BTreeSet<
                     .input
                     .iter()
                     .map(String::as_str)
-                    .filter(|i| !i.is_empty()),
+                    .filter(|i| !i.is_empty() && !is_broadcast(facts, node, i)),
             ),
         }
     }
@@ -157,6 +163,18 @@ pub fn sources(graph: &Graph, dependence: &Dependence, value: &str) -> BTreeSet<
     } else {
         projections
     }
+}
+
+/// Whether the addition or multiplication `node` repeats its operand `value` along an axis.
+fn is_broadcast(facts: &Facts, node: &Node, value: &str) -> bool {
+    let shapes = facts.shape(value).zip(facts.shape(node.output(0)));
+    let Some((operand, result)) = shapes.filter(|_| shapes::is(node, SUM | SCALE)) else {
+        return false;
+    };
+    let skipped = result.len().saturating_sub(operand.len());
+    let is_one = |d: &Dim| d.known() == Some(1);
+    let repeats = |(a, b): (&Dim, &Dim)| is_one(a) && !is_one(b);
+    result[..skipped].iter().any(|d| !is_one(d)) || operand.iter().zip(&result[skipped..]).any(repeats)
 }
 
 /// What `value` is a projection of, if it is one (scaled, perhaps).

@@ -9,7 +9,7 @@
 
 use super::Core;
 use crate::onnx::{Graph, Node};
-use crate::shapes::{self, Dim, Facts, Place, Trail, Value};
+use crate::shapes::{self, Dim, Facts, LAYOUT, Place, REPEAT, Trail, Value};
 use std::collections::HashMap;
 
 /// Neighbouring tokens of one kind.
@@ -90,7 +90,7 @@ impl Streams {
                 }
                 let flow = match results.get(name.as_str()) {
                     Some(core) => streams.through_attention(facts, core),
-                    None => streams.through(facts, index, node, out),
+                    None => streams.through(graph, facts, index, out),
                 };
                 if flow != Flow::default() {
                     streams.flows.insert(name.clone(), flow);
@@ -187,15 +187,31 @@ impl Streams {
         }
     }
 
-    fn through(&self, facts: &Facts, index: usize, node: &Node, out: usize) -> Flow {
+    fn through(&self, graph: &Graph, facts: &Facts, index: usize, out: usize) -> Flow {
+        let node = &graph.nodes[index];
         // A size, or the scale and zero point of a quantisation, is the same for every token.
         if shapes::is(node, shapes::SIZE) || (node.is("DynamicQuantizeLinear") && out > 0) {
             return Flow::default();
         }
         let mut inputs: Vec<Flow> = node.proto.input.iter().map(|i| self.flow(i)).collect();
-        // Slices of a sequence that are put back where they were, rotated: it stays what it was.
-        if matches!(node.op(), "ScatterND" | "ScatterElements") && inputs[0].sequence.is_some() {
-            inputs.truncate(1);
+        if matches!(node.op(), "ScatterND" | "ScatterElements" | "TensorScatter") {
+            let written = if node.is("TensorScatter") { 1 } else { 2 };
+            match inputs.get(written) {
+                // Slices of a sequence that are put back where they were, rotated: it stays what it was.
+                Some(new) if inputs[0].image == new.image => inputs.truncate(1),
+                Some(new) => {
+                    // Tokens of one kind in a buffer of the other, unless that is empty.
+                    let other = node.input(if new.image { 0 } else { written });
+                    if !other.is_some_and(|v| is_filler(graph, facts, v)) {
+                        return Flow {
+                            image: true,
+                            lost: Some(index),
+                            ..Flow::default()
+                        };
+                    }
+                }
+                None => {}
+            }
         }
         let captured: Vec<Flow> = node.captured.iter().map(|i| self.flow(i)).collect();
         let all = || inputs.iter().chain(&captured);
@@ -264,6 +280,20 @@ impl Streams {
             lost: None,
         }
     }
+}
+
+/// Whether `value` is an empty buffer: one number everywhere, or a constant, made when the model was traced.
+fn is_filler(graph: &Graph, facts: &Facts, value: &str) -> bool {
+    if facts.of(value).scalar().is_some() || graph.initializers.contains_key(value) {
+        return true;
+    }
+    let Some((node, 0)) = graph.producer(value) else {
+        return false;
+    };
+    node.is("ConstantOfShape")
+        || node.is("Constant")
+        || (shapes::is(node, LAYOUT | REPEAT)
+            && node.input(0).is_some_and(|v| is_filler(graph, facts, v)))
 }
 
 fn same_cuts(a: &Sequence, b: &Sequence) -> bool {

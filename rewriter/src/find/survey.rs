@@ -135,7 +135,7 @@ pub fn survey(
         .filter(|(_, node)| anchor::is_anchor(graph, node))
         .map(|(index, _)| {
             let found = match anchor::core(graph, &facts, &dependence, index) {
-                Ok(core) => classify(graph, &dependence, &inputs, core),
+                Ok(core) => classify(graph, &facts, &dependence, &inputs, core),
                 Err(reason) => Found::Other(Kind::Unknown(reason)),
             };
             (index, found)
@@ -179,13 +179,19 @@ pub fn survey(
 }
 
 /// Self-attention of the denoiser, or what it is instead.
-fn classify(graph: &Graph, dependence: &Dependence, inputs: &Inputs, core: Core) -> Found {
+fn classify(
+    graph: &Graph,
+    facts: &Facts,
+    dependence: &Dependence,
+    inputs: &Inputs,
+    core: Core,
+) -> Found {
     let label = graph.nodes[core.anchor].label();
     let [q, k, v] = [&core.q, &core.k, &core.v].map(|o| {
         if o.projects() {
             BTreeSet::from([o.value.clone()])
         } else {
-            source::sources(graph, dependence, &o.value)
+            source::sources(graph, facts, dependence, &o.value)
         }
     });
     let roots = |set: &BTreeSet<String>| {
@@ -195,7 +201,8 @@ fn classify(graph: &Graph, dependence: &Dependence, inputs: &Inputs, core: Core)
     };
     let (rq, rk, rv) = (roots(&q), roots(&k), roots(&v));
     let list = |set: &BTreeSet<String>| set.iter().cloned().collect::<Vec<_>>().join(", ");
-    if rq != rk || rq != rv {
+    // Values may be mixed with those of an earlier layer (a value residual); keys decide whose tokens are seen.
+    if rq != rk || !rq.is_subset(&rv) {
         return Found::Other(Kind::Cross {
             queries: list(&rq),
             keys: list(&rk.union(&rv).cloned().collect()),
@@ -209,7 +216,11 @@ fn classify(graph: &Graph, dependence: &Dependence, inputs: &Inputs, core: Core)
         }
     }
     // As they stand in the graph, if all agree; else what they are spellings of.
-    let sources = if q == k && q == v { q } else { rq.clone() };
+    let sources = if q == k && q.is_subset(&v) {
+        q
+    } else {
+        rq.clone()
+    };
     Found::Candidate(Box::new(Candidate {
         core,
         sources: quantized_sources(graph, sources),

@@ -1,5 +1,6 @@
 //! Shape vectors that have the batch in them, and how to write them without it.
 
+use super::batch::leads;
 use crate::onnx::Node;
 use crate::shapes::{BATCH, Dim, Facts, Value};
 
@@ -22,6 +23,9 @@ pub fn batch_free(facts: &Facts, index: usize, node: &Node) -> Option<Target> {
     };
     if node.is("Expand") {
         return expand(facts, node, &target);
+    }
+    if traced_rows(facts, node) {
+        return None;
     }
     let input = facts.shape(node.input(0)?)?;
     let output = facts.shape(node.output(0))?;
@@ -67,6 +71,23 @@ pub fn batch_free(facts: &Facts, index: usize, node: &Node) -> Option<Target> {
         }
         _ => Some(Target::Patched(free)),
     }
+}
+
+/// For graphs whose batch is said to be dynamic: a `Reshape` that turns the batch into a literal number of rows all the same,
+/// as TorchScript does with shapes that Python computed.
+pub fn traced_rows(facts: &Facts, node: &Node) -> bool {
+    let rows_in = node.input(0).is_some_and(|v| leads(facts, v));
+    let literal_out = facts
+        .leading(node.output(0))
+        .and_then(|d| d.known())
+        .is_some_and(|n| n > 1);
+    // Elsewhere in the result the batch is whole: it only lies behind other axes.
+    let whole = facts.shape(node.output(0)).is_some_and(|s| {
+        s.iter().any(|d| {
+            d.depends_on(BATCH) && d.over(&BATCH.into()).is_some_and(|rest| rest.is_whole())
+        })
+    });
+    node.is("Reshape") && rows_in && literal_out && !whole
 }
 
 /// Sizes that the input already has need not be named: 1 leaves them.
