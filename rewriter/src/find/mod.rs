@@ -14,6 +14,7 @@ mod inputs;
 mod linear;
 mod module;
 mod operand;
+mod order;
 mod sink;
 mod source;
 mod streams;

@@ -252,8 +252,7 @@ fn check(
         if retargeted.contains_key(&index) {
             continue;
         }
-        if facts.batch_free_target(index).is_some()
-            || (facts.binds_batch(index) && !has_row_table)
+        if facts.batch_free_target(index).is_some() || (facts.binds_batch(index) && !has_row_table)
         {
             return Err(baked(node));
         }

@@ -1,7 +1,9 @@
 //! Where q, k and v come from: the inputs of their projections, and the graph inputs those depend on.
 
 use crate::onnx::{Graph, Node};
-use crate::shapes::{self, COPY, Dim, Facts, LAYOUT, PROJECTION, QUANTIZE, RESHAPE, SCALE, SIZE, SUM};
+use crate::shapes::{
+    self, COPY, Dim, Facts, LAYOUT, PROJECTION, QUANTIZE, RESHAPE, SCALE, SIZE, SUM,
+};
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// For every value, the graph inputs it depends on. `Shape` breaks dependence: a size is not data.
@@ -174,7 +176,8 @@ fn is_broadcast(facts: &Facts, node: &Node, value: &str) -> bool {
     let skipped = result.len().saturating_sub(operand.len());
     let is_one = |d: &Dim| d.known() == Some(1);
     let repeats = |(a, b): (&Dim, &Dim)| is_one(a) && !is_one(b);
-    result[..skipped].iter().any(|d| !is_one(d)) || operand.iter().zip(&result[skipped..]).any(repeats)
+    result[..skipped].iter().any(|d| !is_one(d))
+        || operand.iter().zip(&result[skipped..]).any(repeats)
 }
 
 /// What `value` is a projection of, if it is one (scaled, perhaps).

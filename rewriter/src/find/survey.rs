@@ -7,6 +7,7 @@ use super::choice::Choice;
 use super::inputs::{self, Inputs, InputsError, InputsRequest};
 use super::linear;
 use super::module::{self, Module, Scene};
+use super::order;
 use super::source::{self, Dependence};
 use super::streams::{Streams, Text};
 use crate::onnx::Graph;
@@ -34,7 +35,7 @@ pub enum Kind {
 /// A self-attention layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layer {
-    /// Position among the layers that are rewritten, in topological order: the plan's column.
+    /// Position among the layers that are rewritten, in the order of [`super::order`]: the plan's column.
     pub index: usize,
     pub core: Core,
     /// Text and image tokens share the sequence, from two streams.
@@ -141,6 +142,7 @@ pub fn survey(
             (index, found)
         })
         .collect();
+    number(graph, &dependence, &inputs, &mut found);
     set_decoders_aside(graph, choice, &mut found);
     let layers: Vec<String> = found
         .iter()
@@ -239,6 +241,32 @@ fn quantized_sources(graph: &Graph, sources: BTreeSet<String>) -> BTreeSet<Strin
             _ => s,
         })
         .collect()
+}
+
+/// Puts the layers in the order of their numbers, in the places that layers have among the sites.
+fn number(
+    graph: &Graph,
+    dependence: &Dependence,
+    inputs: &Inputs,
+    found: &mut Vec<(usize, Found)>,
+) {
+    let is_layer = |(_, f): &(usize, Found)| matches!(f, Found::Candidate(_));
+    let places: Vec<usize> = (0..found.len()).filter(|&i| is_layer(&found[i])).collect();
+    let results: Vec<&str> = places
+        .iter()
+        .filter_map(|&i| match &found[i].1 {
+            Found::Candidate(c) => Some(c.core.out.value.as_str()),
+            Found::Other(_) => None,
+        })
+        .collect();
+    let order = order::order(graph, dependence, &inputs.latents, &results);
+    let mut from: Vec<usize> = (0..found.len()).collect();
+    for (&place, &layer) in places.iter().zip(&order) {
+        from[place] = places[layer];
+    }
+    let mut sites: Vec<Option<(usize, Found)>> =
+        std::mem::take(found).into_iter().map(Some).collect();
+    found.extend(from.into_iter().filter_map(|i| sites[i].take()));
 }
 
 /// An image decoder behind the transformer in the same file has attention that depends on latents and timestep too. It

@@ -76,7 +76,8 @@ impl<'a> Texts<'a> {
         };
         match &layer.text {
             Text::None if layer.joint => unknown(
-                "joint attention of two streams, and the graph does not show which of them is text".into(),
+                "joint attention of two streams, and the graph does not show which of them is text"
+                    .into(),
             ),
             Text::Lost { node } => unknown(format!(
                 "whether its sequence holds text tokens is not known: their trail ends at `{node}`"
@@ -91,7 +92,9 @@ impl<'a> Texts<'a> {
                 }
                 match pieces.iter().map(|p| self.measure(layer, p)).collect() {
                     Some(axes) => Ok(TextTokens::Measured { axes, at_start }),
-                    None => unknown("the number of its text tokens is hidden in another layer".into()),
+                    None => {
+                        unknown("the number of its text tokens is hidden in another layer".into())
+                    }
                 }
             }
         }

@@ -63,8 +63,12 @@ pub(super) const OPS: &[Op] = &[
         Shape::Open(CACHE),
         Axis::Lost(CACHE),
     ),
-    op("LinearAttention", Shape::First(linear), Axis::By(queries)).ends(keys).is(LINEAR),
-    ms("LinearAttention", Shape::First(linear), Axis::By(queries)).ends(keys).is(LINEAR),
+    op("LinearAttention", Shape::First(linear), Axis::By(queries))
+        .ends(keys)
+        .is(LINEAR),
+    ms("LinearAttention", Shape::First(linear), Axis::By(queries))
+        .ends(keys)
+        .is(LINEAR),
     ms("LinearAttentionGate", Shape::First(like_first), Axis::Same),
     ms(
         "GatedDeltaNet",

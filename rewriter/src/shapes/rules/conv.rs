@@ -24,7 +24,9 @@ const fn blocked(name: &'static str, shape: Shape) -> Op {
 const WITH_INDICES: &str = "its sizes are data";
 
 pub(super) const OPS: &[Op] = &[
-    op("Conv", Shape::First(conv), Axis::By(all_but_channels)).ends(channels).is(PROJECTION),
+    op("Conv", Shape::First(conv), Axis::By(all_but_channels))
+        .ends(channels)
+        .is(PROJECTION),
     ms("FusedConv", Shape::First(conv), Axis::By(all_but_channels)).ends(channels),
     op(
         "ConvInteger",

@@ -12,31 +12,44 @@ const fn product(name: &'static str, shape: Shape, axis: Axis) -> Op {
 
 /// A product with weights that were packed: input 0 is the data.
 const fn packed(name: &'static str, shape: Shape) -> Op {
-    ms(name, shape, Axis::By(rows_of_data)).ends(channels).is(PROJECTION)
+    ms(name, shape, Axis::By(rows_of_data))
+        .ends(channels)
+        .is(PROJECTION)
 }
 
 const EXPERTS: &str = "which expert computes a token is data";
 
 pub(super) const OPS: &[Op] = &[
-    product("MatMul", Shape::First(matmul), Axis::By(outside)).ends(contracted).is(PROJECTION),
-    op("MatMulInteger", Shape::First(integers), Axis::By(outside)).ends(contracted).is(PROJECTION),
+    product("MatMul", Shape::First(matmul), Axis::By(outside))
+        .ends(contracted)
+        .is(PROJECTION),
+    op("MatMulInteger", Shape::First(integers), Axis::By(outside))
+        .ends(contracted)
+        .is(PROJECTION),
     op(
         "QLinearMatMul",
         Shape::First(quantized),
         Axis::By(outside_of_quantized),
     ),
-    op("Gemm", Shape::First(gemm), Axis::By(gemm_rows)).ends(gemm_contracted).is(PROJECTION),
+    op("Gemm", Shape::First(gemm), Axis::By(gemm_rows))
+        .ends(gemm_contracted)
+        .is(PROJECTION),
     product("Einsum", Shape::First(einsum), Axis::By(einsum_axis)).ends(summed),
-    ms("FusedMatMul", Shape::First(fused), Axis::By(outside)).ends(contracted)
+    ms("FusedMatMul", Shape::First(fused), Axis::By(outside))
+        .ends(contracted)
         .is(PRODUCT)
         .is(PROJECTION),
-    ms("TransposeMatMul", Shape::First(fused), Axis::By(outside)).ends(contracted).is(PROJECTION),
+    ms("TransposeMatMul", Shape::First(fused), Axis::By(outside))
+        .ends(contracted)
+        .is(PROJECTION),
     ms(
         "FusedMatMulActivation",
         Shape::First(fused),
         Axis::By(outside),
     ),
-    ms("FusedGemm", Shape::First(gemm), Axis::By(gemm_rows)).ends(gemm_contracted).is(PROJECTION),
+    ms("FusedGemm", Shape::First(gemm), Axis::By(gemm_rows))
+        .ends(gemm_contracted)
+        .is(PROJECTION),
     ms("GemmFastGelu", Shape::First(matmul), Axis::By(outside)).ends(contracted),
     ms("GemmFloat8", Shape::First(gemm_float8), Axis::By(gemm_rows)).ends(gemm_contracted),
     ms("QGemm", Shape::First(quantized_gemm), Axis::By(gemm_rows)).ends(gemm_contracted),

@@ -10,7 +10,9 @@ use crate::shapes::{BATCH, Dim, Value};
 const LISTED: i64 = 64;
 
 pub(super) const OPS: &[Op] = &[
-    op("Gather", Shape::First(gather), Axis::By(gathered)).is(PICK).ends(is_picked),
+    op("Gather", Shape::First(gather), Axis::By(gathered))
+        .is(PICK)
+        .ends(is_picked),
     op(
         "GatherElements",
         Shape::First(gather_elements),
