@@ -73,6 +73,10 @@ impl Node {
         self.proto.output.get(i).map_or("", String::as_str)
     }
 
+    pub fn attributes(&self) -> &[AttributeProto] {
+        &self.attributes
+    }
+
     pub fn attribute(&self, name: &str) -> Option<&AttributeProto> {
         self.attributes.iter().find(|a| a.name == name)
     }

@@ -10,6 +10,8 @@ mod file;
 mod graph;
 mod part;
 mod proto;
+#[cfg(test)]
+pub mod testing;
 mod wire;
 
 pub use constant::{Constant, Data};

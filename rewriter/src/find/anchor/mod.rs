@@ -4,6 +4,8 @@
 //! is added in between; `fused` reads attention operators. All end in one [`Core`].
 
 mod fused;
+mod group_query;
+mod known;
 mod mask;
 mod product;
 mod softmax;
@@ -86,6 +88,7 @@ pub fn core(
         ("", "Attention") => fused::attention(graph, facts, index)?,
         ("com.microsoft", "MultiHeadAttention") => fused::multi_head(graph, facts, index)?,
         ("com.microsoft", "Attention") => fused::with_weights(graph, facts, index)?,
+        ("com.microsoft", "GroupQueryAttention") => group_query::read(graph, facts, index)?,
         (domain, op) => {
             return Err(Reason::new(
                 format!("the fused operator {domain}::{op} is not supported"),
