@@ -1,4 +1,4 @@
-//! What is known about the attributes and inputs of attention operators.
+//! What is known about the attributes and inputs of fused operators.
 //!
 //! Every attribute and input that an operator's schema has is listed, with what is done about it. Whatever is not listed is
 //! newer than this version and may change the result, so it is a refusal that names it. Reads no values of tensors.
@@ -171,6 +171,18 @@ pub const GROUP_QUERY: Operator = Operator {
         Input::Absent("a norm of the keys"),
         Input::Absent("lengths of the queries"),
     ],
+};
+
+pub const FUSED_MATMUL: Operator = Operator {
+    version: "com.microsoft 1 of ONNX Runtime 1.32",
+    attributes: &[
+        ("alpha", Rule::Read),
+        ("transA", Rule::Read),
+        ("transB", Rule::Read),
+        ("transBatchA", Rule::Read),
+        ("transBatchB", Rule::Read),
+    ],
+    inputs: &[Input::Read, Input::Read],
 };
 
 impl Operator {

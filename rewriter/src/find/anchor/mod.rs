@@ -58,17 +58,11 @@ pub fn is_anchor(graph: &Graph, node: &Node) -> bool {
             matches!(node.op(), "Softmax" | "Attention")
                 || softmax::spelled_out(graph, node).is_some()
         }
-        "com.microsoft" => matches!(
-            node.op(),
-            "MultiHeadAttention"
-                | "Attention"
-                | "QAttention"
-                | "GroupQueryAttention"
-                | "PackedMultiHeadAttention"
-                | "PackedAttention"
-                | "BiasSoftmax"
-        ),
-        _ => false,
+        // What is computed in place of attention is no attention of the model's.
+        "ai.ditfastattn" => false,
+        "com.microsoft" if matches!(node.op(), "BiasSoftmax" | "QLinearSoftmax") => true,
+        // Whoever's operator it is, it is named.
+        _ => node.op().contains("Attention"),
     }
 }
 
