@@ -9,6 +9,7 @@ use super::linear;
 use super::module::{self, Module, Scene};
 use super::source::{self, Dependence};
 use super::streams::{Streams, Text};
+use super::subgraph;
 use crate::onnx::Graph;
 use crate::shapes::{self, Facts};
 use ditfastattn_plans::Fingerprint;
@@ -109,6 +110,8 @@ struct Candidate {
     /// Inputs of the projections, and the streams they are spellings of.
     sources: BTreeSet<String>,
     streams: BTreeSet<String>,
+    /// Whether it depends on the timestep; a first layer may not yet.
+    timed: bool,
 }
 
 enum Found {
@@ -125,7 +128,9 @@ pub fn survey(
     request: &InputsRequest,
     choice: &Choice,
 ) -> Result<Survey, InputsError> {
-    let inputs = inputs::find(graph, request)?;
+    let inner = subgraph::sites(graph);
+    let inputs =
+        inputs::find(graph, request).map_err(|error| out_of_reach(graph, &inner, error))?;
     let facts = shapes::infer(graph, Some(&inputs.latents));
     let dependence = Dependence::new(graph);
     let mut found: Vec<(usize, Found)> = graph
@@ -141,6 +146,7 @@ pub fn survey(
             (index, found)
         })
         .collect();
+    set_untimed_aside(graph, &inputs, &mut found);
     set_decoders_aside(graph, choice, &mut found);
     let layers: Vec<String> = found
         .iter()
@@ -170,6 +176,11 @@ pub fn survey(
             op: node.op().to_owned(),
             kind: Kind::Unsupported(Reason::new(text, [node.label()])),
         }
+    }));
+    sites.extend(inner.into_iter().map(|inner| Site {
+        node: inner.label,
+        op: inner.op,
+        kind: Kind::Unsupported(inner.reason),
     }));
     Ok(Survey {
         inputs,
@@ -201,20 +212,57 @@ fn classify(graph: &Graph, dependence: &Dependence, inputs: &Inputs, core: Core)
             keys: list(&rk.union(&rv).cloned().collect()),
         });
     }
-    for input in [&inputs.latents, &inputs.timestep] {
-        if !q.iter().any(|s| dependence.on(s, input)) {
-            let text =
-                format!("self-attention outside the denoiser: it does not depend on `{input}`");
-            return Found::Other(Kind::Elsewhere(Reason::new(text, [label])));
-        }
+    let depends = |input: &str| q.iter().any(|s| dependence.on(s, input));
+    if !depends(&inputs.latents) {
+        return Found::Other(elsewhere(&inputs.latents, label));
     }
+    let timed = depends(&inputs.timestep);
     // As they stand in the graph, if all agree; else what they are spellings of.
     let sources = if q == k && q == v { q } else { rq.clone() };
     Found::Candidate(Box::new(Candidate {
         core,
         sources: quantized_sources(graph, sources),
         streams: rq,
+        timed,
     }))
+}
+
+fn elsewhere(input: &str, label: &str) -> Kind {
+    let text = format!("self-attention outside the denoiser: it does not depend on `{input}`");
+    Kind::Elsewhere(Reason::new(text, [label]))
+}
+
+/// Attention of the latents alone is the denoiser's where its result goes on into layers that depend on the timestep.
+fn set_untimed_aside(graph: &Graph, inputs: &Inputs, found: &mut [(usize, Found)]) {
+    let mut leads = vec![false; graph.nodes.len()];
+    for (node, found) in found.iter() {
+        leads[*node] = matches!(found, Found::Candidate(c) if c.timed);
+    }
+    let timed = leads.clone();
+    for index in (0..graph.nodes.len()).rev() {
+        let node = &graph.nodes[index];
+        let mut users = node.proto.output.iter().flat_map(|o| graph.consumers(o));
+        // A size is not data.
+        let data = |&&user: &&usize| !matches!(graph.nodes[user].op(), "Shape" | "Size");
+        leads[index] = users.by_ref().filter(data).any(|&u| leads[u] || timed[u]);
+    }
+    for (node, found) in found {
+        if matches!(found, Found::Candidate(c) if !c.timed) && !leads[*node] {
+            *found = Found::Other(elsewhere(&inputs.timestep, graph.nodes[*node].label()));
+        }
+    }
+}
+
+/// Where the inputs cannot be told because the attention is elsewhere, that is what is wrong.
+fn out_of_reach(graph: &Graph, inner: &[subgraph::Inner], error: InputsError) -> InputsError {
+    let outer = graph.nodes.iter().filter(|n| anchor::is_anchor(graph, n));
+    let named = matches!(error, InputsError::NoSuchInput { .. });
+    match inner.first() {
+        Some(first) if !named && outer.count() <= inner.len() => InputsError::InSubgraph {
+            reason: first.reason.to_string(),
+        },
+        _ => error,
+    }
 }
 
 /// A quantised source is quantised inside the module, so that its scale is that of the rows at hand.
