@@ -382,3 +382,132 @@ fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
     );
     Err(Reason::new(text, [graph.nodes[core.anchor].label()]))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::testing::model;
+
+    fn surveyed(text: &str) -> Result<Survey, InputsError> {
+        survey(
+            &model(text).graph,
+            &InputsRequest::default(),
+            &Choice::default(),
+        )
+    }
+
+    /// Attention of `x` with its projections, as operators of its own.
+    fn layer(x: &str, name: &str) -> String {
+        format!(
+            "q{name} = MatMul({x}, w)
+             k{name} = MatMul({x}, w)
+             v{name} = MatMul({x}, w)
+             o{name} = Attention(q{name}, k{name}, v{name}) q_num_heads=4 kv_num_heads=4
+             a{name} = MatMul(o{name}, w)"
+        )
+    }
+
+    const HEAD: &str = "opset 23
+        input x float [b, 64, 32]
+        input t float [b]
+        weight w [32, 32]
+        weight f [1, 32]
+        ints axes [1]
+        t1 = Unsqueeze(t, axes)
+        tf = Mul(t1, f)
+        ts = Sin(tf)
+        te = Unsqueeze(ts, axes)
+        output out float [b, 64, 32]";
+
+    #[test]
+    fn a_first_layer_that_does_not_know_the_time_is_a_layer() {
+        let text = format!(
+            "{HEAD}
+             input text float [b, 64, 32]
+             {}
+             {}
+             {}
+             y = Add(aone, atext)
+             z = Add(y, te)
+             {}
+             {}
+             out = Add(atwo, alast)",
+            layer("x", "one"),
+            layer("text", "text"),
+            // Nothing of it goes into a layer that knows the time.
+            layer("x", "last"),
+            layer("z", "two"),
+            "unused = Identity(olast)",
+        );
+        let found = surveyed(&text).unwrap();
+        let kinds: Vec<_> = found
+            .sites
+            .iter()
+            .map(|s| (s.node.as_str(), &s.kind))
+            .collect();
+        let is_layer = |node: &str| {
+            let kind = kinds.iter().find(|(n, _)| *n == node).unwrap().1;
+            matches!(kind, Kind::Layer(_))
+        };
+        assert!(is_layer("node_oone") && is_layer("node_otwo"), "{kinds:?}");
+        assert!(
+            !is_layer("node_otext") && !is_layer("node_olast"),
+            "{kinds:?}"
+        );
+    }
+
+    #[test]
+    fn attention_in_a_subgraph_is_named() {
+        let branch = "graph body
+             p = Softmax(s)
+             r = MatMul(p, x)
+             output r
+             end";
+        let text = format!(
+            "{branch}
+             {HEAD}
+             y = Add(x, te)
+             s = MatMul(y, w)
+             out = If(t) then_branch=@body else_branch=@body"
+        );
+        let found = surveyed(&text).unwrap();
+        assert_eq!(found.sites.len(), 2);
+        let Kind::Unsupported(reason) = &found.sites[1].kind else {
+            panic!("{:?}", found.sites[1]);
+        };
+        assert!(
+            reason.text.contains("`else_branch` of the If `node_out`"),
+            "{reason}"
+        );
+        // The whole denoiser in a loop: the timestep is not what is wrong.
+        let text = format!(
+            "{branch}
+             opset 17
+             input x float [b, 64, 32]
+             input steps int64 []
+             input s float [b, 64, 64]
+             out = Loop(steps, _, x) body=@body
+             output out float [b, 64, 32]"
+        );
+        let error = surveyed(&text).unwrap_err().to_string();
+        assert!(error.contains("`body` of the Loop `node_out`"), "{error}");
+    }
+
+    #[test]
+    fn an_attention_operator_of_whatever_domain_is_named() {
+        let text = format!(
+            "opset acme 1
+             {HEAD}
+             y = Add(x, te)
+             out = acme::FlashAttention(y, y, y)"
+        );
+        let found = surveyed(&text).unwrap();
+        let [site] = &found.sites[..] else {
+            panic!("{:?}", found.sites);
+        };
+        let Kind::Unknown(reason) = &site.kind else {
+            panic!("{site:?}");
+        };
+        assert!(reason.text.contains("acme::FlashAttention"), "{reason}");
+    }
+}

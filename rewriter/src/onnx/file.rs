@@ -417,6 +417,46 @@ mod tests {
     }
 
     #[test]
+    fn a_node_of_a_domain_counts_wherever_it_is_and_an_import_does_not() {
+        let model = |more: &str| {
+            let around = "opset 17\nopset ai.ditfastattn 1\ninput x float [4]\noutput y float [4]";
+            super::super::testing::model(&format!("{more}\n{around}\ny = Abs(x)"))
+        };
+        let inside = "graph g\nr = ai.ditfastattn::Step(x)\noutput r\nend";
+        let function = "function my F (a) (r)\nr = ai.ditfastattn::Step(a)\nend";
+        assert!(!model("").has_node_of("ai.ditfastattn"));
+        assert!(!model(inside).has_node_of("ai.ditfastattn"));
+        for more in [
+            "z = ai.ditfastattn::Step(x)",
+            &format!("{inside}\nz = If(x) then_branch=@g"),
+            function,
+        ] {
+            assert!(model(more).has_node_of("ai.ditfastattn"), "{more}");
+        }
+    }
+
+    #[test]
+    fn a_domain_is_imported_once_and_in_the_version_that_is_asked_for() {
+        for version in [1, 9] {
+            let text = format!(
+                "opset 17\nopset dom {version}\ninput x float [4]\ny = Abs(x)\noutput y float [4]"
+            );
+            let written = super::super::testing::model(&text).serialize(
+                &GraphEdit::default(),
+                Some(("dom", 1)),
+                &[],
+            );
+            let again = ModelFile::parse(Path::new("m"), written.concat().into()).unwrap();
+            let imports: Vec<_> = again
+                .opset_imports
+                .iter()
+                .filter(|(d, _)| d == "dom")
+                .collect();
+            assert_eq!(imports, [&("dom".to_owned(), 1)]);
+        }
+    }
+
+    #[test]
     fn an_interrupted_write_leaves_the_old_file_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.onnx");

@@ -628,3 +628,187 @@ impl Function {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::onnx::testing::bytes;
+    use crate::onnx::{GraphEdit, ModelFile, Node};
+    use std::path::Path;
+
+    fn parsed(text: &str) -> Result<ModelFile, String> {
+        ModelFile::parse(Path::new("model.onnx"), bytes(text).into()).map_err(|e| e.to_string())
+    }
+
+    /// `out = op(in) attributes` of every node.
+    fn shown(nodes: &[Node]) -> Vec<String> {
+        let one = |n: &Node| {
+            let ints: Vec<_> = n.attributes().iter().map(|a| a.i.unwrap_or(0)).collect();
+            let (outputs, inputs) = (n.proto.output.join(","), n.proto.input.join(","));
+            format!("{outputs} = {}({inputs}) {ints:?}", n.op())
+        };
+        nodes.iter().map(one).collect()
+    }
+
+    const AROUND: &str = "opset 17
+        opset my 1
+        input x float [4]
+        output y float [4]";
+
+    #[test]
+    fn a_call_becomes_the_functions_nodes() {
+        let model = parsed(&format!(
+            "function my Outer (a, b, c) (r, a) axis, far=7
+             u = my::Inner(a, c)
+             v = Softmax(u) axis=$axis
+             r = Clip(v, b) axis=$far other=$none
+             end
+             function my Inner (a, c) (r)
+             r = Concat(a, c)
+             end
+             function my Never (a) (r)
+             r = my::Inner(a)
+             end
+             {AROUND}
+             y, z = my::Outer(x, _, x) axis=3
+             w = my::Outer(z) axis=4 far=5"
+        ))
+        .unwrap();
+        assert!(model.inlined);
+        assert_eq!(
+            shown(&model.graph.nodes),
+            [
+                "node_y/u = Concat(x,x) []",
+                "node_y/v = Softmax(node_y/u) [3]",
+                "y = Clip(node_y/v,) [7]",
+                "z = Identity(x) []",
+                "node_w/u = Concat(z,) []",
+                "node_w/v = Softmax(node_w/u) [4]",
+                "w = Clip(node_w/v,) [5]",
+            ]
+        );
+        // What nothing calls is kept, with what it calls; written and read again the model is the same.
+        let written = model.serialize(&GraphEdit::default(), None, &[]).concat();
+        let again = ModelFile::parse(Path::new("model.onnx"), written.into()).unwrap();
+        assert!(!again.inlined);
+        assert_eq!(shown(&again.graph.nodes), shown(&model.graph.nodes));
+        let functions = again.fields().iter().filter(|f| f.number == 25);
+        assert_eq!(functions.count(), 2);
+    }
+
+    #[test]
+    fn names_reach_into_subgraphs_and_calls_out_of_them() {
+        let model = parsed(&format!(
+            "graph inner
+             b = Add(a, kept)
+             output b
+             end
+             graph outer
+             c = my::F(x)
+             output c
+             end
+             function my F (a) (r)
+             kept = Abs(a)
+             r = If(a) then_branch=@inner
+             end
+             {AROUND}
+             y = If(x) then_branch=@outer"
+        ))
+        .unwrap();
+        let outer = model.graph.nodes[0].inner();
+        assert_eq!(shown(&outer), ["node_c/kept = Abs(x) []", "c = If(x) [0]"]);
+        let inner = outer[1].inner();
+        assert_eq!(shown(&inner), ["node_c/b = Add(x,node_c/kept) []"]);
+    }
+
+    #[test]
+    fn names_that_are_taken_are_not_given_again() {
+        let model = parsed(&format!(
+            "function my F (a) (r)
+             u = Abs(a)
+             r = Neg(u)
+             end
+             {AROUND}
+             node_y/u = Relu(x)
+             y = my::F(node_y/u)"
+        ))
+        .unwrap();
+        assert_eq!(model.graph.nodes[1].output(0), "node_y_1/u");
+    }
+
+    #[test]
+    fn what_cannot_be_put_in_place_is_refused() {
+        let loops = "function my F (a) (r)
+             r = my::G(a)
+             end
+             function my G (a) (r)
+             r = my::F(a)
+             end";
+        let other_version = "function my F (a) (r)
+             opset 13
+             r = Softmax(a)
+             end";
+        let nothing = "function my F (a) (r)
+             s = Abs(a)
+             end";
+        let twice = "function my F (a) (r)
+             r = Abs(a)
+             r = Neg(a)
+             end";
+        for (function, words) in [
+            (loops, &["my.F", "calls itself"][..]),
+            (
+                other_version,
+                &["my.F", "version 13", "ai.onnx", "version 17"],
+            ),
+            (nothing, &["my.F", "does not produce its output `r`"]),
+            (twice, &["my.F", "produces `r` twice"]),
+        ] {
+            let error = parsed(&format!("{function}\n{AROUND}\ny = my::F(x)"))
+                .err()
+                .unwrap();
+            assert!(words.iter().all(|w| error.contains(w)), "{error}");
+        }
+        let call = "function my F (a) (r)\nr = Abs(a)\nend";
+        let error = parsed(&format!("{call}\n{AROUND}\ny = my::F(x, x)"))
+            .err()
+            .unwrap();
+        assert!(error.contains("called with 2 inputs, it has 1"), "{error}");
+        // What nothing calls is nobody's concern.
+        assert!(
+            !parsed(&format!("{loops}\n{AROUND}\ny = Abs(x)"))
+                .unwrap()
+                .inlined
+        );
+    }
+
+    #[test]
+    fn a_version_that_no_operator_needs_is_no_conflict_and_a_new_domain_is_imported() {
+        let model = parsed(&format!(
+            "function my F (a) (r)
+             opset 13
+             opset com.microsoft 1
+             r = com.microsoft::Gelu(a)
+             end
+             {AROUND}
+             y = my::F(x)"
+        ))
+        .unwrap();
+        assert!(model.opset_imports.contains(&("com.microsoft".into(), 1)));
+        assert_eq!(model.onnx_opset(), 17);
+    }
+
+    #[test]
+    fn functions_that_multiply_are_refused() {
+        let mut text = String::from("function my F0 (a) (r)\nr = Abs(a)\nend\n");
+        for i in 1..30 {
+            text += &format!(
+                "function my F{i} (a) (r)\nu = my::F{0}(a)\nr = my::F{0}(u)\nend\n",
+                i - 1
+            );
+        }
+        let error = parsed(&format!("{text}{AROUND}\ny = my::F29(x)"))
+            .err()
+            .unwrap();
+        assert!(error.contains("grow"), "{error}");
+    }
+}
