@@ -62,6 +62,19 @@ pub fn attention(graph: &Graph, facts: &Facts, index: usize) -> Result<Core, Rea
         (Some(4), _) => [q, k, v, out].map(|value| Operand::new(value, "BHSD")),
         _ => return refuse("the rank of q is unknown; expected 4, or 3 with q_num_heads"),
     };
+    if let Some(mask) = node.input(3) {
+        // The operator hides the keys that a mask is too short for; elsewhere a size of 1 stands for all.
+        let size = facts.shape(mask).and_then(|s| s.last()?.known());
+        let keys = operands[1].size(facts, 'S').and_then(|d| d.known());
+        if let Some(size) = size
+            && keys.map_or(size == 1, |keys| keys != size)
+        {
+            let keys = keys.map_or("another number".into(), |k| k.to_string());
+            return refuse(&format!(
+                "the mask `{mask}` is {size} keys wide and there are {keys}: the rest is hidden, which is not supported"
+            ));
+        }
+    }
     let scale = node.float("scale").map(f64::from);
     Ok(Core::seen(
         index,
@@ -198,6 +211,9 @@ mod tests {
              input n float [b, n, 32]
              weight w [32, 32]
              weight w3 [32, 96]
+             weight m1 [64, 1]
+             weight m40 [64, 40]
+             weight m64 [64, 64]
              weight w2 [32, 64]
              weight f [1, 32]
              ints s [0, 0, 4, 8]
@@ -290,6 +306,13 @@ mod tests {
             "a = Attention(q, k, v, _, _, _, _, last) q_num_heads=4 kv_num_heads=4",
             &["input 7", "`last`", "not known"],
         );
+        is_layer("a = Attention(q, k, v, m64) q_num_heads=4 kv_num_heads=4");
+        for mask in ["m1", "m40"] {
+            is_refused(
+                &format!("a = Attention(q, k, v, {mask}) q_num_heads=4 kv_num_heads=4"),
+                &[mask, "keys wide", "64"],
+            );
+        }
         let microsoft = "a = com.microsoft::MultiHeadAttention(q, k, v) num_heads=4";
         is_refused(
             &format!("{microsoft} unidirectional=1"),
