@@ -187,11 +187,10 @@ fn indexes_table(graph: &Graph, input: &str) -> bool {
             match node.op() {
                 // Where a cut begins, not only where it ends, as a length would say.
                 "Gather" | "GatherElements" | "GatherND" | "Slice"
-                    if node.input(1) == Some(value) =>
+                    if node.input(1) == Some(value)
+                        && node.input(0).is_some_and(|data| is_table(graph, data)) =>
                 {
-                    if node.input(0).is_some_and(|data| is_table(graph, data)) {
-                        return true;
-                    }
+                    return true;
                 }
                 "Cast" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten"
                 | "Expand" | "Tile" | "Concat" | "Clip" | "Min" | "Max" | "Add" | "Sub" | "Mul"

@@ -811,4 +811,48 @@ mod tests {
             .unwrap();
         assert!(error.contains("grow"), "{error}");
     }
+
+    #[test]
+    fn damaged_functions_are_refused_or_read_and_never_a_panic() {
+        use ditfastattn_fuzz::damage::Damage;
+        let whole = bytes(&format!(
+            "graph inner
+             b = Add(a, kept)
+             output b
+             end
+             function my F (a, c) (r, a) axis, far=7
+             kept = my::G(a) axis=$axis
+             r = If(a) then_branch=@inner far=$far
+             end
+             function my G (a) (r) axis=1
+             r = Softmax(a) axis=$axis
+             end
+             {AROUND}
+             y, z = my::F(x, x) axis=3
+             w = my::G(z)"
+        ));
+        let mut inlined = 0;
+        for seed in 0..4000 {
+            let mut damage = Damage::new(seed);
+            let mut bytes = whole.clone();
+            for _ in 0..1 + damage.below(3) {
+                damage.strike(&mut bytes);
+            }
+            let model = ModelFile::parse(Path::new("model.onnx"), bytes.into());
+            let Ok(model) = model else { continue };
+            inlined += usize::from(model.inlined);
+            // What is read can be written, and is read the same.
+            let written = model.serialize(&GraphEdit::default(), None, &[]).concat();
+            let again = ModelFile::parse(Path::new("model.onnx"), written.into()).unwrap();
+            assert_eq!(
+                shown(&again.graph.nodes),
+                shown(&model.graph.nodes),
+                "seed {seed}"
+            );
+        }
+        assert!(
+            inlined > 100,
+            "the damage is too great to test anything: {inlined}"
+        );
+    }
 }

@@ -203,7 +203,11 @@ mod tests {
 
     /// A denoiser with one layer, whose attention is `attention` of `q`, `k` and `v`, as what `inspect` says of it.
     fn site(attention: &str) -> Kind {
-        let text = format!(
+        site_of(&around(attention))
+    }
+
+    fn around(attention: &str) -> String {
+        format!(
             "opset 25
              opset com.microsoft 1
              input x float [b, 64, 32]
@@ -235,8 +239,11 @@ mod tests {
              {attention}
              out = MatMul(a, w)
              output out float [b, 64, 32]"
-        );
-        let graph = model(&text).graph;
+        )
+    }
+
+    fn site_of(text: &str) -> Kind {
+        let graph = model(text).graph;
         let found = survey(&graph, &InputsRequest::default(), &Choice::default()).unwrap();
         let site = found.sites.into_iter().find(|s| s.op.contains("Attention"));
         site.unwrap().kind
@@ -380,5 +387,33 @@ mod tests {
         ] {
             is_refused(&format!("{op}({inputs}) {attributes}"), words);
         }
+    }
+
+    #[test]
+    fn lengths_that_are_computed_from_the_sequence_are_those_of_the_sequence() {
+        let lengths = |less: &str| {
+            let attention = format!(
+                "sizes = Shape(x)
+                 n = Gather(sizes, second)
+                 n32 = Cast(n) to=6
+                 m = Sub(n32, {less})
+                 rows = Slice(sizes, first, second)
+                 all = Expand(m, rows)
+                 a = com.microsoft::GroupQueryAttention(q, k, v, _, _, all, n32) num_heads=4 kv_num_heads=4 causal=0"
+            );
+            let text = around(&attention).replace("[b, 64, 32]", "[b, n, 32]");
+            site_of(&format!(
+                "ints first [0]\nints second [1]\nints two [2]\n{text}"
+            ))
+        };
+        assert!(
+            matches!(lengths("second"), Kind::Layer(_)),
+            "{:?}",
+            lengths("second")
+        );
+        let Kind::Unknown(reason) = lengths("two") else {
+            panic!("{:?}", lengths("two"));
+        };
+        assert!(reason.text.contains("seqlens_k"), "{reason}");
     }
 }

@@ -84,6 +84,7 @@ pub fn core(
         ("com.microsoft", "Attention") => fused::with_weights(graph, facts, index)?,
         ("com.microsoft", "GroupQueryAttention") => group_query::read(graph, facts, index)?,
         (domain, op) => {
+            let domain = if domain.is_empty() { "ai.onnx" } else { domain };
             return Err(Reason::new(
                 format!("the fused operator {domain}::{op} is not supported"),
                 [node.label()],
