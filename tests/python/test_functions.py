@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 from conftest import distance, inspect, session, tool
-from onnx import helper, numpy_helper
-from small import HEADS, TOKENS, C, denoiser, plain, rewritten, run, save
+
+pytest.importorskip("onnx", reason="builds its models with the onnx package")
+import onnx  # noqa: E402
+from onnx import helper, numpy_helper  # noqa: E402
+from small import HEADS, TOKENS, C, denoiser, plain, rewritten, run, save  # noqa: E402
 
 # heads: by attribute; `Project` is a function of a function, `Scaled` has a default and an input that may be left out.
 FUNCTIONS = """
@@ -62,8 +64,9 @@ def test_functions_are_put_in_place_of_their_calls(tmp_path):
     """The same results as of the model without functions, under every action; the functions that nothing calls stay."""
     functions, written_out = save(tmp_path, "functions", denoiser(called, FUNCTIONS)), save(tmp_path, "plain", denoiser(plain))
     assert inspect(functions)["model"]["module_form"] == 2
-    dense = session(functions, custom_ops=False).run(None, {"x": np.ones((2, TOKENS, 8), np.float32), "t": np.full(2, 900.0, np.float32)})[0]
-    full = session(rewritten(tmp_path, functions, [["full", "full"]])).run(None, {"x": np.ones((2, TOKENS, 8), np.float32), "t": np.full(2, 900.0, np.float32)})[0]
+    feed = {"x": np.ones((2, TOKENS, 8), np.float32), "t": np.full(2, 900.0, np.float32)}
+    dense = session(functions, custom_ops=False).run(None, feed)[0]
+    full = session(rewritten(tmp_path, functions, [["full", "full"]])).run(None, feed)[0]
     assert distance(full, dense) < 1e-5
     out = rewritten(tmp_path, functions)
     expected = run(rewritten(tmp_path, written_out))
@@ -107,10 +110,12 @@ def test_functions_in_subgraphs_and_subgraphs_in_functions(tmp_path):
 
 def test_attention_in_a_branch_is_named(tmp_path):
     def layer(i, n):
-        text = plain(i, n).replace(f"p{i} = Softmax <axis = -1> (ss{i})", f"""zero{i} = Constant <value_float: float = 0.0> () top{i} = ReduceMax <keepdims = 0> (ss{i})
-            positive{i} = Greater (top{i}, zero{i})
-            p{i} = If (positive{i}) <then_branch = yes () => (r{i}) {{ r{i} = Softmax <axis = -1> (ss{i}) }}, else_branch = no () => (q) {{ q = Softmax <axis = -1> (ss{i}) }}>""")
-        return text
+        branches = f"""zero{i} = Constant <value_float: float = 0.0> () top{i} = ReduceMax <keepdims = 0> (ss{i}) positive{i} = Greater (top{i}, zero{i})
+            p{i} = If (positive{i}) <
+                then_branch = yes () => (r{i}) {{ r{i} = Softmax <axis = -1> (ss{i}) }},
+                else_branch = no () => (u{i}) {{ u{i} = Softmax <axis = -1> (ss{i}) }}
+            >"""
+        return plain(i, n).replace(f"p{i} = Softmax <axis = -1> (ss{i})", branches)
 
     path = save(tmp_path, "branches", denoiser(layer))
     reasons = [s["reason"] for s in inspect(path)["sites"]]

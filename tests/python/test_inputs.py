@@ -1,11 +1,13 @@
 """Which inputs are the timestep and the latents, and what is said where that is not clear."""
 
 import numpy as np
-import onnx
 import pytest
 from conftest import distance, inspect, tool
-from onnx import helper, numpy_helper
-from small import TOKENS, denoiser, plain, rewritten, run, save
+
+pytest.importorskip("onnx", reason="builds its models with the onnx package")
+import onnx  # noqa: E402
+from onnx import helper, numpy_helper  # noqa: E402
+from small import TOKENS, denoiser, plain, rewritten, run, save  # noqa: E402
 
 
 def test_an_index_into_a_table_is_the_timestep(tmp_path):

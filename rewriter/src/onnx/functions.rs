@@ -30,9 +30,10 @@ const TENSOR_NAME: u32 = 8;
 /// `name` of a `ValueInfoProto`.
 const VALUE_NAME: u32 = 1;
 
-/// What functions grow to, at most: this many times the file and a constant. Calls of calls of calls multiply.
-const MAX_GROWTH: usize = 8;
-const MAX_BYTES: usize = 1 << 26;
+/// What functions grow to, at most: this many times the file and a constant. Calls of calls of calls multiply, and a node takes ten
+/// times its bytes once it is read.
+const MAX_GROWTH: usize = 4;
+const MAX_BYTES: usize = 1 << 23;
 
 /// Longer names of calls are cut where they become a part of other names.
 const MAX_PREFIX: usize = 200;
@@ -253,7 +254,7 @@ impl Inliner<'_> {
     fn spend(&mut self, bytes: usize) -> Result<(), String> {
         self.room = self.room.checked_sub(bytes).ok_or_else(|| {
             format!(
-                "its functions grow to more than {MAX_GROWTH} times the file where they are put in place of their calls"
+                "its functions grow to more than {MAX_GROWTH} times the file and {MAX_BYTES} bytes where they are put in place of their calls"
             )
         })?;
         Ok(())
