@@ -45,7 +45,7 @@ pub enum InputsError {
         why: &'static str,
     },
     #[error(
-        "the model's attention is out of reach: {reason}; export the denoiser without it, so that its attention is in the main graph"
+        "the model's attention is out of reach: {reason}; export the denoiser by itself, so that its attention is in the main graph"
     )]
     InSubgraph { reason: String },
     #[error(

@@ -32,6 +32,7 @@ pub use operand::{Operand, Prep};
 pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
 pub use target::Target;
+pub(crate) use timestep::indexes_table;
 
 /// Why something does not match, with the names of the nodes it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -175,7 +175,7 @@ fn has_vector_operand(graph: &Graph, node: &Node) -> bool {
 }
 
 /// Whether `input` picks out of a table that nothing fed changes: through integer arithmetic and layout only.
-fn indexes_table(graph: &Graph, input: &str) -> bool {
+pub fn indexes_table(graph: &Graph, input: &str) -> bool {
     let mut pending = vec![input];
     let mut seen: HashSet<&str> = HashSet::new();
     while let Some(value) = pending.pop() {
