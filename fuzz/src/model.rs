@@ -29,7 +29,10 @@ pub fn check(bytes: &[u8]) -> Reached {
         return Reached::Refused;
     };
     let unchanged = joined(&model.serialize(&GraphEdit::default(), None, &[]));
-    assert!(unchanged == bytes, "an empty edit changed bytes");
+    assert!(
+        model.inlined || unchanged == bytes,
+        "an empty edit changed bytes"
+    );
     let Some(survey) = surveyed(&model) else {
         return Reached::NoLayer;
     };

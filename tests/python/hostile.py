@@ -197,6 +197,37 @@ def bombs(size=16 * MiB):
     yield "bomb-group", base + b"\x7b" * (size - len(base)), ["group"]
 
 
+def functions():
+    """(name, bytes, words of the refusal or None where an answer is as good): calls that multiply; a few kilobytes to a megabyte each."""
+
+    def model(*functions, calls=1):
+        base = honest()
+        base.opset_import.add(domain="f", version=1)
+        for i in range(calls):
+            base.graph.node.add(op_type="a", domain="f", input=["x"], output=[f"called{i}"])
+        return base.SerializeToString() + b"".join(field(25, f) for f in functions)
+
+    def function(name, *nodes):
+        return field(1, name) + field(4, b"x") + field(5, b"y") + b"".join(field(7, n) for n in nodes) + field(10, b"f")
+
+    def node(op, source=b"x", result=b"y", domain=b"f", more=b""):
+        return field(1, source) + field(2, result) + field(4, op) + field(7, domain) + more
+
+    def doubling(levels):
+        names = [b"a"] + [b"b%d" % i for i in range(levels)]
+        doubled = [function(name, node(below, b"x", b"m"), node(below, b"m")) for name, below in zip(names, names[1:])]
+        return [*doubled, function(names[-1], node(b"Abs", domain=b""))]
+
+    yield "functions-doubling", model(*doubling(31)), ["grow"]
+    yield "functions-doubling-a-little", model(*doubling(15)), None
+    names = [b"a"] + [b"b%d" % i for i in range(100)]
+    yield "functions-deep", model(*[function(name, node(below)) for name, below in zip(names, names[1:])]), ["deep"]
+    yield "functions-circle", model(function(b"a", node(b"a"))), ["calls itself"]
+    yield "functions-large", model(function(b"a", node(b"Abs", domain=b"", more=field(6, b"d" * MiB))), calls=1000), ["grow"]
+    yield "functions-long-names", model(function(b"a", node(b"Abs", result=b"n" * 60_000, domain=b""), node(b"Abs", domain=b"")), calls=1000), ["grow"]
+    yield "functions-many-calls", model(function(b"a", node(b"Abs", domain=b"")), calls=20_000), None
+
+
 def crowded(count=200_000):
     """The honest model, and a node that stands before the `count` values that it reads."""
     names = [b"many%d" % i for i in range(count)]
@@ -252,7 +283,7 @@ def contradictions():
 
 
 def write(folder):
-    for name, data, _ in (*external(), *bombs(), *contradictions()):
+    for name, data, _ in (*external(), *bombs(), *functions(), *contradictions()):
         (folder / f"{name}.onnx").write_bytes(data)
 
 

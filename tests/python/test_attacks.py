@@ -83,6 +83,11 @@ def test_bombs_cost_at_most_four_times_their_size(index, tmp_path):
     said(tmp_path, data, words, memory=OWN + 4 * len(data))
 
 
+@pytest.mark.parametrize("name,data,words", [pytest.param(*case, id=case[0]) for case in hostile.functions()])
+def test_functions_that_multiply_cost_no_more_than_other_bombs(name, data, words, tmp_path):
+    said(tmp_path, data, words, memory=OWN + 4 * len(data))
+
+
 def test_a_node_with_many_inputs_does_not_take_the_square_of_their_number(tmp_path):
     place(tmp_path, hostile.crowded())
     for command in (["inspect", "model.onnx"], REWRITE):

@@ -1,7 +1,7 @@
 //! Which graph input is the timestep, which are the latents, and which are conditioning.
 
-use crate::onnx::{Graph, elem_type};
-use std::collections::HashSet;
+use super::{latents, timestep};
+use crate::onnx::Graph;
 
 /// The graph inputs that the step op watches.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,15 +28,26 @@ pub enum InputsError {
         inputs: String,
     },
     #[error(
-        "no timestep input found: no graph input reaches a sinusoidal embedding (Sin/Cos); name it with --timestep-input, one of {inputs}"
+        "no timestep input found: no graph input reaches a sinusoidal embedding (Sin/Cos), and none is an integer that picks a row of a table; name it with --timestep-input, one of {inputs}"
     )]
     NoTimestep { inputs: String },
     #[error("several inputs could be the timestep: {candidates}; name it with --timestep-input")]
     ManyTimesteps { candidates: String },
     #[error(
-        "no latents input found: expected a floating-point input of rank 3 or more among {inputs}; name it with --latents-input"
+        "no latents input found: expected a floating-point input of rank 3 or more, or one with the shape of a result, among {inputs}; name it with --latents-input"
     )]
     NoLatents { inputs: String },
+    #[error(
+        "several inputs could be the latents: {candidates} ({why}); name the one that is denoised with --latents-input"
+    )]
+    ManyLatents {
+        candidates: String,
+        why: &'static str,
+    },
+    #[error(
+        "the model's attention is out of reach: {reason}; export the denoiser by itself, so that its attention is in the main graph"
+    )]
+    InSubgraph { reason: String },
     #[error(
         "{option} {pattern}: no such layer; the model has {layers} self-attention layer(s), indices from 0; `dfa-rewrite inspect` lists them with their names"
     )]
@@ -74,74 +85,13 @@ pub fn find(graph: &Graph, request: &InputsRequest) -> Result<Inputs, InputsErro
     };
     let timestep = match &request.timestep {
         Some(name) => named(name, "--timestep-input")?,
-        None => {
-            let candidates: Vec<_> = fed
-                .iter()
-                .filter(|i| could_be_timestep(i) && reaches_sinusoid(graph, &i.name))
-                .map(|i| &i.name)
-                .collect();
-            match candidates.as_slice() {
-                [] => return Err(InputsError::NoTimestep { inputs: names() }),
-                [only] => (*only).clone(),
-                many => {
-                    let usual: Vec<_> = many.iter().filter(|n| is_timestep_name(n)).collect();
-                    match usual.as_slice() {
-                        [only] => (**only).clone(),
-                        _ => {
-                            let candidates = many
-                                .iter()
-                                .map(|n| format!("`{n}`"))
-                                .collect::<Vec<_>>()
-                                .join(", ");
-                            return Err(InputsError::ManyTimesteps { candidates });
-                        }
-                    }
-                }
-            }
-        }
+        None => timestep::find(graph, &fed)?
+            .ok_or_else(|| InputsError::NoTimestep { inputs: names() })?,
     };
     let latents = match &request.latents {
         Some(name) => named(name, "--latents-input")?,
-        None => {
-            let rank = |i: &&&crate::onnx::GraphInput| i.dims.as_ref().map_or(0, Vec::len);
-            let candidates: Vec<_> = fed
-                .iter()
-                .filter(|i| {
-                    i.name != timestep
-                        && (elem_type::is_supported_float(i.elem_type)
-                            || i.elem_type == elem_type::DOUBLE)
-                })
-                .filter(|i| rank(i) >= 3)
-                .collect();
-            // What is denoised looks like what comes out; then customary names; then the highest rank (an image or a
-            // video against a text sequence), then file order.
-            let usual = |name: &str| {
-                [
-                    "hidden_states",
-                    "sample",
-                    "latents",
-                    "latent",
-                    "x",
-                    "img",
-                    "noisy_latents",
-                ]
-                .contains(&name)
-            };
-            let alike: Vec<_> = candidates
-                .iter()
-                .filter(|i| looks_like_output(graph, i))
-                .collect();
-            let best = match alike.as_slice() {
-                [only] => Some(*only),
-                _ => candidates
-                    .iter()
-                    .find(|i| usual(&i.name))
-                    .or_else(|| candidates.iter().rev().max_by_key(|i| rank(i))),
-            };
-            best.ok_or_else(|| InputsError::NoLatents { inputs: names() })?
-                .name
-                .clone()
-        }
+        None => latents::find(graph, &fed, &timestep)?
+            .ok_or_else(|| InputsError::NoLatents { inputs: names() })?,
     };
     let conditioning = fed
         .iter()
@@ -155,90 +105,167 @@ pub fn find(graph: &Graph, request: &InputsRequest) -> Result<Inputs, InputsErro
     })
 }
 
-/// Whether `input` has the shape of one of the model's results, the number of channels aside.
-fn looks_like_output(graph: &Graph, input: &crate::onnx::GraphInput) -> bool {
-    let Some(dims) = &input.dims else {
-        return false;
-    };
-    graph.outputs.iter().any(|output| {
-        let shape = graph
-            .value_info
-            .get(output)
-            .and_then(|t| t.tensor_type.as_ref()?.shape.as_ref());
-        shape.is_some_and(|shape| {
-            let same = |(a, b): (&Result<i64, String>, &crate::onnx::DimensionProto)| match a {
-                Ok(size) => b.dim_value == Some(*size),
-                Err(name) => !name.is_empty() && b.dim_param.as_ref() == Some(name),
-            };
-            let differ = dims.iter().zip(&shape.dim).filter(|&p| !same(p)).count();
-            shape.dim.len() == dims.len() && differ <= 1
-        })
-    })
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::testing::model;
 
-fn is_timestep_name(name: &str) -> bool {
-    let lower = name.to_ascii_lowercase();
-    [
-        "t",
-        "time",
-        "timestep",
-        "timesteps",
-        "sigma",
-        "t_step",
-        "step",
-    ]
-    .contains(&lower.as_str())
-        || lower.contains("timestep")
-}
+    fn found(text: &str) -> Result<Inputs, InputsError> {
+        find(&model(text).graph, &InputsRequest::default())
+    }
 
-/// A timestep is a number per row (or one for all, or one per token); a few other inputs are embedded the same way.
-fn could_be_timestep(input: &crate::onnx::GraphInput) -> bool {
-    let numeric = elem_type::is_supported_float(input.elem_type)
-        || matches!(
-            input.elem_type,
-            elem_type::DOUBLE | elem_type::INT64 | elem_type::INT32
+    fn timestep(inputs: &str, nodes: &str) -> Result<String, InputsError> {
+        let text = format!(
+            "opset 17
+             input x float [b, n, 8]
+             {inputs}
+             weight table [100, 8]
+             weight w [8, 8]
+             ints one [1]
+             {nodes}
+             output out float [b, n, 8]"
         );
-    let rank = input.dims.as_ref().map_or(1, Vec::len);
-    let lower = input.name.to_ascii_lowercase();
-    let other = ["guidance", "_ids", "resolution", "aspect", "size", "fps"]
-        .iter()
-        .any(|w| lower.contains(w));
-    numeric && (rank <= 1 || (rank == 2 && is_timestep_name(&input.name))) && !other
-}
+        found(&text).map(|i| i.timestep)
+    }
 
-/// Whether `input` gets to a Sin or Cos without passing through a weight.
-fn reaches_sinusoid(graph: &Graph, input: &str) -> bool {
-    let mut pending = vec![input];
-    let mut seen: HashSet<&str> = HashSet::new();
-    while let Some(value) = pending.pop() {
-        for &index in graph.consumers(value) {
-            let node = &graph.nodes[index];
-            match node.op() {
-                "Sin" | "Cos" => return true,
-                "Shape" | "Gemm" | "Conv" | "LayerNormalization" => {}
-                // An outer product with a constant frequency table is still a sinusoidal embedding; a learnt projection has
-                // a wide weight. Telling them apart is not needed: the way on leads to Sin or Cos or it does not.
-                _ => {
-                    for output in &node.proto.output {
-                        if !output.is_empty() && seen.insert(output) && seen.len() < 4096 {
-                            let stop = matches!(node.op(), "MatMul" | "FusedMatMul")
-                                && !has_vector_operand(graph, node);
-                            if !stop {
-                                pending.push(output);
-                            }
-                        }
-                    }
-                }
-            }
+    fn latents(inputs: &[&str], output: &str) -> Result<String, InputsError> {
+        let inputs: Vec<_> = inputs.iter().map(|i| format!("input {i}")).collect();
+        let text = format!(
+            "opset 17
+             input t float [b]
+             {}
+             e = Sin(t)
+             output {output}",
+            inputs.join("\n")
+        );
+        found(&text).map(|i| i.latents)
+    }
+
+    #[test]
+    fn a_timestep_has_any_rank_where_it_reaches_a_sine() {
+        for shape in ["[]", "[b]", "[1, 1]", "[b, 1, 1, 1]", "[b, n]", "[b, n, 2]"] {
+            let input = format!("input when float {shape}");
+            assert_eq!(
+                timestep(&input, "s = Sin(when)"),
+                Ok("when".into()),
+                "{shape}"
+            );
+        }
+        // Positions reach sines too.
+        let positions = "input pos float [b, n, 3]\ninput when float [b]";
+        assert_eq!(
+            timestep(positions, "p = Cos(pos)\ns = Sin(when)"),
+            Ok("when".into())
+        );
+        assert!(matches!(
+            timestep("input pos float [b, n, 3]", "p = Cos(pos)"),
+            Err(InputsError::NoTimestep { .. })
+        ));
+        // Something that has one number per row may be the timestep, whatever reaches a sine in another shape.
+        let unclear = timestep(
+            "input signal float [b, n, 3]\ninput when float [b]",
+            "s = Sin(signal)\ne = MatMul(when, w)",
+        );
+        let candidates = "`signal`, `when`".into();
+        assert_eq!(unclear, Err(InputsError::ManyTimesteps { candidates }));
+    }
+
+    #[test]
+    fn an_integer_that_picks_a_row_of_a_table_is_a_timestep() {
+        let gather = "i = Cast(when) to=7\nj = Add(i, one)\ne = Gather(table, j)";
+        for shape in ["int64 [b]", "int32 [1]", "int64 []", "int32 [1, 1]"] {
+            let input = format!("input when {shape}");
+            assert_eq!(timestep(&input, gather), Ok("when".into()), "{shape}");
+        }
+        let slice = "u = Add(when, one)\ne = Slice(table, when, u)";
+        assert_eq!(timestep("input when int64 [1]", slice), Ok("when".into()));
+        // Where a table ends is a length.
+        for (input, nodes) in [
+            ("input when int64 [1]", "e = Slice(table, one, when)"),
+            ("input ids int64 [b, n]", "e = Gather(table, ids)"),
+            (
+                "input class_labels int64 [b]",
+                "e = Gather(table, class_labels)",
+            ),
+            ("input y int64 [b]", "e = Gather(table, y)"),
+        ] {
+            let none = timestep(input, nodes);
+            assert!(
+                matches!(none, Err(InputsError::NoTimestep { .. })),
+                "{none:?}"
+            );
         }
     }
-    false
-}
 
-fn has_vector_operand(graph: &Graph, node: &crate::onnx::Node) -> bool {
-    node.proto
-        .input
-        .iter()
-        .filter_map(|i| graph.constant(i))
-        .any(|c| c.dims.iter().filter(|&&d| d != 1).count() <= 1)
+    #[test]
+    fn a_sine_wins_over_a_table_and_names_break_ties() {
+        let both = "input step int64 [b]\ninput when float [b]";
+        let nodes = "e = Gather(table, step)\ns = Sin(when)";
+        assert_eq!(timestep(both, nodes), Ok("when".into()));
+        let two = "input a int64 [b]\ninput b int64 [b]";
+        let nodes = "e = Gather(table, a)\nf = Gather(table, b)";
+        let candidates = "`a`, `b`".to_owned();
+        assert_eq!(
+            timestep(two, nodes),
+            Err(InputsError::ManyTimesteps { candidates })
+        );
+        let named = "input a int64 [b]\ninput time_step int64 [b]";
+        let nodes = "e = Gather(table, a)\nf = Gather(table, time_step)";
+        assert_eq!(timestep(named, nodes), Ok("time_step".into()));
+        // A time that goes into a learnt embedding, and a kind that picks a row.
+        let learnt = "input kind int64 [b]\ninput when float [b]";
+        let nodes = "e = Gather(table, kind)\ns = MatMul(when, w)";
+        assert!(matches!(
+            timestep(learnt, nodes),
+            Err(InputsError::ManyTimesteps { .. })
+        ));
+    }
+
+    #[test]
+    fn latents_look_like_the_result_exactly_before_roughly() {
+        let out = "out float [b, 64, 3]";
+        let pair = "z float [b, 64, 64, 16]";
+        assert_eq!(
+            latents(&["r float [b, 64, 3]", "s float [b, 64, 20]", pair], out),
+            Ok("r".into())
+        );
+        assert_eq!(latents(&["s float [b, 64, 20]", pair], out), Ok("s".into()));
+        assert_eq!(
+            latents(&["r float16 [b, 64, 3]", "s float [b, 64, 3]"], out),
+            Ok("s".into())
+        );
+        assert_eq!(
+            latents(&["a float [n, 3]", "b float [n, 9]"], "out float [n, 3]"),
+            Ok("a".into())
+        );
+        assert_eq!(
+            latents(&["a float [b, 7]", "sample float [b, 9, 9]"], "out float"),
+            Ok("sample".into())
+        );
+        assert_eq!(
+            latents(&["a float [b, 7, 7]", pair], "out float"),
+            Ok("z".into())
+        );
+    }
+
+    #[test]
+    fn equally_likely_latents_are_an_error_that_names_them() {
+        let out = "out float [b, 64, 3]";
+        let two = ["p float [b, 64, 3]", "q float [b, 64, 3]"];
+        let error = latents(&two, out).unwrap_err().to_string();
+        for word in ["`p`, `q`", "--latents-input", "shape and type"] {
+            assert!(error.contains(word), "{error}");
+        }
+        let named = [two[0], two[1], "noise float [b, 64, 3]"];
+        assert_eq!(latents(&named, out), Ok("noise".into()));
+        let unlike = ["p float [b, 5, 3]", "q float [b, 7, 9]"];
+        assert!(matches!(
+            latents(&unlike, "out float"),
+            Err(InputsError::ManyLatents { .. })
+        ));
+        assert!(matches!(
+            latents(&["p float [b, 5]"], "out float"),
+            Err(InputsError::NoLatents { .. })
+        ));
+    }
 }

@@ -1,6 +1,6 @@
 //! Finding attention by dataflow. Read-only: says what every softmax and attention operator is, and why.
 //!
-//! The order of things: `inputs` names the timestep, the latents and the conditioning; `anchor` recognises
+//! The order of things: `inputs` names the timestep, the latents (`timestep`, `latents`) and the conditioning; `anchor` recognises
 //! softmax(q·kᵀ)·v in any dialect; `source` follows q, k and v back to their projections and so tells self- from
 //! cross-attention; `streams` tells text tokens from image tokens; `module` tries to isolate the whole attention module,
 //! with `batch` to prove that halves of it are halves of the batch, `sink` for where it ends and `target` for shapes that
@@ -11,6 +11,7 @@ mod anchor;
 mod batch;
 mod choice;
 mod inputs;
+mod latents;
 mod linear;
 mod module;
 mod operand;
@@ -18,8 +19,10 @@ mod order;
 mod sink;
 mod source;
 mod streams;
+mod subgraph;
 mod survey;
 mod target;
+mod timestep;
 
 pub use anchor::{Core, Mask, Term};
 pub use choice::{Choice, Pattern};
@@ -29,6 +32,7 @@ pub use operand::{Operand, Prep};
 pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
 pub use target::Target;
+pub(crate) use timestep::indexes_table;
 
 /// Why something does not match, with the names of the nodes it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]

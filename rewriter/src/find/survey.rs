@@ -10,8 +10,9 @@ use super::module::{self, Module, Scene};
 use super::order;
 use super::source::{self, Dependence};
 use super::streams::{Streams, Text};
+use super::subgraph;
 use crate::onnx::Graph;
-use crate::shapes::{self, Facts};
+use crate::shapes::{self, Facts, SIZE};
 use ditfastattn_plans::Fingerprint;
 use std::collections::{BTreeSet, HashMap};
 
@@ -110,6 +111,8 @@ struct Candidate {
     /// Inputs of the projections, and the streams they are spellings of.
     sources: BTreeSet<String>,
     streams: BTreeSet<String>,
+    /// Whether it depends on the timestep; a first layer may not yet.
+    timed: bool,
 }
 
 enum Found {
@@ -126,7 +129,9 @@ pub fn survey(
     request: &InputsRequest,
     choice: &Choice,
 ) -> Result<Survey, InputsError> {
-    let inputs = inputs::find(graph, request)?;
+    let inner = subgraph::sites(graph);
+    let inputs =
+        inputs::find(graph, request).map_err(|error| out_of_reach(graph, &inner, error))?;
     let facts = shapes::infer(graph, Some(&inputs.latents));
     let dependence = Dependence::new(graph);
     let mut found: Vec<(usize, Found)> = graph
@@ -142,6 +147,7 @@ pub fn survey(
             (index, found)
         })
         .collect();
+    set_untimed_aside(graph, &inputs, &mut found);
     number(graph, &dependence, &inputs, &mut found);
     set_decoders_aside(graph, choice, &mut found);
     let layers: Vec<String> = found
@@ -172,6 +178,11 @@ pub fn survey(
             op: node.op().to_owned(),
             kind: Kind::Unsupported(Reason::new(text, [node.label()])),
         }
+    }));
+    sites.extend(inner.into_iter().map(|inner| Site {
+        node: inner.label,
+        op: inner.op,
+        kind: Kind::Unsupported(inner.reason),
     }));
     Ok(Survey {
         inputs,
@@ -210,13 +221,11 @@ fn classify(
             keys: list(&rk.union(&rv).cloned().collect()),
         });
     }
-    for input in [&inputs.latents, &inputs.timestep] {
-        if !q.iter().any(|s| dependence.on(s, input)) {
-            let text =
-                format!("self-attention outside the denoiser: it does not depend on `{input}`");
-            return Found::Other(Kind::Elsewhere(Reason::new(text, [label])));
-        }
+    let depends = |input: &str| q.iter().any(|s| dependence.on(s, input));
+    if !depends(&inputs.latents) {
+        return Found::Other(elsewhere(&inputs.latents, label));
     }
+    let timed = depends(&inputs.timestep);
     // As they stand in the graph, if all agree; else what they are spellings of.
     let sources = if q == k && q.is_subset(&v) {
         q
@@ -227,7 +236,46 @@ fn classify(
         core,
         sources: quantized_sources(graph, sources),
         streams: rq,
+        timed,
     }))
+}
+
+fn elsewhere(input: &str, label: &str) -> Kind {
+    let text = format!("self-attention outside the denoiser: it does not depend on `{input}`");
+    Kind::Elsewhere(Reason::new(text, [label]))
+}
+
+/// Attention of the latents alone is the denoiser's where its result goes on into layers that depend on the timestep.
+fn set_untimed_aside(graph: &Graph, inputs: &Inputs, found: &mut [(usize, Found)]) {
+    let mut leads = vec![false; graph.nodes.len()];
+    for (node, found) in found.iter() {
+        leads[*node] = matches!(found, Found::Candidate(c) if c.timed);
+    }
+    let timed = leads.clone();
+    for index in (0..graph.nodes.len()).rev() {
+        let node = &graph.nodes[index];
+        let mut users = node.proto.output.iter().flat_map(|o| graph.consumers(o));
+        // A size is not data.
+        let data = |&&user: &&usize| !shapes::is(&graph.nodes[user], SIZE);
+        leads[index] = users.by_ref().filter(data).any(|&u| leads[u] || timed[u]);
+    }
+    for (node, found) in found {
+        if matches!(found, Found::Candidate(c) if !c.timed) && !leads[*node] {
+            *found = Found::Other(elsewhere(&inputs.timestep, graph.nodes[*node].label()));
+        }
+    }
+}
+
+/// Where the inputs cannot be told because the attention is elsewhere, that is what is wrong.
+fn out_of_reach(graph: &Graph, inner: &[subgraph::Inner], error: InputsError) -> InputsError {
+    let outer = graph.nodes.iter().filter(|n| anchor::is_anchor(graph, n));
+    let named = matches!(error, InputsError::NoSuchInput { .. });
+    match inner.first() {
+        Some(first) if !named && outer.count() <= inner.len() => InputsError::InSubgraph {
+            reason: first.reason.to_string(),
+        },
+        _ => error,
+    }
 }
 
 /// A quantised source is quantised inside the module, so that its scale is that of the rows at hand.
@@ -372,4 +420,133 @@ fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
         facts.show(out)
     );
     Err(Reason::new(text, [graph.nodes[core.anchor].label()]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::testing::model;
+
+    fn surveyed(text: &str) -> Result<Survey, InputsError> {
+        survey(
+            &model(text).graph,
+            &InputsRequest::default(),
+            &Choice::default(),
+        )
+    }
+
+    /// Attention of `x` with its projections, as operators of its own.
+    fn layer(x: &str, name: &str) -> String {
+        format!(
+            "q{name} = MatMul({x}, w)
+             k{name} = MatMul({x}, w)
+             v{name} = MatMul({x}, w)
+             o{name} = Attention(q{name}, k{name}, v{name}) q_num_heads=4 kv_num_heads=4
+             a{name} = MatMul(o{name}, w)"
+        )
+    }
+
+    const HEAD: &str = "opset 23
+        input x float [b, 64, 32]
+        input t float [b]
+        weight w [32, 32]
+        weight f [1, 32]
+        ints axes [1]
+        t1 = Unsqueeze(t, axes)
+        tf = Mul(t1, f)
+        ts = Sin(tf)
+        te = Unsqueeze(ts, axes)
+        output out float [b, 64, 32]";
+
+    #[test]
+    fn a_first_layer_that_does_not_know_the_time_is_a_layer() {
+        let text = format!(
+            "{HEAD}
+             input text float [b, 64, 32]
+             {}
+             {}
+             {}
+             y = Add(aone, atext)
+             z = Add(y, te)
+             {}
+             {}
+             out = Add(atwo, alast)",
+            layer("x", "one"),
+            layer("text", "text"),
+            // Nothing of it goes into a layer that knows the time.
+            layer("x", "last"),
+            layer("z", "two"),
+            "unused = Identity(olast)",
+        );
+        let found = surveyed(&text).unwrap();
+        let kinds: Vec<_> = found
+            .sites
+            .iter()
+            .map(|s| (s.node.as_str(), &s.kind))
+            .collect();
+        let is_layer = |node: &str| {
+            let kind = kinds.iter().find(|(n, _)| *n == node).unwrap().1;
+            matches!(kind, Kind::Layer(_))
+        };
+        assert!(is_layer("node_oone") && is_layer("node_otwo"), "{kinds:?}");
+        assert!(
+            !is_layer("node_otext") && !is_layer("node_olast"),
+            "{kinds:?}"
+        );
+    }
+
+    #[test]
+    fn attention_in_a_subgraph_is_named() {
+        let branch = "graph body
+             p = Softmax(s)
+             r = MatMul(p, x)
+             output r
+             end";
+        let text = format!(
+            "{branch}
+             {HEAD}
+             y = Add(x, te)
+             s = MatMul(y, w)
+             out = If(t) then_branch=@body else_branch=@body"
+        );
+        let found = surveyed(&text).unwrap();
+        assert_eq!(found.sites.len(), 2);
+        let Kind::Unsupported(reason) = &found.sites[1].kind else {
+            panic!("{:?}", found.sites[1]);
+        };
+        assert!(
+            reason.text.contains("`else_branch` of the If `node_out`"),
+            "{reason}"
+        );
+        // The whole denoiser in a loop: the timestep is not what is wrong.
+        let text = format!(
+            "{branch}
+             opset 17
+             input x float [b, 64, 32]
+             input steps int64 []
+             input s float [b, 64, 64]
+             out = Loop(steps, _, x) body=@body
+             output out float [b, 64, 32]"
+        );
+        let error = surveyed(&text).unwrap_err().to_string();
+        assert!(error.contains("`body` of the Loop `node_out`"), "{error}");
+    }
+
+    #[test]
+    fn an_attention_operator_of_whatever_domain_is_named() {
+        let text = format!(
+            "opset acme 1
+             {HEAD}
+             y = Add(x, te)
+             out = acme::FlashAttention(y, y, y)"
+        );
+        let found = surveyed(&text).unwrap();
+        let [site] = &found.sites[..] else {
+            panic!("{:?}", found.sites);
+        };
+        let Kind::Unknown(reason) = &site.kind else {
+            panic!("{site:?}");
+        };
+        assert!(reason.text.contains("acme::FlashAttention"), "{reason}");
+    }
 }

@@ -3,8 +3,10 @@
 //! Owns `ModelProto` and the file system side. Weights stored outside the file are never opened.
 
 use super::external::{self, Links, Locations};
-use super::graph::{Graph, GraphEdit};
+use super::functions;
+use super::graph::{FIELD_NODE, Graph, GraphEdit};
 use super::proto::{OperatorSetIdProto, StringStringEntryProto};
+use super::walk;
 use super::wire::{self, Field};
 use bytes::Bytes;
 use prost::Message;
@@ -14,10 +16,10 @@ use std::path::{Path, PathBuf};
 
 const FIELD_IR_VERSION: u32 = 1;
 const FIELD_PRODUCER: u32 = 2;
-pub(super) const FIELD_GRAPH: u32 = 7;
+pub(super) const FIELD_GRAPH: u32 = functions::MODEL_GRAPH;
 const FIELD_OPSET_IMPORT: u32 = 8;
 const FIELD_METADATA: u32 = 14;
-const FIELD_FUNCTIONS: u32 = 25;
+const FIELD_FUNCTIONS: u32 = functions::MODEL_FUNCTIONS;
 
 /// Why a file could not be read as an ONNX model.
 #[derive(Debug, thiserror::Error)]
@@ -57,8 +59,8 @@ pub struct ModelFile {
     pub opset_imports: Vec<(String, i64)>,
     /// The model's own key/value metadata.
     pub metadata: Vec<(String, String)>,
-    /// Number of model-local functions.
-    pub functions: usize,
+    /// Whether calls of model-local functions were replaced: then the model is no longer what the file says, byte for byte.
+    pub inlined: bool,
     external: Locations,
     fields: Vec<Field>,
 }
@@ -141,6 +143,18 @@ impl ModelFile {
         if graphs.next().is_some() {
             return Err(malformed("it has more than one graph (field 7)".into()));
         }
+        let refused = |what: String| ReadError::Refused {
+            path: path.into(),
+            what,
+        };
+        let without_calls = functions::inline(&fields).map_err(refused)?;
+        let inlined = without_calls.is_some();
+        let graph = graph.clone();
+        let fields = without_calls.unwrap_or(fields);
+        let graph = fields
+            .iter()
+            .find_map(|f| f.message(FIELD_GRAPH))
+            .unwrap_or(&graph);
         let mut graph = Graph::parse(graph).map_err(malformed)?;
         let payloads = |number: u32| {
             fields
@@ -167,11 +181,7 @@ impl ModelFile {
             .map(|p| String::from_utf8_lossy(&p).into_owned())
             .collect::<Vec<_>>()
             .join(" ");
-        let functions = payloads(FIELD_FUNCTIONS).count();
-        let external = external::locations(&fields).map_err(|what| ReadError::Refused {
-            path: path.into(),
-            what,
-        })?;
+        let external = external::locations(&fields).map_err(refused)?;
         Ok(Self {
             path: path.into(),
             size,
@@ -180,7 +190,7 @@ impl ModelFile {
             producer,
             opset_imports,
             metadata,
-            functions,
+            inlined,
             external,
             fields,
         })
@@ -188,6 +198,23 @@ impl ModelFile {
 
     pub(super) fn fields(&self) -> &[Field] {
         &self.fields
+    }
+
+    /// Whether any node is of `domain`: in the graph, in a subgraph or in a function.
+    pub fn has_node_of(&self, domain: &str) -> bool {
+        let other = &mut |node: &[Field]| walk::text(node, walk::NODE_DOMAIN) != domain;
+        let all_other = self.fields.iter().all(|field| {
+            let parts = field
+                .message(FIELD_GRAPH)
+                .map(|graph| (graph, FIELD_NODE))
+                .or_else(|| {
+                    let function = field.message(FIELD_FUNCTIONS)?;
+                    Some((function, walk::FUNCTION_NODE))
+                });
+            // What cannot be read is no node.
+            parts.is_none_or(|(part, number)| walk::nodes(part, number, 0, other).unwrap_or(true))
+        });
+        !all_other
     }
 
     /// The opset version of the ONNX domain, 0 if it is not imported.
@@ -209,7 +236,19 @@ impl ModelFile {
         metadata: &[(String, String)],
     ) -> Vec<Bytes> {
         let mut pieces = Vec::new();
+        let mut opset_import = opset_import;
         for field in &self.fields {
+            if let Some(import) = field.message(FIELD_OPSET_IMPORT)
+                && let Some((domain, version)) = opset_import
+                && let Ok(import) = OperatorSetIdProto::decode(import.clone())
+                && import.domain == domain
+            {
+                // A domain is imported once. Another version of it than that of the nodes that are added goes.
+                if import.version != version {
+                    continue;
+                }
+                opset_import = None;
+            }
             let Some(before) = field.message(FIELD_GRAPH) else {
                 pieces.push(field.raw.clone());
                 continue;
@@ -375,6 +414,46 @@ mod tests {
         assert_eq!(again.graph.nodes.len(), 2);
         let numbers = again.graph.fields().iter().filter(|f| f.varint.is_some());
         assert_eq!(numbers.count(), 2);
+    }
+
+    #[test]
+    fn a_node_of_a_domain_counts_wherever_it_is_and_an_import_does_not() {
+        let model = |more: &str| {
+            let around = "opset 17\nopset ai.ditfastattn 1\ninput x float [4]\noutput y float [4]";
+            super::super::testing::model(&format!("{more}\n{around}\ny = Abs(x)"))
+        };
+        let inside = "graph g\nr = ai.ditfastattn::Step(x)\noutput r\nend";
+        let function = "function my F (a) (r)\nr = ai.ditfastattn::Step(a)\nend";
+        assert!(!model("").has_node_of("ai.ditfastattn"));
+        assert!(!model(inside).has_node_of("ai.ditfastattn"));
+        for more in [
+            "z = ai.ditfastattn::Step(x)",
+            &format!("{inside}\nz = If(x) then_branch=@g"),
+            function,
+        ] {
+            assert!(model(more).has_node_of("ai.ditfastattn"), "{more}");
+        }
+    }
+
+    #[test]
+    fn a_domain_is_imported_once_and_in_the_version_that_is_asked_for() {
+        for version in [1, 9] {
+            let text = format!(
+                "opset 17\nopset dom {version}\ninput x float [4]\ny = Abs(x)\noutput y float [4]"
+            );
+            let written = super::super::testing::model(&text).serialize(
+                &GraphEdit::default(),
+                Some(("dom", 1)),
+                &[],
+            );
+            let again = ModelFile::parse(Path::new("m"), written.concat().into()).unwrap();
+            let imports: Vec<_> = again
+                .opset_imports
+                .iter()
+                .filter(|(d, _)| d == "dom")
+                .collect();
+            assert_eq!(imports, [&("dom".to_owned(), 1)]);
+        }
     }
 
     #[test]

@@ -73,6 +73,10 @@ impl Node {
         self.proto.output.get(i).map_or("", String::as_str)
     }
 
+    pub fn attributes(&self) -> &[AttributeProto] {
+        &self.attributes
+    }
+
     pub fn attribute(&self, name: &str) -> Option<&AttributeProto> {
         self.attributes.iter().find(|a| a.name == name)
     }
@@ -96,13 +100,25 @@ impl Node {
             .any(|a| a.g.is_some() || !a.graphs.is_empty())
     }
 
+    /// Its subgraphs, each with the name of the attribute that it is.
+    pub fn subgraphs(&self) -> impl Iterator<Item = (&str, &Bytes)> {
+        self.attributes.iter().flat_map(|a| {
+            let graphs = a.g.iter().chain(&a.graphs);
+            graphs.map(|graph| (a.name.as_str(), graph))
+        })
+    }
+
     /// The nodes of its subgraphs, of which those that cannot be read are left out.
     pub fn inner(&self) -> Vec<Node> {
-        let graphs = self
-            .attributes
-            .iter()
-            .flat_map(|a| a.g.iter().chain(&a.graphs));
-        let fields = graphs.filter_map(|g| wire::split(g).ok()).flatten();
+        let graphs = self.subgraphs();
+        graphs
+            .flat_map(|(_, graph)| Self::of_graph(graph))
+            .collect()
+    }
+
+    /// The nodes of a serialized graph, of which those that cannot be read are left out.
+    pub fn of_graph(graph: &Bytes) -> Vec<Node> {
+        let fields = wire::split(graph).unwrap_or_default().into_iter();
         fields
             .filter_map(|f| Self::read(f.message(FIELD_NODE)?.clone()))
             .collect()

@@ -3,7 +3,7 @@
 
 use super::array::{Array, Data};
 use super::feed::{FeedError, fed, runs};
-use crate::find::Inputs;
+use crate::find::{Inputs, indexes_table};
 use crate::onnx::{Graph, GraphInput, elem_type};
 use ditfastattn_plans::{Cfg, Plan};
 use rand_chacha::ChaCha8Rng;
@@ -11,7 +11,8 @@ use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use std::collections::BTreeMap;
 
-/// Timesteps where the plan has none fall from here to 0: what most models are trained with.
+/// Timesteps where the plan has none fall from here to 0: what most models are trained with. Where they pick rows of a table they are
+/// counted from 0.
 const FIRST_TIMESTEP: f64 = 1000.0;
 
 /// How far the latents go in all steps, as a part of the way to other noise.
@@ -34,6 +35,7 @@ pub fn arrays(
     let mut normal =
         |len: usize| -> Vec<f32> { StandardNormal.sample_iter(&mut random).take(len).collect() };
     let (steps, runs) = (plan.step_count(), runs(plan.cfg));
+    let rows = indexes_table(graph, &roles.timestep);
     let mut arrays = BTreeMap::new();
     for input in fed(graph) {
         let dims = dims(&input, plan.cfg, sizes)?;
@@ -42,7 +44,7 @@ pub fn arrays(
         let data = if input.name == roles.timestep {
             Data::Float(
                 (0..steps)
-                    .flat_map(|t| vec![timestep(plan, t); len])
+                    .flat_map(|t| vec![timestep(plan, t, rows); len])
                     .collect(),
             )
         } else if input.name == roles.latents {
@@ -71,9 +73,12 @@ pub fn arrays(
     Ok(arrays)
 }
 
-/// Whole numbers, which inputs of every type take.
-fn timestep(plan: &Plan, step: usize) -> f32 {
-    let counted = || (FIRST_TIMESTEP * (1.0 - step as f64 / plan.step_count() as f64)).round();
+/// Whole numbers, which inputs of every type take; `rows`: they pick rows of a table, of which there may be few.
+fn timestep(plan: &Plan, step: usize, rows: bool) -> f32 {
+    let counted = || match rows {
+        true => step as f64,
+        false => (FIRST_TIMESTEP * (1.0 - step as f64 / plan.step_count() as f64)).round(),
+    };
     let planned = plan.timesteps.as_ref().and_then(|t| t.get(step).copied());
     planned.unwrap_or_else(counted) as f32
 }

@@ -188,6 +188,14 @@ impl Symbols {
         self.undo(sum, part, true).is_some()
     }
 
+    /// Whether `difference` is `a − b`, as far as that is known.
+    pub fn is_difference(&self, difference: &Dim, a: &Dim, b: &Dim) -> bool {
+        match (difference.known(), a.known(), b.known()) {
+            (Some(difference), Some(a), Some(b)) => a.checked_sub(b) == Some(difference),
+            _ => self.undo(difference, b, false).as_ref() == Some(a),
+        }
+    }
+
     /// For messages: `2·batch`, `64`, `height/2`.
     pub fn show(&self, dim: &Dim) -> String {
         let mut text = String::new();
@@ -242,6 +250,10 @@ mod tests {
         );
         assert_eq!(symbols.sum(&image, &image, true).unwrap().known(), Some(0));
         assert_eq!(symbols.sum(&a, &text, true).unwrap(), image);
+        let shorter = symbols.sum(&image, &1.into(), true).unwrap();
+        assert!(symbols.is_difference(&shorter, &image, &1.into()));
+        assert!(!symbols.is_difference(&image, &image, &1.into()));
+        assert!(symbols.is_difference(&63.into(), &64.into(), &1.into()));
         assert_eq!(symbols.sum(&a, &image, true).unwrap(), text);
     }
 }

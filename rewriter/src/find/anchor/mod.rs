@@ -4,6 +4,8 @@
 //! is added in between; `fused` reads attention operators. All end in one [`Core`].
 
 mod fused;
+mod group_query;
+mod known;
 mod mask;
 mod product;
 mod softmax;
@@ -51,7 +53,13 @@ impl Core {
 
 /// Whether `node` can be the middle of an attention.
 pub fn is_anchor(graph: &Graph, node: &Node) -> bool {
-    shapes::is(node, ANCHOR) || softmax::spelled_out(graph, node).is_some()
+    // What is computed in place of attention is no attention of the model's; whoever's operator it is else, it is named.
+    let is_foreign = || {
+        !shapes::has_row(node)
+            && node.domain() != "ai.ditfastattn"
+            && node.op().contains("Attention")
+    };
+    shapes::is(node, ANCHOR) || softmax::spelled_out(graph, node).is_some() || is_foreign()
 }
 
 /// The attention around the anchor `index`.
@@ -70,7 +78,9 @@ pub fn core(
         ("", "Attention") => fused::attention(graph, facts, index)?,
         ("com.microsoft", "MultiHeadAttention") => fused::multi_head(graph, facts, index)?,
         ("com.microsoft", "Attention") => fused::with_weights(graph, facts, index)?,
+        ("com.microsoft", "GroupQueryAttention") => group_query::read(graph, facts, index)?,
         (domain, op) => {
+            let domain = if domain.is_empty() { "ai.onnx" } else { domain };
             return Err(Reason::new(
                 format!("the fused operator {domain}::{op} is not supported"),
                 [node.label()],

@@ -1,5 +1,6 @@
 //! The two matrix products of attention, in every spelling: MatMul, FusedMatMul, Einsum.
 
+use super::known;
 use crate::find::Reason;
 use crate::find::operand::Operand;
 use crate::onnx::Node;
@@ -50,7 +51,7 @@ pub fn scores(node: &Node, rank: usize) -> Result<Scores, Reason> {
             factor: 1.0,
         }),
         _ => {
-            let flags = Flags::of(node);
+            let flags = Flags::of(node)?;
             Ok(Scores {
                 q: Operand::new(a, &stored(&rows, ['S', 'D'], flags.a, node)?),
                 k: Operand::new(b, &stored(&columns, ['D', 'S'], flags.b, node)?),
@@ -93,7 +94,7 @@ pub fn weighted(node: &Node, p: &str, rank: usize) -> Result<Weighted, Reason> {
             out: Operand::new(node.output(0), &format!("{rows}SD")),
         }),
         _ => {
-            let flags = Flags::of(node);
+            let flags = Flags::of(node)?;
             if flags.a != (false, false) || node.float("alpha").unwrap_or(1.0) != 1.0 {
                 return Err(Reason::new(
                     "the product with v transposes or scales the probabilities",
@@ -146,12 +147,15 @@ struct Flags {
 }
 
 impl Flags {
-    fn of(node: &Node) -> Self {
+    fn of(node: &Node) -> Result<Self, Reason> {
+        if !node.domain().is_empty() {
+            known::FUSED_MATMUL.check(node)?;
+        }
         let flag = |name: &str| node.int(name).unwrap_or(0) != 0;
-        Self {
+        Ok(Self {
             a: (flag("transA"), flag("transBatchA")),
             b: (flag("transB"), flag("transBatchB")),
-        }
+        })
     }
 }
 

@@ -186,6 +186,11 @@ fn of(node: &Node) -> Option<&'static Op> {
     TABLE.get(&(node.domain(), node.op())).copied()
 }
 
+/// Whether the operator of `node` is in the table.
+pub fn has_row(node: &Node) -> bool {
+    of(node).is_some()
+}
+
 /// Whether `node` is of one of the classes in `class`.
 pub fn is(node: &Node, class: Class) -> bool {
     of(node).is_some_and(|op| op.class.0 & class.0 != 0)
