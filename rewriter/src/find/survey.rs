@@ -162,7 +162,7 @@ pub fn survey(
             layers: layers.len(),
         });
     }
-    let kinds = into_kinds(graph, &facts, &inputs, choice, found);
+    let kinds = into_kinds(graph, &facts, &dependence, &inputs, choice, found);
     let mut sites: Vec<Site> = kinds
         .into_iter()
         .map(|(index, kind)| Site {
@@ -354,6 +354,7 @@ fn set_decoders_aside(graph: &Graph, choice: &Choice, found: &mut [(usize, Found
 fn into_kinds(
     graph: &Graph,
     facts: &Facts,
+    dependence: &Dependence,
     inputs: &Inputs,
     choice: &Choice,
     found: Vec<(usize, Found)>,
@@ -371,6 +372,8 @@ fn into_kinds(
         graph,
         facts,
         batch: &batch,
+        dependence,
+        inputs,
     };
     let (mut seen, mut layers) = (0, 0);
     found
@@ -410,6 +413,7 @@ fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
         graph,
         facts,
         batch,
+        ..
     } = scene;
     let out = &core.out.value;
     if batch.has_halves(facts, out) {
