@@ -8,6 +8,7 @@ use super::inputs::{self, Inputs, InputsError, InputsRequest};
 use super::linear;
 use super::module::{self, Module, Scene};
 use super::order;
+use super::pair;
 use super::source::{self, Dependence};
 use super::streams::{Streams, Text};
 use super::subgraph;
@@ -132,8 +133,12 @@ pub fn survey(
     let inner = subgraph::sites(graph);
     let inputs =
         inputs::find(graph, request).map_err(|error| out_of_reach(graph, &inner, error))?;
-    let facts = shapes::infer(graph, Some(&inputs.latents));
     let dependence = Dependence::new(graph);
+    let mut facts = shapes::infer(graph, Some(&inputs.latents));
+    let pairs = pair::pairs(graph, &facts, &dependence, &inputs.latents);
+    if !pairs.is_empty() {
+        facts = shapes::infer_paired(graph, Some(&inputs.latents), pairs);
+    }
     let mut found: Vec<(usize, Found)> = graph
         .nodes
         .iter()
@@ -419,10 +424,16 @@ fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
     if batch.has_halves(facts, out) {
         return Ok(());
     }
-    let text = format!(
-        "it is not known that the batch is outermost in the attention's result `{out}` {}",
-        facts.show(out)
-    );
+    let text = match facts.pairs().is_empty() || facts.leading(out) == Some(facts.rows()) {
+        false => format!(
+            "guidance's halves are made in the graph, behind the attention's result `{out}` {}",
+            facts.show(out)
+        ),
+        true => format!(
+            "it is not known that the batch is outermost in the attention's result `{out}` {}",
+            facts.show(out)
+        ),
+    };
     Err(Reason::new(text, [graph.nodes[core.anchor].label()]))
 }
 

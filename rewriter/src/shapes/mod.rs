@@ -11,7 +11,7 @@ mod place;
 mod rules;
 
 pub use dim::{Dim, Symbol, Symbols};
-pub use infer::{BATCH, Fact, Facts, Value, infer};
+pub use infer::{BATCH, Fact, Facts, Value, infer, infer_paired};
 pub use place::{Place, Trail, exact_axis, follow, follow_apart, trace};
 pub use rules::{
     ANCHOR, COPY, Class, ELEMENT, LAYOUT, LINEAR, NORM, PICK, PRODUCT, PROJECTION, QUANTIZE,
