@@ -49,6 +49,8 @@ pub struct Inputs {
     pub timestep: String,
     pub latents: String,
     pub conditioning: Vec<String>,
+    /// The graph makes guidance's two halves of each row that is fed.
+    pub halves_in_graph: bool,
 }
 
 /// One softmax or attention operator.
@@ -129,6 +131,7 @@ impl Report {
                 timestep: survey.inputs.timestep.clone(),
                 latents: survey.inputs.latents.clone(),
                 conditioning: survey.inputs.conditioning.clone(),
+                halves_in_graph: !survey.facts.pairs().is_empty(),
             },
             sites: survey
                 .sites
@@ -204,6 +207,9 @@ impl Report {
                 format!("`{}`", self.inputs.conditioning.join("`, `"))
             }
         );
+        if self.inputs.halves_in_graph {
+            let _ = writeln!(text, "guidance: the graph makes both halves of each row");
+        }
         let mut table = Table::new();
         table
             .load_style(presets::NOTHING)
