@@ -50,6 +50,7 @@ pub struct Inputs {
     pub latents: String,
     pub conditioning: Vec<String>,
     /// The graph makes guidance's two halves of each row that is fed.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub halves_in_graph: bool,
 }
 
