@@ -1,0 +1,479 @@
+//! Whether a run without a request id continues the generation that was seen last, and which one if not that.
+//!
+//! Anonymous clients share one slot, which has the caches. A run is served from it only if everything that can be seen
+//! speaks for the same generation: the same conditioning byte for byte, latents that continue the last ones, and no other
+//! unfinished generation that they might continue instead. In doubt the answer is no: that costs speed, and a wrong yes
+//! would mix two images. Generations that are not in the slot are remembered as strands, to be told from it.
+//!
+//! What goes on and what is taken up again, and why that is safe:
+//!
+//! * **A foreign run leaves the slot alone.** One whose conditioning or latents are not the slot's is computed densely and
+//!   becomes a strand. The slot is where it was, and serves only the run that is due there, by its place in the plan: a
+//!   generation that went on under another guise has another place by then. Where places are uncertain (no list of
+//!   timesteps) the slot survives only what differs in both.
+//! * **A run that may be the slot's or another's contests it.** The caches are dropped.
+//! * **Computing in full is always safe**, so what [`Origin`] says decides about speed only: a run that clearly continues a
+//!   known generation is computed in full and captures anew what later steps read; the slot is that generation's from then
+//!   on, with nothing in it but what this run made. If it was taken for another's, that other one's next run comes at a
+//!   place that the slot has passed, and is not served. A strand takes the slot only when the slot's own generation has
+//!   not come by since the strand did.
+//! * **A timestep that is evaluated twice** (Heun) leaves the slot at the same place, so the argument above does not hold:
+//!   of two clients that are a hair apart one could take the other's place. It is taken for the slot's own generation only
+//!   if that began at the plan's first step, no other known generation is anywhere near, and the latents have moved far
+//!   less than in a step.
+//! * **Generations that were fed the same bytes since they began are one**: their caches are equal. Whether they were is
+//!   known by a digest of everything that each run was fed.
+//!
+//! The state is a session's, so nothing here needs to tell sessions apart: initializers that session options override, other
+//! weights and other models are other sessions. Inputs that cannot be read (strings) equal nothing, themselves included.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `feed` | tensors as they are fed |
+//! | `digest` | whether two are the same, byte for byte |
+//! | `sketch` | how far apart latents are |
+//! | `evidence` | what one run shows |
+//! | `moving` | inputs that move with the steps |
+
+mod digest;
+mod evidence;
+mod feed;
+mod moving;
+mod sketch;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use self::digest::{Digest, digest_of};
+use self::moving::Moving;
+use super::schedule::Schedule;
+
+pub use self::evidence::{Evidence, Fingerprint};
+pub use self::feed::{Feed, Values};
+pub use self::sketch::Sketch;
+
+/// Latents whose relative distance to the last ones is at least this do not continue them. Independent noise is at
+/// √2 ≈ 1.41; one step of a 10-step schedule moves about 0.13, a whole generation about 1.
+pub(super) const CONTINUES: f64 = 0.9;
+
+/// Generations that start from one image (image-to-image) resemble one another whatever their noise. For those the bound
+/// follows the schedule: a step over the part `p` of the range of timesteps moves latents by at most about 3.5·p (a
+/// linear β schedule, where it is steepest).
+fn reach_of_step(part: f64) -> f64 {
+    (0.15 + 5.0 * part).min(CONTINUES)
+}
+
+/// Latents must be this much nearer to the slot's than to those of any other unfinished generation. One step moves all
+/// generations of a schedule the same way, from their noise toward their image; to pass for the next step of another
+/// one, two generations of one seed would have to differ along just that direction. Those that differ in their guidance
+/// scale stay near each other for some steps, and count as ambiguous.
+const CLEARLY_NEARER: f64 = 0.4;
+
+/// A run that is not served is taken to continue the generation it is this much nearer to than to any other. Successive
+/// states of one generation are at about 1 : 2.
+const NEARER: f64 = 0.6;
+
+/// A timestep that is evaluated twice corrects what a step did, by less than this part of it.
+const CORRECTION: f64 = 0.4;
+
+/// Unfinished generations that are remembered.
+const STRANDS: usize = 16;
+
+/// An unfinished generation that has not had a run while others had as many as this many generations have is over.
+const GENERATIONS_OF_PATIENCE: u64 = 4;
+
+/// Where a run stands in the plan.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct At {
+    pub place: usize,
+    /// The timestep.
+    pub value: f64,
+}
+
+/// Where an unfinished generation stands: its last run.
+#[derive(Clone, Debug)]
+struct Position {
+    at: At,
+    /// The place of its first run, as far as it is known.
+    first: usize,
+    /// The turn at which it was seen last.
+    seen: u64,
+    /// Per branch, where it is known.
+    conditioning: [Option<(Vec<Fingerprint>, At)>; 2],
+    latents: Sketch,
+    /// How far the last step moved the latents.
+    moved: Option<f64>,
+    /// Of everything that its runs were fed since they began; `None` if that is not known.
+    history: Option<Digest>,
+}
+
+impl Position {
+    fn same_history(&self, other: &Position) -> bool {
+        self.history.is_some() && self.history == other.history
+    }
+}
+
+/// The generation that a run clearly continues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    Slot,
+    /// One that is not in the slot.
+    Strand(usize),
+    Unknown,
+}
+
+/// What is remembered about anonymous runs, besides the caches.
+#[derive(Debug)]
+pub(super) struct Guard {
+    schedule: Arc<Schedule>,
+    /// Anonymous runs so far.
+    turn: u64,
+    /// Turns after which a generation that has not come by again is over.
+    patience: u64,
+    /// Two generations were seen at once: nothing is served until one starts anew, or is taken up again.
+    pub contested: bool,
+    /// The generation that has the caches.
+    slot: Option<Position>,
+    strands: VecDeque<Position>,
+    moving: Moving,
+}
+
+impl Guard {
+    pub fn new(schedule: Arc<Schedule>) -> Self {
+        Guard {
+            turn: 0,
+            patience: GENERATIONS_OF_PATIENCE * schedule.runs().max(STRANDS) as u64,
+            contested: false,
+            slot: None,
+            strands: VecDeque::new(),
+            moving: Moving::new(Arc::clone(&schedule)),
+            schedule,
+        }
+    }
+
+    /// Another generation begins, or is taken up, in the slot. The one that is there is remembered if it has runs to come.
+    pub fn begin(&mut self) {
+        if let Some(slot) = self.slot.take()
+            && !self.contested
+            && self.goes_on(slot.at)
+        {
+            self.remember(slot);
+        }
+        self.contested = false;
+    }
+
+    /// The slot's generation is over.
+    pub fn end(&mut self) {
+        self.slot = None;
+        self.contested = false;
+    }
+
+    /// Nobody has come by for long: everything but what was learnt of the model is forgotten.
+    pub fn forget(&mut self) {
+        self.end();
+        self.turn = 0;
+        self.strands.clear();
+        self.moving.forget_runs();
+    }
+
+    /// The slot cannot be trusted any more.
+    pub fn contest(&mut self) {
+        self.begin();
+        self.contested = true;
+    }
+
+    /// A run of the slot's generation, which began at `first`, has completed.
+    pub fn advance(&mut self, at: At, first: usize, evidence: Evidence) {
+        let branch = self.branch(at);
+        let history = self.slot.as_ref().map_or(Some(0), |slot| slot.history);
+        let history = digest_of([history, evidence.digest()]);
+        let shown = Some((evidence.conditioning, at));
+        match &mut self.slot {
+            Some(slot) => {
+                if branch == 0 {
+                    slot.moved = Some(slot.latents.distance(&evidence.latents));
+                }
+                slot.at = at;
+                slot.seen = self.turn;
+                slot.conditioning[branch] = shown;
+                slot.latents = evidence.latents;
+                slot.history = history;
+            }
+            None => {
+                let mut conditioning = [None, None];
+                conditioning[branch] = shown;
+                self.slot = Some(Position {
+                    at,
+                    first,
+                    seen: self.turn,
+                    conditioning,
+                    latents: evidence.latents,
+                    moved: None,
+                    history,
+                });
+            }
+        }
+    }
+
+    /// A run that was not served has come by. `in_flight` is the run that owns the slot at the moment.
+    pub fn note(&mut self, at: At, evidence: &Evidence, in_flight: Option<&Evidence>) {
+        let strands = self
+            .strands
+            .iter()
+            .enumerate()
+            .filter(|(_, strand)| self.may_reach(strand, at))
+            .filter(|(_, strand)| self.fits(strand, at, evidence))
+            .map(|(i, strand)| (Some(i), &strand.latents));
+        // It may as well continue the slot.
+        let slot = self.slot.iter().map(|slot| &slot.latents);
+        let slot = slot.chain(in_flight.map(|run| &run.latents));
+        let mut near: Vec<(Option<usize>, f64)> = strands
+            .chain(slot.map(|latents| (None, latents)))
+            .map(|(i, latents)| (i, latents.distance(&evidence.latents)))
+            .filter(|(_, distance)| *distance < CONTINUES)
+            .collect();
+        near.sort_by(|a, b| a.1.total_cmp(&b.1));
+        // The strand that it clearly continues is no longer where it was. In doubt all stay.
+        let continued = match near[..] {
+            [(Some(index), _)] => Some(index),
+            [(Some(index), nearest), (_, next), ..] if nearest < NEARER * next => Some(index),
+            _ => None,
+        };
+        let before = continued.and_then(|index| self.strands.remove(index));
+        // Where places are no more than an order, whoever is not in the slot may be anywhere.
+        if self.schedule.is_certain() && !self.goes_on(at) {
+            return;
+        }
+        let mut conditioning = [None, None];
+        conditioning[self.branch(at)] = Some((evidence.conditioning.clone(), at));
+        self.remember(Position {
+            at,
+            first: before.as_ref().map_or(at.place, |before| before.first),
+            seen: self.turn,
+            conditioning,
+            latents: evidence.latents.clone(),
+            moved: before
+                .as_ref()
+                .map(|b| b.latents.distance(&evidence.latents)),
+            history: digest_of([before.and_then(|before| before.history), evidence.digest()]),
+        });
+    }
+
+    /// The run that was noted last with this evidence is in the slot after all.
+    pub fn recall(&mut self, evidence: &Evidence) {
+        let noted = self
+            .strands
+            .iter()
+            .rposition(|strand| strand.latents == evidence.latents);
+        if let Some(index) = noted {
+            self.strands.remove(index);
+        }
+    }
+
+    fn remember(&mut self, mut strand: Position) {
+        // The two runs of a step have conditioning of their own. That of one says nothing about the other, so with two
+        // generations that are not in the slot are told apart by their latents only.
+        if self.schedule.runs_per_step() > 1 {
+            strand.conditioning = [None, None];
+        }
+        if self.strands.len() == STRANDS {
+            self.strands.pop_front();
+        }
+        self.strands.push_back(strand);
+    }
+
+    /// Whether a run continues the slot's generation and no other. Others are told apart by their place too, if places
+    /// are certain.
+    pub fn continues(&self, at: At, evidence: &Evidence) -> bool {
+        let Some(slot) = &self.slot else {
+            return false;
+        };
+        let branch = self.branch(at);
+        if branch == 1 && !self.same_step(evidence) {
+            return false;
+        }
+        // The second run of the first step shows its conditioning for the first time.
+        if slot.conditioning[branch].is_none() && branch == 0 {
+            return false;
+        }
+        if !self.fits(slot, at, evidence) {
+            return false;
+        }
+        let own = slot.latents.distance(&evidence.latents);
+        own < self.reach(slot, at)
+            && self
+                .strands
+                .iter()
+                .filter(|strand| self.may_reach(strand, at))
+                .filter(|strand| self.fits(strand, at, evidence))
+                // One that was fed what the slot was fed would find the same caches.
+                .filter(|strand| !strand.same_history(slot))
+                .map(|strand| strand.latents.distance(&evidence.latents))
+                .all(|other| match self.schedule.is_certain() {
+                    true => own < CLEARLY_NEARER * other,
+                    // The slot may have gone a step further than the other one: its next run would look like the
+                    // slot's own. Only places could tell.
+                    false => other >= CONTINUES,
+                })
+    }
+
+    /// Whether a run that is not served is certainly not the slot's own.
+    pub fn is_foreign(&self, at: At, evidence: &Evidence) -> bool {
+        let Some(slot) = self.slot.as_ref().filter(|_| !self.contested) else {
+            return false;
+        };
+        let differs = !self.fits(slot, at, evidence);
+        let far = slot.latents.distance(&evidence.latents) >= self.reach(slot, at);
+        match self.schedule.is_certain() {
+            true => differs || far,
+            false => differs && far,
+        }
+    }
+
+    /// The generation that a run clearly continues, wherever in it the run is. Only where places are certain and
+    /// conditioning is known in full.
+    pub fn origin(&self, at: At, evidence: &Evidence) -> Origin {
+        let mut near = self.near(at, evidence);
+        near.sort_by(|a, b| a.1.total_cmp(&b.1));
+        match near[..] {
+            [(origin, _, true)] => origin,
+            [(origin, nearest, true), (_, next, _), ..] if nearest < CLEARLY_NEARER * next => {
+                origin
+            }
+            _ => Origin::Unknown,
+        }
+    }
+
+    /// Whether a run that continues the slot evaluates the timestep of its last run again.
+    pub fn corrects(&self, at: At, evidence: &Evidence) -> bool {
+        let Some(slot) = &self.slot else {
+            return false;
+        };
+        slot.first == 0
+            && self.near(at, evidence).len() == 1
+            && slot
+                .moved
+                .is_some_and(|step| slot.latents.distance(&evidence.latents) < CORRECTION * step)
+    }
+
+    /// Known generations that a run may continue: how far they are, and whether a step may have moved latents that far.
+    fn near(&self, at: At, evidence: &Evidence) -> Vec<(Origin, f64, bool)> {
+        if !self.schedule.is_certain() || self.schedule.runs_per_step() > 1 {
+            return Vec::new();
+        }
+        let passed = |slot: &&Position| slot.at.place <= at.place;
+        let slot = self.slot.iter().filter(|_| !self.contested).filter(passed);
+        let strands = self.strands.iter().enumerate();
+        let reachable = strands.filter(|(_, strand)| self.may_reach(strand, at));
+        slot.map(|slot| (Origin::Slot, slot))
+            .chain(reachable.map(|(i, strand)| (Origin::Strand(i), strand)))
+            .filter(|(_, position)| self.fits(position, at, evidence))
+            .map(|(origin, position)| {
+                let distance = position.latents.distance(&evidence.latents);
+                (origin, distance, distance < self.reach(position, at))
+            })
+            .filter(|(_, distance, _)| *distance < CONTINUES)
+            .collect()
+    }
+
+    /// Whether the slot's generation, if there is one, has not come by since that strand did.
+    pub fn slot_is_idle_since(&self, strand: usize) -> bool {
+        let (Some(slot), Some(strand)) = (&self.slot, self.strands.get(strand)) else {
+            return true;
+        };
+        self.contested || self.is_last(slot.at) || slot.seen < strand.seen
+    }
+
+    /// A strand moves into the slot, which has nothing of it yet. Returns the place of its first run.
+    pub fn take_up(&mut self, strand: usize) -> usize {
+        let strand = self.strands.remove(strand);
+        self.begin();
+        let first = strand.as_ref().map_or(0, |strand| strand.first);
+        self.slot = strand;
+        first
+    }
+
+    /// Whether the slot's generation has no runs to come, or there is none.
+    pub fn slot_is_free(&self) -> bool {
+        self.slot.as_ref().is_none_or(|slot| self.is_last(slot.at))
+    }
+
+    /// Whether this could be the second run of the step that the slot has seen the first run of: guidance feeds both
+    /// the same latents.
+    pub fn same_step(&self, evidence: &Evidence) -> bool {
+        self.slot
+            .as_ref()
+            .is_some_and(|slot| slot.latents.identical(&evidence.latents))
+    }
+
+    /// Whether the conditioning of `branch` has been seen, and can vouch for a run of that branch.
+    pub fn knows(&self, branch: usize) -> bool {
+        let slot = self.slot.as_ref();
+        slot.is_some_and(|slot| slot.conditioning[branch].is_some())
+    }
+
+    /// Learns which inputs move with the steps. To be shown every anonymous run, served or not.
+    pub fn watch(&mut self, at: At, evidence: &Evidence) {
+        self.turn += 1;
+        let (turn, patience) = (self.turn, self.patience);
+        self.strands.retain(|strand| turn - strand.seen <= patience);
+        let differed: Vec<bool> = self
+            .strands
+            .iter()
+            .map(|strand| !self.fits(strand, at, evidence))
+            .collect();
+        if self.moving.watch(at, evidence) {
+            // Until now every run of this generation looked like another one. What it left under those names is its own.
+            let mut strands = std::mem::take(&mut self.strands);
+            let mut differed = differed.into_iter();
+            strands.retain(|strand| {
+                let differed = differed.next().unwrap_or(false);
+                !(differed && self.fits(strand, at, evidence))
+            });
+            self.strands = strands;
+        }
+    }
+
+    fn branch(&self, at: At) -> usize {
+        at.place % self.schedule.runs_per_step()
+    }
+
+    /// Whether a generation may have runs after `at`.
+    fn goes_on(&self, at: At) -> bool {
+        self.schedule.may_go_on(at.place)
+    }
+
+    /// Whether `at` is the plan's last run. Another schedule may have more.
+    fn is_last(&self, at: At) -> bool {
+        at.place + 1 >= self.schedule.runs()
+    }
+
+    fn may_reach(&self, strand: &Position, at: At) -> bool {
+        let Position { at: last, .. } = strand;
+        !self.schedule.is_certain()
+            || (self.schedule).may_reach(last.place, last.value, at.place, at.value)
+    }
+
+    /// How far latents may have moved to the run at `at` and still be the same generation's.
+    fn reach(&self, position: &Position, at: At) -> f64 {
+        match self.schedule.is_certain() && position.first > 0 {
+            true => reach_of_step(self.schedule.part(position.at.value, at.value)),
+            false => CONTINUES,
+        }
+    }
+
+    /// Whether the conditioning of a run is that of a generation. Unknown conditioning fits everything.
+    fn fits(&self, position: &Position, at: At, evidence: &Evidence) -> bool {
+        let Some((known, then)) = &position.conditioning[self.branch(at)] else {
+            return true;
+        };
+        known.len() == evidence.conditioning.len()
+            && known
+                .iter()
+                .zip(&evidence.conditioning)
+                .enumerate()
+                .all(|(i, (a, b))| self.moving.fits(i, (a, *then), (b, at)))
+    }
+}
