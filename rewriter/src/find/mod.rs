@@ -20,6 +20,7 @@ mod source;
 mod streams;
 mod survey;
 mod target;
+mod watched;
 
 pub use anchor::{Core, Mask, Term};
 pub use choice::{Choice, Pattern};
@@ -29,6 +30,7 @@ pub use operand::{Operand, Prep};
 pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
 pub use target::Target;
+pub use watched::Watched;
 
 /// Why something does not match, with the names of the nodes it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
