@@ -131,11 +131,6 @@ impl Schedule {
         self.values.is_some()
     }
 
-    /// Whether a generation may have runs after the one at `place`. Of another schedule nobody knows how many share a row.
-    pub fn may_go_on(&self, place: usize) -> bool {
-        self.any().is_some() || place + 1 < self.runs
-    }
-
     /// Whether one row of the plan may serve several steps.
     pub fn rows_repeat(&self) -> bool {
         self.any().is_some()
@@ -205,19 +200,20 @@ impl Schedule {
         }
     }
 
+    /// Whether two runs are at one place, and where a row serves several steps at one of them.
+    pub fn is_same_step(&self, a: usize, a_value: f64, b: usize, b_value: f64) -> bool {
+        let same_time = || self.beyond(a_value, b_value) == Some(Ordering::Equal);
+        a == b && (self.any().is_none() || same_time())
+    }
+
     /// Whether a generation whose last run was at `last` with `last_value` may have one at `place` with `value`. Generations
-    /// go forward, but not every run of theirs need have come by here; and which of the two runs of a step one was may have
-    /// been a wrong guess.
+    /// go forward or send their last run again, but not every run of theirs need have come by here; and which of the two
+    /// runs of a step one was may have been a wrong guess.
     pub fn may_reach(&self, last: usize, last_value: f64, place: usize, value: f64) -> bool {
-        let two = self.runs_per_step > 1;
-        if self.any().is_some() {
-            return match self.beyond(value, last_value) {
-                Some(Ordering::Greater) => true,
-                Some(Ordering::Equal) => two || place > last,
-                _ => false,
-            };
+        match self.any() {
+            Some(_) => self.beyond(value, last_value).is_some_and(Ordering::is_ge),
+            None => place == last || (last + 1) / self.runs_per_step <= place / self.runs_per_step,
         }
-        (last + 1) / self.runs_per_step <= place / self.runs_per_step
     }
 
     /// The part of the range of timesteps between two values; all of it if there is no list.
@@ -268,12 +264,14 @@ impl Schedule {
         !((now - written).abs() <= allowed)
     }
 
-    /// How `value` lies to `other` in the direction of the list: `Greater` is later.
+    /// How `value` lies to `other` in the direction of the list: `Greater` is later. Values that are one planned value's are
+    /// equal.
     fn beyond(&self, value: f64, other: f64) -> Option<Ordering> {
         let values = self.values.as_deref()?;
         let (first, last) = (values.first()?.value, values.last()?.value);
         let largest = values.iter().fold(0.0f64, |max, p| max.max(p.value.abs()));
-        if (value - other).abs() <= SAME * largest {
+        let one = |p: &Planned| p.fits(value) && p.fits(other);
+        if (value - other).abs() <= SAME * largest || values.iter().any(one) {
             return Some(Ordering::Equal);
         }
         let order = value.partial_cmp(&other)?;

@@ -4,6 +4,8 @@
 //! runs computed. Whatever the state machine serves must be the latest tensor of that history, of the same generation and
 //! without a gap; what it serves to a client that behaves must be all that the plan says.
 
+mod inputs;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -78,8 +78,11 @@ const NEARER: f64 = 0.6;
 /// A timestep that is evaluated twice corrects what a step did, by less than this part of it.
 const CORRECTION: f64 = 0.4;
 
-/// Unfinished generations that are remembered.
-const STRANDS: usize = 16;
+/// Generations that are remembered, of 16 KiB each at most. Where inputs move and are not learnt yet every run leaves one.
+const STRANDS: usize = 256;
+
+/// Runs that patience lasts for at least, however short the plan.
+const FEW_RUNS: usize = 16;
 
 /// An unfinished generation that has not had a run while others had as many as this many generations have is over.
 const GENERATIONS_OF_PATIENCE: u64 = 4;
@@ -95,6 +98,10 @@ pub(super) struct At {
 /// Where an unfinished generation stands: its last run.
 #[derive(Clone, Debug)]
 struct Position {
+    /// Unique in the guard.
+    id: u64,
+    /// Positions that it probably came from, and that may be another generation's all the same: no obstacle to this one.
+    ancestors: Vec<u64>,
     at: At,
     /// The place of its first run, as far as it is known.
     first: usize,
@@ -110,8 +117,12 @@ struct Position {
 }
 
 impl Position {
-    fn same_history(&self, other: &Position) -> bool {
-        self.history.is_some() && self.history == other.history
+    fn same_history(&self, other: Option<Digest>) -> bool {
+        self.history.is_some() && self.history == other
+    }
+
+    fn history_after(&self, evidence: &Evidence) -> Option<Digest> {
+        digest_of([self.history, evidence.digest()])
     }
 }
 
@@ -137,6 +148,9 @@ pub(super) struct Guard {
     /// The generation that has the caches.
     slot: Option<Position>,
     strands: VecDeque<Position>,
+    last_id: u64,
+    /// When the last of those that there was no room for was seen. While it may come by nobody is served.
+    lost: Option<u64>,
     moving: Moving,
 }
 
@@ -144,10 +158,12 @@ impl Guard {
     pub fn new(schedule: Arc<Schedule>) -> Self {
         Guard {
             turn: 0,
-            patience: GENERATIONS_OF_PATIENCE * schedule.runs().max(STRANDS) as u64,
+            patience: GENERATIONS_OF_PATIENCE * schedule.runs().max(FEW_RUNS) as u64,
             contested: false,
             slot: None,
             strands: VecDeque::new(),
+            last_id: 0,
+            lost: None,
             moving: Moving::new(Arc::clone(&schedule)),
             schedule,
         }
@@ -157,7 +173,8 @@ impl Guard {
     pub fn begin(&mut self) {
         if let Some(slot) = self.slot.take()
             && !self.contested
-            && self.goes_on(slot.at)
+            // Where places are certain one that is over is remembered too: its last run may be sent again.
+            && (self.schedule.is_certain() || !self.is_last(slot.at))
         {
             self.remember(slot);
         }
@@ -175,6 +192,7 @@ impl Guard {
         self.end();
         self.turn = 0;
         self.strands.clear();
+        self.lost = None;
         self.moving.forget_runs();
     }
 
@@ -187,8 +205,10 @@ impl Guard {
     /// A run of the slot's generation, which began at `first`, has completed.
     pub fn advance(&mut self, at: At, first: usize, evidence: Evidence) {
         let branch = self.branch(at);
-        let history = self.slot.as_ref().map_or(Some(0), |slot| slot.history);
-        let history = digest_of([history, evidence.digest()]);
+        let history = match &self.slot {
+            Some(slot) => slot.history_after(&evidence),
+            None => digest_of([Some(0), evidence.digest()]),
+        };
         let shown = Some((evidence.conditioning, at));
         match &mut self.slot {
             Some(slot) => {
@@ -204,7 +224,10 @@ impl Guard {
             None => {
                 let mut conditioning = [None, None];
                 conditioning[branch] = shown;
+                self.last_id += 1;
                 self.slot = Some(Position {
+                    id: self.last_id,
+                    ancestors: Vec::new(),
                     at,
                     first,
                     seen: self.turn,
@@ -223,9 +246,13 @@ impl Guard {
             .strands
             .iter()
             .enumerate()
-            .filter(|(_, strand)| self.may_reach(strand, at))
-            .filter(|(_, strand)| self.fits(strand, at, evidence))
-            .map(|(i, strand)| (Some(i), &strand.latents));
+            .filter(|(_, strand)| self.may_be(strand, at, evidence))
+            .map(|(i, strand)| {
+                (
+                    Some(i).filter(|_| !self.is_again(strand, at)),
+                    &strand.latents,
+                )
+            });
         // It may as well continue the slot.
         let slot = self.slot.iter().map(|slot| &slot.latents);
         let slot = slot.chain(in_flight.map(|run| &run.latents));
@@ -235,20 +262,29 @@ impl Guard {
             .filter(|(_, distance)| *distance < CONTINUES)
             .collect();
         near.sort_by(|a, b| a.1.total_cmp(&b.1));
-        // The strand that it clearly continues is no longer where it was. In doubt all stay.
+        // The strand that it continues is no longer where it was, if there is no other. In doubt all stay.
         let continued = match near[..] {
-            [(Some(index), _)] => Some(index),
-            [(Some(index), nearest), (_, next), ..] if nearest < NEARER * next => Some(index),
+            [(Some(index), _)] => Some((index, true)),
+            [(Some(index), nearest), (_, next), ..] if nearest < NEARER * next => {
+                Some((index, false))
+            }
             _ => None,
         };
-        let before = continued.and_then(|index| self.strands.remove(index));
-        // Where places are no more than an order, whoever is not in the slot may be anywhere.
-        if self.schedule.is_certain() && !self.goes_on(at) {
-            return;
+        let before = continued.and_then(|(index, alone)| match alone {
+            true => self.strands.remove(index),
+            false => self.strands.get(index).cloned(),
+        });
+        let mut ancestors = Vec::new();
+        if let Some(before) = &before {
+            ancestors.clone_from(&before.ancestors);
+            ancestors.push(before.id);
         }
+        self.last_id += 1;
         let mut conditioning = [None, None];
         conditioning[self.branch(at)] = Some((evidence.conditioning.clone(), at));
         self.remember(Position {
+            id: self.last_id,
+            ancestors,
             at,
             first: before.as_ref().map_or(at.place, |before| before.first),
             seen: self.turn,
@@ -257,7 +293,7 @@ impl Guard {
             moved: before
                 .as_ref()
                 .map(|b| b.latents.distance(&evidence.latents)),
-            history: digest_of([before.and_then(|before| before.history), evidence.digest()]),
+            history: before.and_then(|before| before.history_after(evidence)),
         });
     }
 
@@ -279,7 +315,8 @@ impl Guard {
             strand.conditioning = [None, None];
         }
         if self.strands.len() == STRANDS {
-            self.strands.pop_front();
+            let lost = self.strands.pop_front().map(|strand| strand.seen);
+            self.lost = self.lost.max(lost);
         }
         self.strands.push_back(strand);
     }
@@ -287,7 +324,7 @@ impl Guard {
     /// Whether a run continues the slot's generation and no other. Others are told apart by their place too, if places
     /// are certain.
     pub fn continues(&self, at: At, evidence: &Evidence) -> bool {
-        let Some(slot) = &self.slot else {
+        let Some(slot) = self.slot.as_ref().filter(|_| self.lost.is_none()) else {
             return false;
         };
         let branch = self.branch(at);
@@ -301,15 +338,27 @@ impl Guard {
         if !self.fits(slot, at, evidence) {
             return false;
         }
+        // A step moves latents. Those that have not moved are another generation's of the same seed, whose timestep differs
+        // by a little, where that looks like a later step: before the second one if steps are only counted, and in a row of
+        // the plan that serves several.
+        let may_be_same_step = match self.schedule.is_certain() {
+            true => at.place == slot.at.place,
+            false => slot.at.place <= slot.first + 1,
+        };
+        if branch == 0 && may_be_same_step && self.same_step(evidence) {
+            return false;
+        }
         let own = slot.latents.distance(&evidence.latents);
+        let then = slot.history_after(evidence);
         own < self.reach(slot, at)
             && self
                 .strands
                 .iter()
-                .filter(|strand| self.may_reach(strand, at))
-                .filter(|strand| self.fits(strand, at, evidence))
-                // One that was fed what the slot was fed would find the same caches.
-                .filter(|strand| !strand.same_history(slot))
+                .filter(|strand| self.may_be(strand, at, evidence))
+                // One that was fed what the slot was fed, or was with this run, is the same generation.
+                .filter(|strand| !strand.same_history(slot.history))
+                .filter(|strand| !strand.same_history(then))
+                .filter(|strand| !slot.ancestors.contains(&strand.id))
                 .map(|strand| strand.latents.distance(&evidence.latents))
                 .all(|other| match self.schedule.is_certain() {
                     true => own < CLEARLY_NEARER * other,
@@ -337,6 +386,15 @@ impl Guard {
     pub fn origin(&self, at: At, evidence: &Evidence) -> Origin {
         let mut near = self.near(at, evidence);
         near.sort_by(|a, b| a.1.total_cmp(&b.1));
+        if let Some(&(nearest, ..)) = near.first() {
+            let position = |origin| match origin {
+                Origin::Slot => self.slot.as_ref(),
+                Origin::Strand(i) => self.strands.get(i),
+                Origin::Unknown => None,
+            };
+            let ancestors = position(nearest).map_or(&[][..], |nearest| &nearest.ancestors);
+            near.retain(|(other, ..)| position(*other).is_none_or(|p| !ancestors.contains(&p.id)));
+        }
         match near[..] {
             [(origin, _, true)] => origin,
             [(origin, nearest, true), (_, next, _), ..] if nearest < CLEARLY_NEARER * next => {
@@ -366,13 +424,14 @@ impl Guard {
         let passed = |slot: &&Position| slot.at.place <= at.place;
         let slot = self.slot.iter().filter(|_| !self.contested).filter(passed);
         let strands = self.strands.iter().enumerate();
-        let reachable = strands.filter(|(_, strand)| self.may_reach(strand, at));
         slot.map(|slot| (Origin::Slot, slot))
-            .chain(reachable.map(|(i, strand)| (Origin::Strand(i), strand)))
-            .filter(|(_, position)| self.fits(position, at, evidence))
+            .chain(strands.map(|(i, strand)| (Origin::Strand(i), strand)))
+            .filter(|(_, position)| self.may_be(position, at, evidence))
             .map(|(origin, position)| {
                 let distance = position.latents.distance(&evidence.latents);
-                (origin, distance, distance < self.reach(position, at))
+                let sure = distance < self.reach(position, at) && self.fits(position, at, evidence);
+                let again = origin != Origin::Slot && self.is_again(position, at);
+                (origin, distance, sure && !again)
             })
             .filter(|(_, distance, _)| *distance < CONTINUES)
             .collect()
@@ -418,21 +477,40 @@ impl Guard {
     pub fn watch(&mut self, at: At, evidence: &Evidence) {
         self.turn += 1;
         let (turn, patience) = (self.turn, self.patience);
-        self.strands.retain(|strand| turn - strand.seen <= patience);
-        let differed: Vec<bool> = self
-            .strands
-            .iter()
-            .map(|strand| !self.fits(strand, at, evidence))
-            .collect();
+        let may_come = |seen: &u64| turn - seen <= patience;
+        self.strands.retain(|strand| may_come(&strand.seen));
+        self.lost = self.lost.filter(may_come);
         if self.moving.watch(at, evidence) {
-            // Until now every run of this generation looked like another one. What it left under those names is its own.
-            let mut strands = std::mem::take(&mut self.strands);
-            let mut differed = differed.into_iter();
-            strands.retain(|strand| {
-                let differed = differed.next().unwrap_or(false);
-                !(differed && self.fits(strand, at, evidence))
-            });
-            self.strands = strands;
+            self.forget_row(at, evidence);
+        }
+    }
+
+    /// An input was learnt to move: until now every run of this generation looked like another one. What they left is
+    /// forgotten, if nothing else is near that could be another generation's.
+    fn forget_row(&mut self, at: At, evidence: &Evidence) {
+        let branch = self.branch(at);
+        let row = self.moving.row_before(branch);
+        let left = |(at, run): &(At, Evidence), position: &Position| {
+            let shown = position.conditioning[branch].as_ref();
+            position.at == *at
+                && position.latents.identical(&run.latents)
+                && shown.is_some_and(|(conditioning, _)| *conditioning == run.conditioning)
+        };
+        let of_row = |position: &Position| row.iter().any(|run| left(run, position));
+        let near = |position: &&Position| position.latents.distance(&evidence.latents) < CONTINUES;
+        let all = self.strands.iter().chain(&self.slot);
+        let near: Vec<&Position> = all.filter(near).collect();
+        // Two that were left by one run are two generations.
+        let runs = row.iter().filter(|run| near.iter().any(|p| left(run, p)));
+        if runs.count() != near.len() || !near.iter().all(|position| of_row(position)) {
+            return;
+        }
+        let strands: Vec<bool> = self.strands.iter().map(of_row).collect();
+        let slot = self.slot.as_ref().is_some_and(of_row);
+        let mut strands = strands.into_iter();
+        self.strands.retain(|_| !strands.next().unwrap_or(false));
+        if slot {
+            self.slot = None;
         }
     }
 
@@ -440,14 +518,15 @@ impl Guard {
         at.place % self.schedule.runs_per_step()
     }
 
-    /// Whether a generation may have runs after `at`.
-    fn goes_on(&self, at: At) -> bool {
-        self.schedule.may_go_on(at.place)
-    }
-
     /// Whether `at` is the plan's last run. Another schedule may have more.
     fn is_last(&self, at: At) -> bool {
         at.place + 1 >= self.schedule.runs()
+    }
+
+    /// Whether a run is at the step of a generation's last one: that may be sent again, or another generation's that has come
+    /// as far. Nothing can tell, so it is an obstacle and never the origin.
+    fn is_again(&self, strand: &Position, at: At) -> bool {
+        (self.schedule).is_same_step(strand.at.place, strand.at.value, at.place, at.value)
     }
 
     fn may_reach(&self, strand: &Position, at: At) -> bool {
@@ -466,6 +545,21 @@ impl Guard {
 
     /// Whether the conditioning of a run is that of a generation. Unknown conditioning fits everything.
     fn fits(&self, position: &Position, at: At, evidence: &Evidence) -> bool {
+        self.compare(position, at, evidence, Moving::fits)
+    }
+
+    /// Whether the run may be of that generation: what another one is told by.
+    fn may_be(&self, position: &Position, at: At, evidence: &Evidence) -> bool {
+        self.may_reach(position, at) && self.compare(position, at, evidence, Moving::may_fit)
+    }
+
+    fn compare(
+        &self,
+        position: &Position,
+        at: At,
+        evidence: &Evidence,
+        fits: impl Fn(&Moving, usize, (&Fingerprint, At), (&Fingerprint, At)) -> bool,
+    ) -> bool {
         let Some((known, then)) = &position.conditioning[self.branch(at)] else {
             return true;
         };
@@ -474,6 +568,6 @@ impl Guard {
                 .iter()
                 .zip(&evidence.conditioning)
                 .enumerate()
-                .all(|(i, (a, b))| self.moving.fits(i, (a, *then), (b, at)))
+                .all(|(i, (a, b))| fits(&self.moving, i, (a, *then), (b, at)))
     }
 }

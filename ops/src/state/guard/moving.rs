@@ -57,6 +57,20 @@ impl Moving {
         a.0.same(b.0) || self.is_on_track(i, a, b) || self.is_beside(a, b)
     }
 
+    /// Whether what [`Moving::fits`] does not allow may be one generation all the same: an input that moves has moved. Where
+    /// steps are only counted any number may be such an input.
+    pub fn may_fit(&self, i: usize, a: (&Fingerprint, At), b: (&Fingerprint, At)) -> bool {
+        let learnt = self.tracks.get(i).is_some_and(Option::is_some);
+        let may_move = learnt || !self.schedule.is_certain();
+        self.fits(i, a, b) || (may_move && a.0.direction(b.0).is_some())
+    }
+
+    /// The runs in a row that the last one of its branch follows.
+    pub fn row_before(&self, branch: usize) -> &[(At, Evidence)] {
+        let row = &self.watch[branch].row;
+        &row[..row.len().saturating_sub(1)]
+    }
+
     fn is_on_track(&self, i: usize, a: (&Fingerprint, At), b: (&Fingerprint, At)) -> bool {
         let Some(Some(track)) = self.tracks.get(i) else {
             return false;
@@ -73,7 +87,9 @@ impl Moving {
         };
         let step = |at: At| at.place / self.schedule.runs_per_step();
         let listed = |at: At| self.schedule.lists(step(at), at.value);
+        // Of two steps one at most is at an end of the list, where there is no neighbour to compare with.
         from.len() == to.len()
+            && step(a.1) != step(b.1)
             && listed(a.1)
             && listed(b.1)
             && [Side::Before, Side::After].into_iter().any(|side| {
@@ -106,8 +122,10 @@ impl Moving {
         let mut learnt_now = false;
         if follows {
             for i in 0..count {
-                let last = &watch.row.last().expect("it is followed").1;
-                let direction = last.conditioning[i].direction(&evidence.conditioning[i]);
+                let (then, last) = watch.row.last().expect("it is followed");
+                let (a, b) = (&last.conditioning[i], &evidence.conditioning[i]);
+                let known = self.is_beside((a, *then), (b, at));
+                let direction = a.direction(b).filter(|_| !known);
                 let change = &mut watch.changes[i];
                 *change = direction.map(|direction| match *change {
                     Some((same, times)) if same == direction => (direction, times + 1),
@@ -126,7 +144,8 @@ impl Moving {
         }
         watch.row.push((at, evidence.clone()));
         if learnt_now {
-            watch.row.iter().for_each(|run| self.record(run));
+            let before = watch.row.len() - 1;
+            watch.row[..before].iter().for_each(|run| self.record(run));
         }
         if watch.row.len() > CHANGES_TO_LEARN as usize + 1 {
             watch.row.remove(0);

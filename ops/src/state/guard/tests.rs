@@ -158,6 +158,8 @@ fn a_schedule_is_learnt_after_two_changes_for_the_next_generation() {
     );
     guard.watch(at(2), &shown(2, 0.8));
     assert_eq!(guard.moving.learnt(), [true]);
+    assert!(guard.slot.is_none(), "what it left before is forgotten");
+    guard.advance(at(0), 0, shown(0, 1.0));
     assert!(guard.continues(at(1), &shown(1, 0.9)));
     assert!(
         !guard.continues(at(1), &shown(1, 0.91)),
