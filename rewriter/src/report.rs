@@ -229,7 +229,7 @@ impl Report {
         );
         match self.inputs.optional.as_slice() {
             [] => {}
-            [few @ ..] if few.len() <= FEW => {
+            few if few.len() <= FEW => {
                 let _ = writeln!(text, "inputs with a default: `{}`", few.join("`, `"));
             }
             many => {

@@ -5,6 +5,7 @@
 //! without a gap; what it serves to a client that behaves must be all that the plan says.
 
 mod inputs;
+mod recovery;
 
 use std::collections::HashMap;
 use std::sync::Arc;
