@@ -320,7 +320,8 @@ def test_sessions_do_not_share_state():
     [
         ({"plan": "{"}, ["step", "plan", "line 1"]),
         ({"layers": 4}, ["`layers` is 4"]),
-        ({"contract": 3}, ["version 3"]),
+        ({"contract": 4}, ["version 4"]),
+        ({"schedule": "some"}, ["`schedule` is some, expected planned or any"]),
         ({"core_layers": [7]}, ["layer 7 of 3"]),
     ],
 )
