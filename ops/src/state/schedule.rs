@@ -260,8 +260,8 @@ impl Schedule {
             return true;
         };
         let allowed = (to.value - from.value).abs() + to.tolerance + from.tolerance;
-        // Also true where one of them is no number.
-        !((now - written).abs() <= allowed)
+        let age = (now - written).abs();
+        age.is_nan() || age > allowed
     }
 
     /// How `value` lies to `other` in the direction of the list: `Greater` is later. Values that are one planned value's are

@@ -147,8 +147,11 @@ pub(super) struct Guard {
     pub contested: bool,
     /// The generation that has the caches.
     slot: Option<Position>,
-    strands: VecDeque<Position>,
+    /// Boxed, so that the list is short however many there are.
+    strands: VecDeque<Box<Position>>,
     last_id: u64,
+    /// Where the run at hand goes on if it is not served: what [`Guard::forget_row`] found out of the runs before it.
+    row: Option<(usize, Option<Digest>)>,
     /// When the last of those that there was no room for was seen. While it may come by nobody is served.
     lost: Option<u64>,
     moving: Moving,
@@ -163,6 +166,7 @@ impl Guard {
             slot: None,
             strands: VecDeque::new(),
             last_id: 0,
+            row: None,
             lost: None,
             moving: Moving::new(Arc::clone(&schedule)),
             schedule,
@@ -271,14 +275,22 @@ impl Guard {
             _ => None,
         };
         let before = continued.and_then(|(index, alone)| match alone {
-            true => self.strands.remove(index),
-            false => self.strands.get(index).cloned(),
+            true => self.strands.remove(index).map(|strand| *strand),
+            false => self
+                .strands
+                .get(index)
+                .map(|strand| Position::clone(strand)),
         });
         let mut ancestors = Vec::new();
         if let Some(before) = &before {
             ancestors.clone_from(&before.ancestors);
             ancestors.push(before.id);
         }
+        let (first, history) = match (&before, self.row.take()) {
+            (Some(before), _) => (before.first, before.history),
+            (None, Some(row)) => row,
+            (None, None) => (at.place, None),
+        };
         self.last_id += 1;
         let mut conditioning = [None, None];
         conditioning[self.branch(at)] = Some((evidence.conditioning.clone(), at));
@@ -286,14 +298,14 @@ impl Guard {
             id: self.last_id,
             ancestors,
             at,
-            first: before.as_ref().map_or(at.place, |before| before.first),
+            first,
             seen: self.turn,
             conditioning,
             latents: evidence.latents.clone(),
             moved: before
                 .as_ref()
                 .map(|b| b.latents.distance(&evidence.latents)),
-            history: before.and_then(|before| before.history_after(evidence)),
+            history: digest_of([history, evidence.digest()]),
         });
     }
 
@@ -318,7 +330,7 @@ impl Guard {
             let lost = self.strands.pop_front().map(|strand| strand.seen);
             self.lost = self.lost.max(lost);
         }
-        self.strands.push_back(strand);
+        self.strands.push_back(Box::new(strand));
     }
 
     /// Whether a run continues the slot's generation and no other. Others are told apart by their place too, if places
@@ -389,7 +401,7 @@ impl Guard {
         if let Some(&(nearest, ..)) = near.first() {
             let position = |origin| match origin {
                 Origin::Slot => self.slot.as_ref(),
-                Origin::Strand(i) => self.strands.get(i),
+                Origin::Strand(i) => self.strands.get(i).map(|strand| &**strand),
                 Origin::Unknown => None,
             };
             let ancestors = position(nearest).map_or(&[][..], |nearest| &nearest.ancestors);
@@ -425,7 +437,7 @@ impl Guard {
         let slot = self.slot.iter().filter(|_| !self.contested).filter(passed);
         let strands = self.strands.iter().enumerate();
         slot.map(|slot| (Origin::Slot, slot))
-            .chain(strands.map(|(i, strand)| (Origin::Strand(i), strand)))
+            .chain(strands.map(|(i, strand)| (Origin::Strand(i), &**strand)))
             .filter(|(_, position)| self.may_be(position, at, evidence))
             .map(|(origin, position)| {
                 let distance = position.latents.distance(&evidence.latents);
@@ -447,7 +459,7 @@ impl Guard {
 
     /// A strand moves into the slot, which has nothing of it yet. Returns the place of its first run.
     pub fn take_up(&mut self, strand: usize) -> usize {
-        let strand = self.strands.remove(strand);
+        let strand = self.strands.remove(strand).map(|strand| *strand);
         self.begin();
         let first = strand.as_ref().map_or(0, |strand| strand.first);
         self.slot = strand;
@@ -477,6 +489,7 @@ impl Guard {
     pub fn watch(&mut self, at: At, evidence: &Evidence) {
         self.turn += 1;
         let (turn, patience) = (self.turn, self.patience);
+        self.row = None;
         let may_come = |seen: &u64| turn - seen <= patience;
         self.strands.retain(|strand| may_come(&strand.seen));
         self.lost = self.lost.filter(may_come);
@@ -498,15 +511,24 @@ impl Guard {
         };
         let of_row = |position: &Position| row.iter().any(|run| left(run, position));
         let near = |position: &&Position| position.latents.distance(&evidence.latents) < CONTINUES;
-        let all = self.strands.iter().chain(&self.slot);
+        let strands = self.strands.iter().map(|strand| &**strand);
+        let all = strands.chain(&self.slot);
         let near: Vec<&Position> = all.filter(near).collect();
         // Two that were left by one run are two generations.
         let runs = row.iter().filter(|run| near.iter().any(|p| left(run, p)));
         if runs.count() != near.len() || !near.iter().all(|position| of_row(position)) {
             return;
         }
-        let strands: Vec<bool> = self.strands.iter().map(of_row).collect();
+        let strands: Vec<bool> = self.strands.iter().map(|strand| of_row(strand)).collect();
         let slot = self.slot.as_ref().is_some_and(of_row);
+        // Where all of its runs are known it goes on from there.
+        if let (true, Some(begun)) = (slot, &self.slot)
+            && begun.at == row[0].0
+        {
+            let fed = row[1..].iter().map(|(_, run)| run.digest());
+            let history = fed.fold(begun.history, |history, run| digest_of([history, run]));
+            self.row = Some((begun.first, history));
+        }
         let mut strands = strands.into_iter();
         self.strands.retain(|_| !strands.next().unwrap_or(false));
         if slot {

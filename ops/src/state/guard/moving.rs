@@ -182,7 +182,10 @@ impl Moving {
             if track.len() >= MOST_TIMESTEPS {
                 track.clear();
             }
-            track.insert(key, digest);
+            // Without memory for it the input is not known at this timestep.
+            if track.try_reserve(1).is_ok() {
+                track.insert(key, digest);
+            }
         }
     }
 
