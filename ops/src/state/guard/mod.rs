@@ -258,7 +258,9 @@ impl Guard {
                 )
             });
         // It may as well continue the slot.
-        let slot = self.slot.iter().map(|slot| &slot.latents);
+        let slot = self.slot.iter();
+        let slot = slot.filter(|slot| self.may_be(slot, at, evidence));
+        let slot = slot.map(|slot| &slot.latents);
         let slot = slot.chain(in_flight.map(|run| &run.latents));
         let mut near: Vec<(Option<usize>, f64)> = strands
             .chain(slot.map(|latents| (None, latents)))
