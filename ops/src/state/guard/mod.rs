@@ -21,6 +21,9 @@
 //!   of two clients that are a hair apart one could take the other's place. It is taken for the slot's own generation only
 //!   if that began at the plan's first step, no other known generation is anywhere near, and the latents have moved far
 //!   less than in a step.
+//! * **A run at the step of another generation's last one** may be that one sent again, or a twin's: it is an obstacle to
+//!   serving and never an origin. Finished generations are remembered for that too. A strand is forgotten when something
+//!   continues it only where nothing else is near; otherwise it stays, and is no obstacle to what came from it.
 //! * **Generations that were fed the same bytes since they began are one**: their caches are equal. Whether they were is
 //!   known by a digest of everything that each run was fed.
 //!
