@@ -24,6 +24,7 @@ mod subgraph;
 mod survey;
 mod target;
 mod timestep;
+mod watched;
 
 pub use anchor::{Core, Mask, Term};
 pub use choice::{Choice, Pattern};
@@ -34,6 +35,7 @@ pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
 pub use target::Target;
 pub(crate) use timestep::indexes_table;
+pub use watched::Watched;
 
 /// Why something does not match, with the names of the nodes it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
