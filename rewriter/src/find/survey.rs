@@ -7,6 +7,7 @@ use super::choice::Choice;
 use super::inputs::{self, Inputs, InputsError, InputsRequest};
 use super::linear;
 use super::module::{self, Module, Scene};
+use super::online;
 use super::order;
 use super::pair;
 use super::source::{self, Dependence};
@@ -139,13 +140,10 @@ pub fn survey(
     if !pairs.is_empty() {
         facts = shapes::infer_paired(graph, Some(&inputs.latents), pairs);
     }
-    let mut found: Vec<(usize, Found)> = graph
-        .nodes
-        .iter()
-        .enumerate()
-        .filter(|(_, node)| anchor::is_anchor(graph, node))
-        .map(|(index, _)| {
-            let found = match anchor::core(graph, &facts, &dependence, index) {
+    let mut found: Vec<(usize, Found)> = anchor::cores(graph, &facts, &dependence)
+        .into_iter()
+        .map(|(index, core)| {
+            let found = match core {
                 Ok(core) => classify(graph, &facts, &dependence, &inputs, core),
                 Err(reason) => Found::Other(Kind::Unknown(reason)),
             };
@@ -183,6 +181,11 @@ pub fn survey(
             op: node.op().to_owned(),
             kind: Kind::Unsupported(Reason::new(text, [node.label()])),
         }
+    }));
+    sites.extend(online::sites(graph).into_iter().map(|(node, why)| Site {
+        node: node.label().to_owned(),
+        op: node.op().to_owned(),
+        kind: Kind::Unknown(Reason::new(why, [node.label()])),
     }));
     sites.extend(inner.into_iter().map(|inner| Site {
         node: inner.label,
@@ -396,7 +399,9 @@ fn into_kinds(
             }
             let text = streams.text(graph, facts, &candidate.core);
             let sources: Vec<String> = candidate.sources.iter().cloned().collect();
-            let module = module::isolate(&scene, &candidate.core, &sources);
+            // A block of an attention has no module of its own, and that is the better reason.
+            let module = module::isolate(&scene, &candidate.core, &sources)
+                .map_err(|why| candidate.core.apart.clone().unwrap_or(why));
             let halves = halves(&scene, &candidate.core);
             let layer = Layer {
                 halves,

@@ -16,9 +16,10 @@ mod text;
 use crate::digest::sha256;
 use crate::find::{Kind, Layer, Reason, Survey, Target, Watched, dead_without};
 use crate::onnx::{GraphEdit, ModelFile, elem_type};
+use crate::shapes::Dim;
 use build::{Names, Writer};
 use bytes::Bytes;
-use ditfastattn_plans::{Cfg, Plan};
+use ditfastattn_plans::{Action, Cfg, Plan};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// The custom ops' domain and its version.
@@ -120,6 +121,15 @@ pub enum LowerError {
         node: String,
         read: &'static str,
         given: &'static str,
+    },
+    #[error(
+        "layer {layer} ({node}) cannot have windows: it has {queries} query tokens and {keys} key tokens, and a window needs as many of both; use a plan without wa-rs for it, or leave the layer out with --skip {layer}"
+    )]
+    NoWindow {
+        layer: usize,
+        node: String,
+        queries: String,
+        keys: String,
     },
     #[error(
         "the model already has a value called `{name}`, which the rewritten model needs as an input; rename it"
@@ -344,8 +354,24 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         return Err(LowerError::PlanDoesNotFit { key, plan, model });
     }
     for layer in survey.layers() {
+        let has = |is: fn(Action) -> bool| {
+            (0..plan.step_count()).any(|t| is(plan.action(t, layer.index)))
+        };
+        if !fits_windows(layer) && has(Action::is_windowed) {
+            let show = |size: &Option<Dim>| {
+                let symbols = &survey.facts.symbols;
+                let unknown = || "an unknown number of".to_owned();
+                size.as_ref().map_or_else(unknown, |d| symbols.show(d))
+            };
+            return Err(LowerError::NoWindow {
+                layer: layer.index,
+                node: survey.label(layer),
+                queries: show(&layer.core.tokens),
+                keys: show(&layer.core.keys),
+            });
+        }
         if let Some(reason) = no_halves(layer, plan.cfg)
-            && (0..plan.step_count()).any(|t| plan.action(t, layer.index).uses_halves())
+            && has(Action::uses_halves)
         {
             return Err(LowerError::NoHalves {
                 layer: layer.index,
@@ -355,6 +381,11 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         }
     }
     Ok(())
+}
+
+/// Whether a window over the keys of `layer` has a middle for each query: as many keys as queries, whatever is fed.
+pub fn fits_windows(layer: &Layer) -> bool {
+    layer.core.tokens.is_some() && layer.core.tokens == layer.core.keys
 }
 
 /// Why `layer` cannot be shared across guidance that comes as `cfg` says. Two runs need no halves of a batch.
