@@ -123,7 +123,7 @@ pub enum LowerError {
         given: &'static str,
     },
     #[error(
-        "layer {layer} ({node}) cannot have windows: it has {queries} query tokens and {keys} key tokens, and a window needs as many of both; use a plan without wa-rs for it, or leave the layer out with --skip {layer}"
+        "layer {layer} ({node}) cannot have windows: it has {queries} query tokens and {keys} key tokens, and a window needs equally many; use a plan without wa-rs for it, or leave the layer out with --skip {layer}"
     )]
     NoWindow {
         layer: usize,
@@ -471,4 +471,66 @@ fn metadata(plan: &Plan, state: State) -> Vec<(String, String)> {
         metadata.push(("ditfastattn.state".into(), "io".into()));
     }
     metadata
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::find::{Choice, InputsRequest, survey};
+    use crate::onnx::testing::model;
+
+    /// A denoiser with one layer of `queries` tokens, whose keys are `keys`.
+    fn layer(queries: &str, keys: &str) -> Survey {
+        let text = format!(
+            "opset 23
+             input x float [b, {queries}, 32]
+             input t float [b]
+             input past float [b, p, 32]
+             weight w [32, 32]
+             weight f [1, 32]
+             ints axes [1]
+             t1 = Unsqueeze(t, axes)
+             tf = Mul(t1, f)
+             ts = Sin(tf)
+             te = Unsqueeze(ts, axes)
+             n = Add(x, te)
+             q = MatMul(n, w)
+             k = MatMul(n, w)
+             v = MatMul(n, w)
+             kp = Concat(past, k) axis=1
+             vp = Concat(past, v) axis=1
+             o = Attention(q, {keys}) q_num_heads=4 kv_num_heads=4
+             out = MatMul(o, w)
+             output out float [b, {queries}, 32]"
+        );
+        let graph = model(&text).graph;
+        survey(&graph, &InputsRequest::default(), &Choice::default()).unwrap()
+    }
+
+    fn fit(survey: &Survey, action: &str) -> Result<(), String> {
+        let plan = format!(
+            r#"{{"format": "ditfastattn-plan", "version": 1, "cfg": "cond-first", "steps": [["full"], ["{action}"]]}}"#
+        );
+        let plan = Plan::from_json(&plan).unwrap();
+        check_fit(survey, &plan).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn windows_need_as_many_keys_as_queries() {
+        for (queries, keys) in [("50", "(p + 50)"), ("m", "(p + m)")] {
+            let found = layer(queries, "kp, vp");
+            for action in ["wa-rs", "wa-rs+asc"] {
+                let error = fit(&found, action).unwrap_err();
+                let sizes = format!("{queries} query tokens and {keys} key tokens");
+                for part in ["layer 0 (node_o)", &sizes, "--skip 0"] {
+                    assert!(error.contains(part), "{part}: {error}");
+                }
+            }
+            for action in ["full", "asc", "ast"] {
+                assert_eq!(fit(&found, action), Ok(()));
+            }
+            let found = layer(queries, "k, v");
+            assert_eq!(fit(&found, "wa-rs+asc"), Ok(()));
+        }
+    }
 }
