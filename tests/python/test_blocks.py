@@ -123,7 +123,15 @@ def test_more_keys_than_queries_have_no_windows(tmp_path):
         assert f"{TOKENS} query tokens" in said.stderr and "key tokens" in said.stderr
         assert not path.with_suffix(".dfa.onnx").exists()
     past = np.random.default_rng(2).standard_normal((2, HEADS, PREFIX, C // HEADS)).astype(np.float32)
+    fed = [feed | {"past": past} for feed in feeds()]
+    np.savez(tmp_path / "fed.npz", **{name: np.stack([f[name] for f in fed]) for name in fed[0]})
+    trials = ["--cfg", "cond-first", "--trajectory", tmp_path / "fed.npz"]
+    tool("search", path, "-o", tmp_path / "found.json", "--delta", "0.1", *trials)
+    found = {action for row in json.loads((tmp_path / "found.json").read_text())["steps"] for action in row}
+    assert found & {"ast", "asc"} and not found & {"wa-rs", "wa-rs+asc"}
+    said = tool("study", path, "-o", tmp_path / "study", *trials, check=False)
+    assert said.returncode == 1 and "cannot have windows" in said.stderr
     steps = [["full", "asc"], ["asc", "ast"], ["ast", "full"], ["full", "asc"], ["ast", "ast"], ["full", "full"]]
     host = session(rewritten(tmp_path, path, steps))
-    for step, (feed, wanted) in enumerate(zip(feeds(), expected(model, steps, past))):
-        assert distance(host.run(None, feed | {"past": past})[0], wanted) < 1e-5, f"step {step}"
+    for step, (feed, wanted) in enumerate(zip(fed, expected(model, steps, past))):
+        assert distance(host.run(None, feed)[0], wanted) < 1e-5, f"step {step}"

@@ -357,18 +357,8 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         let has = |is: fn(Action) -> bool| {
             (0..plan.step_count()).any(|t| is(plan.action(t, layer.index)))
         };
-        if !fits_windows(layer) && has(Action::is_windowed) {
-            let show = |size: &Option<Dim>| {
-                let symbols = &survey.facts.symbols;
-                let unknown = || "an unknown number of".to_owned();
-                size.as_ref().map_or_else(unknown, |d| symbols.show(d))
-            };
-            return Err(LowerError::NoWindow {
-                layer: layer.index,
-                node: survey.label(layer),
-                queries: show(&layer.core.tokens),
-                keys: show(&layer.core.keys),
-            });
+        if has(Action::is_windowed) {
+            check_windows(survey, layer)?;
         }
         if let Some(reason) = no_halves(layer, plan.cfg)
             && has(Action::uses_halves)
@@ -386,6 +376,24 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
 /// Whether a window over the keys of `layer` has a middle for each query: as many keys as queries, whatever is fed.
 pub fn fits_windows(layer: &Layer) -> bool {
     layer.core.tokens.is_some() && layer.core.tokens == layer.core.keys
+}
+
+/// # Errors
+/// [`LowerError::NoWindow`] where [`fits_windows`] says no.
+pub fn check_windows(survey: &Survey, layer: &Layer) -> Result<(), LowerError> {
+    if fits_windows(layer) {
+        return Ok(());
+    }
+    let show = |size: &Option<Dim>| match size {
+        Some(size) => survey.facts.symbols.show(size),
+        None => "an unknown number of".into(),
+    };
+    Err(LowerError::NoWindow {
+        layer: layer.index,
+        node: survey.label(layer),
+        queries: show(&layer.core.tokens),
+        keys: show(&layer.core.keys),
+    })
 }
 
 /// Why `layer` cannot be shared across guidance that comes as `cfg` says. Two runs need no halves of a batch.
@@ -511,7 +519,7 @@ mod tests {
         let plan = format!(
             r#"{{"format": "ditfastattn-plan", "version": 1, "cfg": "cond-first", "steps": [["full"], ["{action}"]]}}"#
         );
-        let plan = Plan::from_json(&plan).unwrap();
+        let plan = Plan::parse(&plan).unwrap();
         check_fit(survey, &plan).map_err(|e| e.to_string())
     }
 

@@ -7,7 +7,7 @@ use super::array::{Array, Data};
 use super::cut::{Segment, cut};
 use super::host::{Host, HostError};
 use crate::find::Survey;
-use crate::lower::{LayerState, LowerError, RESIDUAL_LIVE, State, Told, code, lower};
+use crate::lower::{LayerState, LowerError, RESIDUAL_LIVE, State, Told, code, fits_windows, lower};
 use crate::onnx::{ModelFile, ReadError, ValueInfoProto, elem_type};
 use ditfastattn_plans::{Action, Plan};
 use half::{bf16, f16};
@@ -68,6 +68,8 @@ pub struct Engine {
     parts: Vec<Part>,
     layers: Vec<LayerState>,
     skip: Vec<String>,
+    /// Layers that can have windows; the others leave no R.
+    windows: Vec<bool>,
     elem_type: i32,
     /// Values that the exported model returns.
     outputs: Vec<String>,
@@ -143,6 +145,7 @@ impl Engine {
             parts,
             layers: lowered.state,
             skip: lowered.skip,
+            windows: survey.layers().map(fits_windows).collect(),
             elem_type,
             outputs,
             products,
@@ -202,9 +205,10 @@ impl Engine {
         before: &[Rc<Values>],
     ) -> Result<Frontier, EngineError> {
         let first = segments.start;
-        let directives = row
-            .iter()
-            .map(|&a| code(a) + if a.is_full() { RESIDUAL_LIVE } else { 0 });
+        let directives = row.iter().zip(&self.windows).map(|(&a, &windows)| {
+            let residual = a.is_full() && windows;
+            code(a) + if residual { RESIDUAL_LIVE } else { 0 }
+        });
         let control = self.control(directives.collect(), row, memory)?;
         let mut frontier: Frontier = before[..first.min(before.len())].to_vec();
         for s in segments {

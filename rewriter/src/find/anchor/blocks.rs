@@ -628,6 +628,29 @@ mod tests {
     }
 
     #[test]
+    fn a_mask_is_cut_with_the_queries() {
+        let blocks = |m0: &str, m1: &str| {
+            let (a, b) = (
+                masked("0", "q0", "k", "v", m0),
+                masked("1", "q1", "k", "v", m1),
+            );
+            format!(
+                "ints first [0]
+                 m0 = Slice(m, zero, half, first)
+                 m1 = Slice(m, half, end, first)
+                 q0, q1 = Split(q) axis=2
+                 {a}{b}o = Concat(o0, o1) axis=2"
+            )
+        };
+        let found = around(&blocks("m0", "m1"));
+        let [layer] = layers(&found)[..] else {
+            panic!("{:?}", found.sites);
+        };
+        assert_eq!(layer.core.mask.values().collect::<Vec<_>>(), ["m"]);
+        stay_apart(&blocks("m0", "m0"), 2, "masks");
+    }
+
+    #[test]
     fn blocks_of_blocks_are_one_layer() {
         let mut text = String::from(SPLIT);
         for (h, k) in [("0", "k0"), ("1", "k1_")] {
