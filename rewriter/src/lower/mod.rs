@@ -19,15 +19,17 @@ use crate::onnx::{GraphEdit, ModelFile, elem_type};
 use crate::shapes::Dim;
 use build::{Names, Writer};
 use bytes::Bytes;
+use ditfastattn_contract::attributes::state::STATE_IO;
+use ditfastattn_contract::operators::DOMAIN_VERSION;
+use ditfastattn_contract::{metadata as metadata_keys, operators};
 use ditfastattn_plans::{Action, Cfg, Plan};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-/// The custom ops' domain and its version.
-pub const DOMAIN: &str = "ai.ditfastattn";
-pub const DOMAIN_VERSION: i64 = 1;
+/// The custom ops' domain.
+pub const DOMAIN: &str = operators::DOMAIN.as_str();
 
 pub use dense::Dense;
-pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
+pub use io::{LayerState, directive, directives, sinks};
 pub use outputs::known_type;
 pub use step::plan_in;
 
@@ -469,14 +471,14 @@ fn metadata(plan: &Plan, state: State) -> Vec<(String, String)> {
     let hex = sha256(&json);
     let mut metadata = vec![
         (
-            "ditfastattn.version".into(),
+            metadata_keys::VERSION.into(),
             env!("CARGO_PKG_VERSION").into(),
         ),
-        ("ditfastattn.plan_sha256".into(), hex),
-        ("ditfastattn.plan".into(), json),
+        (metadata_keys::PLAN_SHA256.into(), hex),
+        (metadata_keys::PLAN.into(), json),
     ];
     if matches!(state, State::Io(_)) {
-        metadata.push(("ditfastattn.state".into(), "io".into()));
+        metadata.push((metadata_keys::STATE.into(), STATE_IO.into()));
     }
     metadata
 }

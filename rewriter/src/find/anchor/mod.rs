@@ -21,6 +21,7 @@ use super::operand::{self, Operand, Prep};
 use super::source::Dependence;
 use crate::onnx::{Graph, Node, elem_type};
 use crate::shapes::{self, ANCHOR, Dim, Facts};
+use ditfastattn_contract::operators::DOMAIN;
 
 /// The attention core: what the op will read and write instead of the exporter's nodes.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +66,7 @@ pub fn is_anchor(graph: &Graph, node: &Node) -> bool {
     // What is computed in place of attention is no attention of the model's; whoever's operator it is else, it is named.
     let is_foreign = || {
         !shapes::has_row(node)
-            && node.domain() != "ai.ditfastattn"
+            && node.domain() != DOMAIN.as_str()
             && node.op().contains("Attention")
     };
     shapes::is(node, ANCHOR) || is_written_out(graph, node) || is_foreign()
