@@ -29,6 +29,7 @@ pub use choice::{Choice, Pattern};
 pub use inputs::{Inputs, InputsError, InputsRequest};
 pub use module::{Module, dead_without, sweep_dead};
 pub use operand::{Operand, Prep};
+pub(crate) use source::Dependence;
 pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
 pub use target::Target;

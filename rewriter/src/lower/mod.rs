@@ -3,6 +3,7 @@
 //! Knows the ops' graph contract (names, inputs, attributes) and nothing about exporters' dialects. What a patch does
 //! not mention keeps its bytes.
 
+mod alone;
 mod attention;
 mod build;
 mod dense;
@@ -25,10 +26,12 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 pub const DOMAIN: &str = "ai.ditfastattn";
 pub const DOMAIN_VERSION: i64 = 1;
 
+pub use alone::alone;
 pub use dense::Dense;
 pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
 pub use outputs::known_type;
 pub use step::plan_in;
+pub use text::{TextTokens, Texts};
 
 /// How the optional request inputs are declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
