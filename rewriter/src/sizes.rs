@@ -34,7 +34,12 @@ pub struct Unknown {
 /// The first size that is neither in the graph nor given.
 pub fn layers(survey: &Survey, plan: &Plan, given: &Given) -> Result<Vec<LayerWork>, Unknown> {
     // CFG in one batch, or as two runs of one row each; without CFG one row. An exported batch is what it is.
-    let per_image = if plan.cfg == Cfg::None { 1 } else { 2 };
+    // Rows that the graph doubles are folded into its layers' rows.
+    let doubled = !survey.facts.pairs().is_empty();
+    let per_image = match plan.cfg == Cfg::None || doubled {
+        true => 1,
+        false => 2,
+    };
     let exported = survey.facts.static_batch;
     let exported = exported.and_then(|b| usize::try_from(b).ok());
     let rows = given.rows.or(exported).unwrap_or(per_image);

@@ -67,7 +67,11 @@ impl Kernel for Step {
             )));
         }
         Ok(Step {
-            session: Session::new(Arc::clone(&PROCESS), Program::new(plan, &core)),
+            session: Session::new(
+                Arc::clone(&PROCESS),
+                Program::new(plan, &core)
+                    .with_halves_in_graph(info.int("halves_in_graph").unwrap_or(0) != 0),
+            ),
             layers,
             dense,
             logger: info.logger(),

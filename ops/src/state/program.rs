@@ -8,6 +8,7 @@ pub struct Program {
     plan: Plan,
     live: Liveness,
     core: Vec<bool>,
+    halves_in_graph: bool,
 }
 
 impl Program {
@@ -20,6 +21,15 @@ impl Program {
             live: plan.liveness(),
             plan,
             core,
+            halves_in_graph: false,
+        }
+    }
+
+    /// The same for a graph that makes guidance's halves of each row itself.
+    pub fn with_halves_in_graph(self, halves_in_graph: bool) -> Self {
+        Program {
+            halves_in_graph,
+            ..self
         }
     }
 
@@ -52,6 +62,12 @@ impl Program {
     /// Whether the batch of one run holds both halves of guidance.
     pub fn batch_has_halves(&self) -> bool {
         matches!(self.plan.cfg, Cfg::CondFirst | Cfg::UncondFirst)
+    }
+
+    /// Whether a run of `rows` rows really has both halves.
+    pub fn has_halves(&self, rows: usize) -> bool {
+        let fed = rows >= 2 && rows.is_multiple_of(2);
+        self.batch_has_halves() && (fed || self.halves_in_graph)
     }
 
     /// Whether the conditional half is the first one.

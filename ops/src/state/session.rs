@@ -204,9 +204,7 @@ impl<T: Cached> Session<T> {
             mode: decision.mode,
             step: place / runs_per_step,
             branch: place % runs_per_step,
-            halves: self.program.batch_has_halves()
-                && call.rows >= 2
-                && call.rows.is_multiple_of(2),
+            halves: self.program.has_halves(call.rows),
             may_share: decision.may_share,
         };
         let mut cached = decision.caches.into_iter();

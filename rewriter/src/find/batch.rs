@@ -26,7 +26,11 @@ impl Batch {
             .filter(|i| leads(facts, &i.name))
             .map(|i| (i.name.clone(), Dim::from(1)))
             .collect();
-        for node in &graph.nodes {
+        for (index, node) in graph.nodes.iter().enumerate() {
+            if facts.pairs().contains(&index) {
+                places.insert(node.output(0).to_owned(), Dim::from(1));
+                continue;
+            }
             for (out, name) in node.proto.output.iter().enumerate() {
                 if name.is_empty() || !carries(name) {
                     continue;
@@ -67,13 +71,19 @@ impl Batch {
     /// Whether the rows of the batch lie one after the other in `value`, all of them. A leading axis that is the batch and
     /// nothing else shows it; one that is folded from several must have been followed all the way from the inputs.
     pub fn is_outermost(&self, facts: &Facts, value: &str) -> bool {
+        let is_whole = facts
+            .leading(value)
+            .and_then(|d| d.over(facts.rows()))
+            .is_some_and(|rest| rest.is_whole());
         is_batch(facts, value)
-            || (leads(facts, value) && self.places.get(value).and_then(Dim::known) == Some(1))
+            || (leads(facts, value)
+                && is_whole
+                && self.places.get(value).and_then(Dim::known) == Some(1))
     }
 }
 
 fn is_batch(facts: &Facts, value: &str) -> bool {
-    facts.leading(value) == Some(&Dim::from(BATCH))
+    facts.leading(value) == Some(facts.rows())
 }
 
 /// Whether the leading axis of `value` grows with the batch.

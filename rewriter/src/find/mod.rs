@@ -16,6 +16,7 @@ mod linear;
 mod module;
 mod operand;
 mod order;
+mod pair;
 mod sink;
 mod source;
 mod streams;

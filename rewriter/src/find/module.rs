@@ -4,8 +4,9 @@
 use super::Reason;
 use super::anchor::Core;
 use super::batch::{Batch, leads};
+use super::inputs::Inputs;
 use super::sink;
-use super::source::is_weight;
+use super::source::{Dependence, is_weight};
 use super::target::{self, Target};
 use crate::onnx::{Graph, Node, elem_type};
 use crate::shapes::{self, BATCH, COPY, Dim, Facts, LAYOUT, PICK, RESHAPE, SIZE, Value};
@@ -35,6 +36,8 @@ pub struct Scene<'a> {
     pub graph: &'a Graph,
     pub facts: &'a Facts,
     pub batch: &'a Batch,
+    pub dependence: &'a Dependence,
+    pub inputs: &'a Inputs,
 }
 
 type Retargeted = BTreeMap<usize, Target>;
@@ -48,10 +51,11 @@ pub fn isolate(scene: &Scene, core: &Core, sources: &[String]) -> Result<Module,
         graph,
         facts,
         batch,
+        ..
     } = scene;
     let label = graph.nodes[core.anchor].label();
     let refuse = |text: String| Err(Reason::new(text, [label]));
-    let sinks = sink::find(graph, facts, batch, core);
+    let sinks = sink::find(scene, core);
     let sources: Vec<String> = sources
         .iter()
         .map(|s| batch_major_source(scene, s))
@@ -197,6 +201,7 @@ fn check(
         graph,
         facts,
         batch,
+        ..
     } = scene;
     let produced: HashSet<&str> = inside
         .iter()

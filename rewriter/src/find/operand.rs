@@ -32,6 +32,8 @@ pub enum Prep {
     SplitHeads(i64),
     /// Multiplied by a tensor that is one number per head: a learnt temperature.
     Times(String),
+    /// Brought to this element type: the op reads q, k and v in one.
+    Cast(i32),
     /// One element of an axis, which disappears.
     Pick { axis: i64, index: i64 },
 }
@@ -73,6 +75,23 @@ impl Operand {
             .map(String::as_str)
     }
 
+    /// The element type of what the op reads, whose `prep` has no cast yet; 0 if unknown.
+    pub fn elem_type(&self, facts: &Facts) -> i32 {
+        let weights = self.prep.iter().find_map(|p| match p {
+            Prep::Project { weights, .. } => Some(weights),
+            _ => None,
+        });
+        facts.of(weights.unwrap_or(&self.value)).elem_type
+    }
+
+    /// The same in the type `to`, before it is multiplied.
+    pub fn cast(mut self, to: i32) -> Self {
+        let multiplied = self.prep.iter().position(|p| matches!(p, Prep::Times(_)));
+        let at = multiplied.unwrap_or(self.prep.len());
+        self.prep.insert(at, Prep::Cast(to));
+        self
+    }
+
     /// The shape after `prep`.
     pub fn shape(&self, facts: &Facts) -> Option<Vec<Dim>> {
         let mut dims = facts.shape(&self.value)?.to_vec();
@@ -81,7 +100,7 @@ impl Operand {
                 Prep::Project { weights, .. } => {
                     *dims.last_mut()? = facts.shape(weights)?.last()?.clone();
                 }
-                Prep::AddBias { .. } | Prep::Times(_) => {}
+                Prep::AddBias { .. } | Prep::Times(_) | Prep::Cast(_) => {}
                 Prep::Columns { from, to } => *dims.last_mut()? = (to - from).into(),
                 Prep::SplitHeads(heads) => {
                     let width = dims.pop()?;
@@ -106,7 +125,7 @@ impl Operand {
     /// The axis of `value` itself (not of what `prep` makes of it) that holds the tokens.
     pub fn token_axis(&self) -> Option<usize> {
         match self.prep.first() {
-            None | Some(Prep::Times(_)) => self.layout.find('S'),
+            None | Some(Prep::Times(_) | Prep::Cast(_)) => self.layout.find('S'),
             // Every fused operator takes [B, S, …].
             Some(_) => Some(1),
         }

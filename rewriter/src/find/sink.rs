@@ -1,10 +1,13 @@
-//! Downstream from the attention core: layout, perhaps a cut into two streams, one product with a weight each, its bias.
+//! Downstream from the attention core: layout, perhaps a gate or a norm, perhaps a cut into two streams, one product with a
+//! weight each, its bias.
 
 use super::anchor::Core;
 use super::batch::Batch;
+use super::module::Scene;
 use super::source::{is_weight, projected};
 use crate::onnx::{Graph, Node};
-use crate::shapes::{self, Facts, LAYOUT, QUANTIZE, SIZE};
+use crate::shapes::{self, ELEMENT, Facts, LAYOUT, NORM, QUANTIZE, SIZE, SUM};
+use std::collections::HashSet;
 
 /// Where the module ends.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,9 +19,15 @@ pub struct Sinks {
 }
 
 /// The sinks of `core`. Every one has the batch outermost, because its halves are put one after the other.
-pub fn find(graph: &Graph, facts: &Facts, batch: &Batch, core: &Core) -> Sinks {
+pub fn find(scene: &Scene, core: &Core) -> Sinks {
+    let &Scene {
+        graph,
+        facts,
+        batch,
+        ..
+    } = scene;
     let mut ends = Vec::new();
-    walk(graph, &core.out.value, &mut ends);
+    walk(scene, &core.out.value, &mut ends);
     let ends: Vec<End> = ends
         .into_iter()
         .map(|end| to_batch_major(graph, facts, batch, end))
@@ -44,7 +53,8 @@ struct End {
 /// A module has as many streams as a model has kinds of tokens; more are no streams.
 const MAX_STREAMS: usize = 4;
 
-fn walk(graph: &Graph, from: &str, ends: &mut Vec<End>) {
+fn walk(scene: &Scene, from: &str, ends: &mut Vec<End>) {
+    let graph = scene.graph;
     let mut at = from.to_owned();
     loop {
         let users = data_consumers(graph, &at);
@@ -70,7 +80,7 @@ fn walk(graph: &Graph, from: &str, ends: &mut Vec<End>) {
             }
             [node] if node.is("Split") && node.input(0) == Some(at.as_str()) => {
                 for piece in node.proto.output.iter().filter(|o| !o.is_empty()) {
-                    walk(graph, piece, ends);
+                    walk(scene, piece, ends);
                 }
                 return;
             }
@@ -79,13 +89,71 @@ fn walk(graph: &Graph, from: &str, ends: &mut Vec<End>) {
                 .all(|n| n.is("Slice") && n.input(0) == Some(at.as_str())) =>
             {
                 for cut in cuts {
-                    walk(graph, cut.output(0), ends);
+                    walk(scene, cut.output(0), ends);
                 }
                 return;
             }
-            _ => return end(ends, at, false),
+            _ => {
+                return match behind_gate(scene, &at) {
+                    Some(value) => end(ends, value, true),
+                    None => end(ends, at, false),
+                };
+            }
         }
     }
+}
+
+/// A gate or a norm is a few nodes.
+const MAX_GATE: usize = 32;
+
+/// The result of the one projection that everything made of `from` goes into, token by token: behind a gate on attention's
+/// result, or a norm of it. A sum with anything but a weight is the residual stream, and what is neither made of the latents nor
+/// of the time is a mask with rows of its own: neither is the module's.
+fn behind_gate(scene: &Scene, from: &str) -> Option<String> {
+    let graph = scene.graph;
+    let mut made: HashSet<&str> = HashSet::from([from]);
+    let mut pending = vec![from];
+    let mut between: Vec<&Node> = Vec::new();
+    let mut projection: Option<&Node> = None;
+    while let Some(at) = pending.pop() {
+        if graph.is_output(at) || made.len() > MAX_GATE {
+            return None;
+        }
+        for node in data_consumers(graph, at) {
+            if projected(graph, node) == Some(at) && !mixes_tokens(node) {
+                if projection.is_some_and(|p| p.output(0) != node.output(0)) {
+                    return None;
+                }
+                projection = Some(node);
+                continue;
+            }
+            let is_gate = shapes::is(node, ELEMENT | NORM) || is_layout(node);
+            if !is_gate || node.has_subgraph() {
+                return None;
+            }
+            between.push(node);
+            for result in node.proto.output.iter().filter(|o| !o.is_empty()) {
+                if made.insert(result) {
+                    pending.push(result);
+                }
+            }
+        }
+    }
+    let of_gate = |value: &str| {
+        let on = |input: &str| scene.dependence.on(value, input);
+        on(&scene.inputs.latents)
+            || on(&scene.inputs.timestep)
+            || !scene.dependence.on_anything(value)
+    };
+    let belongs = |node: &&Node| {
+        let inputs = node.proto.input.iter().map(String::as_str);
+        let mut others =
+            inputs.filter(|v| !v.is_empty() && !made.contains(v) && !is_weight(graph, v));
+        others.all(|v| !shapes::is(node, SUM) && of_gate(v))
+    };
+    projection
+        .filter(|_| between.iter().all(belongs))
+        .map(|p| with_bias(graph, p.output(0)))
 }
 
 /// A convolution over more than one position is no projection of tokens.

@@ -8,6 +8,7 @@ use super::inputs::{self, Inputs, InputsError, InputsRequest};
 use super::linear;
 use super::module::{self, Module, Scene};
 use super::order;
+use super::pair;
 use super::source::{self, Dependence};
 use super::streams::{Streams, Text};
 use super::subgraph;
@@ -132,8 +133,12 @@ pub fn survey(
     let inner = subgraph::sites(graph);
     let inputs =
         inputs::find(graph, request).map_err(|error| out_of_reach(graph, &inner, error))?;
-    let facts = shapes::infer(graph, Some(&inputs.latents));
     let dependence = Dependence::new(graph);
+    let mut facts = shapes::infer(graph, Some(&inputs.latents));
+    let pairs = pair::pairs(graph, &facts, &dependence, &inputs.latents);
+    if !pairs.is_empty() {
+        facts = shapes::infer_paired(graph, Some(&inputs.latents), pairs);
+    }
     let mut found: Vec<(usize, Found)> = graph
         .nodes
         .iter()
@@ -162,7 +167,7 @@ pub fn survey(
             layers: layers.len(),
         });
     }
-    let kinds = into_kinds(graph, &facts, &inputs, choice, found);
+    let kinds = into_kinds(graph, &facts, &dependence, &inputs, choice, found);
     let mut sites: Vec<Site> = kinds
         .into_iter()
         .map(|(index, kind)| Site {
@@ -354,6 +359,7 @@ fn set_decoders_aside(graph: &Graph, choice: &Choice, found: &mut [(usize, Found
 fn into_kinds(
     graph: &Graph,
     facts: &Facts,
+    dependence: &Dependence,
     inputs: &Inputs,
     choice: &Choice,
     found: Vec<(usize, Found)>,
@@ -371,6 +377,8 @@ fn into_kinds(
         graph,
         facts,
         batch: &batch,
+        dependence,
+        inputs,
     };
     let (mut seen, mut layers) = (0, 0);
     found
@@ -410,15 +418,22 @@ fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
         graph,
         facts,
         batch,
+        ..
     } = scene;
     let out = &core.out.value;
     if batch.has_halves(facts, out) {
         return Ok(());
     }
-    let text = format!(
-        "it is not known that the batch is outermost in the attention's result `{out}` {}",
-        facts.show(out)
-    );
+    let text = match facts.pairs().is_empty() || facts.leading(out) == Some(facts.rows()) {
+        false => format!(
+            "guidance's halves are made in the graph, behind the attention's result `{out}` {}",
+            facts.show(out)
+        ),
+        true => format!(
+            "it is not known that the batch is outermost in the attention's result `{out}` {}",
+            facts.show(out)
+        ),
+    };
     Err(Reason::new(text, [graph.nodes[core.anchor].label()]))
 }
 

@@ -68,7 +68,8 @@ impl Attention<'_> {
         }
         let result = self.name_here(&core.out.value).to_owned();
         let merged = matches!(core.out.prep.as_slice(), [Prep::SplitHeads(_)]);
-        let out = if merged {
+        let cast = self.result_type();
+        let out = if merged || cast.is_some() {
             w.names.fresh(&format!("{prefix}/out_heads"))
         } else {
             result.clone()
@@ -83,10 +84,26 @@ impl Attention<'_> {
             &outputs,
             &attributes,
         ));
+        let joined = match cast {
+            Some(_) if merged => w.names.fresh(&format!("{prefix}/out_joined")),
+            Some(_) => out.clone(),
+            None => result.clone(),
+        };
         if merged {
             let shape = w.ints(&out, &[0, 0, -1]);
-            w.push_as("Reshape", &result, &[&out, &shape], &[]);
+            w.push_as("Reshape", &joined, &[&out, &shape], &[]);
         }
+        if let Some(ty) = cast {
+            let to = AttributeProto::int("to", i64::from(ty));
+            w.push_as("Cast", &result, &[&joined], &[to]);
+        }
+    }
+
+    /// The type of the exporter's result, where it is not the op's.
+    fn result_type(&self) -> Option<i32> {
+        let core = &self.layer.core;
+        let ty = self.survey.facts.of(&core.out.value).elem_type;
+        (ty != 0 && core.elem_type != 0 && ty != core.elem_type).then_some(ty)
     }
 
     /// `operand` as the op reads it; steps that q, k and v share are written once.
@@ -139,9 +156,14 @@ impl Attention<'_> {
                 w.push("Reshape", &near, &[x, &shape], &[])
             }
             Prep::Times(factor) => {
-                let factor = self.name_here(factor).to_owned();
+                let ty = self.survey.facts.of(factor).elem_type;
+                let mut factor = self.name_here(factor).to_owned();
+                if ty != self.layer.core.elem_type {
+                    factor = self.cast(w, &near, &factor, self.layer.core.elem_type);
+                }
                 w.push("Mul", &format!("{near}_scaled"), &[x, &factor], &[])
             }
+            Prep::Cast(to) => self.cast(w, &near, x, *to),
             Prep::Pick { axis, index } => {
                 let near = format!("{near}_picked");
                 let index = w.int(&near, *index);
@@ -153,6 +175,11 @@ impl Attention<'_> {
                 )
             }
         }
+    }
+
+    fn cast(&self, w: &mut Writer<'_>, near: &str, x: &str, to: i32) -> String {
+        let to = AttributeProto::int("to", i64::from(to));
+        w.push("Cast", &format!("{near}_cast"), &[x], &[to])
     }
 
     /// All masks as one value: boolean if all are and hide by −∞, else one that is added.
@@ -209,8 +236,7 @@ impl Attention<'_> {
         if as_it_is {
             return value;
         }
-        let to = AttributeProto::int("to", i64::from(elem_type::FLOAT));
-        let value = w.push("Cast", &format!("{near}_float"), &[&value], &[to]);
+        let value = self.cast(w, near, &value, elem_type::FLOAT);
         if factor == 1.0 {
             return value;
         }

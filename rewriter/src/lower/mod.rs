@@ -16,7 +16,7 @@ mod text;
 
 use crate::digest::sha256;
 use crate::find::{Kind, Layer, Reason, Survey, Target, dead_without};
-use crate::onnx::{GraphEdit, ModelFile};
+use crate::onnx::{GraphEdit, ModelFile, elem_type};
 use build::{Names, Writer};
 use bytes::Bytes;
 use ditfastattn_plans::{Cfg, Plan};
@@ -106,6 +106,15 @@ pub enum LowerError {
         why: String,
     },
     #[error(
+        "layer {layer} ({node}) reads {read} and gives {given}; with --state io a layer in the core form must give what it reads: leave it out with --skip {layer}"
+    )]
+    MixedTypes {
+        layer: usize,
+        node: String,
+        read: &'static str,
+        given: &'static str,
+    },
+    #[error(
         "the model already has a value called `{name}`, which the rewritten model needs as an input; rename it"
     )]
     NameTaken { name: String },
@@ -168,6 +177,9 @@ pub fn lower_with(
         return Err(LowerError::IrTooOld {
             found: model.ir_version,
         });
+    }
+    if matches!(state, State::Io(_)) {
+        check_types(survey)?;
     }
     let graph = &model.graph;
     let mut names = Names::new(graph);
@@ -266,6 +278,23 @@ fn refuse_rewritten(model: &ModelFile) -> Result<(), LowerError> {
         true => Err(LowerError::AlreadyRewritten),
         false => Ok(()),
     }
+}
+
+/// Whether each layer in the core form gives the type that it reads, as its state in the graph needs.
+fn check_types(survey: &Survey) -> Result<(), LowerError> {
+    for layer in survey.layers().filter(|l| l.module.is_err()) {
+        let [read, given] = [&layer.core.q.value, &layer.core.out.value]
+            .map(|value| elem_type::name(survey.facts.of(value).elem_type));
+        if read != given {
+            return Err(LowerError::MixedTypes {
+                layer: layer.index,
+                node: survey.label(layer),
+                read,
+                given,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Whether `plan` was made for a model like this one.

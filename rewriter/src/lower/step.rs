@@ -132,6 +132,9 @@ pub fn build(
         AttributeProto::int("layers", skip.len() as i64),
         AttributeProto::string("plan", &plan.to_json()),
     ];
+    if !survey.facts.pairs().is_empty() {
+        attributes.push(AttributeProto::int("halves_in_graph", 1));
+    }
     if !core_layers.is_empty() {
         attributes.push(AttributeProto::ints("core_layers", core_layers));
     }

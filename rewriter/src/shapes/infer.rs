@@ -3,7 +3,7 @@
 use super::dim::{Dim, Symbol, Symbols};
 use super::rules;
 use crate::onnx::{Constant, Data, Graph, Node, TypeProto};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// The batch dimension of the latents; with classifier-free guidance in one run, both halves.
 pub const BATCH: Symbol = Symbol(0);
@@ -92,6 +92,8 @@ pub struct Facts {
     facts: HashMap<String, Fact>,
     batch_literals: HashMap<usize, Vec<i64>>,
     batch_bound: HashSet<usize>,
+    pairs: BTreeSet<usize>,
+    rows: Dim,
 }
 
 impl Facts {
@@ -104,7 +106,19 @@ impl Facts {
             facts: facts.collect(),
             batch_literals: HashMap::new(),
             batch_bound: HashSet::new(),
+            pairs: BTreeSet::new(),
+            rows: BATCH.into(),
         }
+    }
+
+    /// The rows in which guidance's halves lie one behind the other: the batch, or twice that where the graph makes them.
+    pub fn rows(&self) -> &Dim {
+        &self.rows
+    }
+
+    /// The nodes that make guidance's two halves of one row, if the graph does.
+    pub fn pairs(&self) -> &BTreeSet<usize> {
+        &self.pairs
     }
 
     /// The fact about `value`; nothing known if it is not in the graph.
@@ -165,6 +179,12 @@ impl Facts {
 
 /// Works through `graph` in order. `latents` names the input whose first dimension is the batch.
 pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
+    infer_paired(graph, latents, BTreeSet::new())
+}
+
+/// As [`infer`]; `pairs` are the nodes that make guidance's halves of the latents' rows. Where those are a single row, the batch is
+/// what these nodes make of it.
+pub fn infer_paired(graph: &Graph, latents: Option<&str>, pairs: BTreeSet<usize>) -> Facts {
     let mut symbols = Symbols::default();
     assert_eq!(symbols.fresh("batch"), BATCH);
     let latent_dims = latents
@@ -229,12 +249,19 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         }
     }
     let batch_name = match latent_dims {
-        Some(Err(name)) if !name.is_empty() => Some(name),
+        Some(Err(ref name)) if !name.is_empty() => Some(name.clone()),
         _ => None,
     };
+    let makes_batch = !pairs.is_empty() && matches!(latent_dims, Some(Ok(1)));
+    let static_batch = if makes_batch { Some(2) } else { static_batch };
     let mut walk = Walk {
         symbols,
         static_batch,
+        makes_batch: if makes_batch {
+            pairs.clone()
+        } else {
+            BTreeSet::new()
+        },
         batch_name,
         facts,
         batch_literals: HashMap::new(),
@@ -247,6 +274,11 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
         facts: walk.facts,
         batch_literals: walk.batch_literals,
         batch_bound: walk.batch_bound,
+        rows: match pairs.is_empty() || makes_batch {
+            true => BATCH.into(),
+            false => Dim::from(BATCH).times(&2.into()).unwrap_or(BATCH.into()),
+        },
+        pairs,
     }
 }
 
@@ -254,6 +286,8 @@ pub fn infer(graph: &Graph, latents: Option<&str>) -> Facts {
 struct Walk {
     symbols: Symbols,
     static_batch: Option<i64>,
+    /// The nodes whose results' rows are the batch.
+    makes_batch: BTreeSet<usize>,
     batch_name: Option<String>,
     facts: HashMap<String, Fact>,
     batch_literals: HashMap<usize, Vec<i64>>,
@@ -312,6 +346,12 @@ impl Walk {
                     if fact.shape.is_none() {
                         fact.shape = annotated.shape;
                     }
+                }
+                if depth == 0
+                    && self.makes_batch.contains(&index)
+                    && let Some(rows) = fact.shape.as_mut().and_then(|s| s.first_mut())
+                {
+                    *rows = BATCH.into();
                 }
                 self.facts.insert(name.clone(), fact);
             }

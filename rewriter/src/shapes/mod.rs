@@ -11,9 +11,9 @@ mod place;
 mod rules;
 
 pub use dim::{Dim, Symbol, Symbols};
-pub use infer::{BATCH, Fact, Facts, Value, infer};
+pub use infer::{BATCH, Fact, Facts, Value, infer, infer_paired};
 pub use place::{Place, Trail, exact_axis, follow, follow_apart, trace};
 pub use rules::{
-    ANCHOR, COPY, Class, LAYOUT, LINEAR, PICK, PRODUCT, PROJECTION, QUANTIZE, RANDOM, REPEAT,
-    RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, has_row, is, why_unknown,
+    ANCHOR, COPY, Class, ELEMENT, LAYOUT, LINEAR, NORM, PICK, PRODUCT, PROJECTION, QUANTIZE,
+    RANDOM, REPEAT, RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, has_row, is, why_unknown,
 };

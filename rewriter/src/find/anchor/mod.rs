@@ -13,7 +13,7 @@ mod softmax;
 pub use mask::{Mask, Term};
 
 use super::Reason;
-use super::operand::{self, Operand};
+use super::operand::{self, Operand, Prep};
 use super::source::Dependence;
 use crate::onnx::{Graph, Node, elem_type};
 use crate::shapes::{self, ANCHOR, Dim, Facts};
@@ -31,6 +31,7 @@ pub struct Core {
     /// Factor on q·kᵀ; `None` = 1/√head_dim.
     pub scale: Option<f64>,
     pub mask: Mask,
+    /// The type in which the op reads q, k and v; the result's may be another.
     pub elem_type: i32,
     pub heads: Option<i64>,
     /// Fewer than `heads` under grouped-query attention.
@@ -93,16 +94,7 @@ pub fn core(
 /// Layout, scale and sizes once q, k, v and the result are known.
 fn finish(graph: &Graph, facts: &Facts, found: Core) -> Result<Core, Reason> {
     let label = graph.nodes[found.anchor].label();
-    let elem = facts.of(&found.q.value).elem_type;
-    if elem != 0 && !elem_type::is_supported_float(elem) {
-        return Err(Reason::new(
-            format!(
-                "q is {}, expected float32, float16 or bfloat16",
-                elem_type::name(elem)
-            ),
-            [label],
-        ));
-    }
+    let elem = common_type(facts, &found).map_err(|what| Reason::new(what, [label]))?;
     let mut scale = found.scale.unwrap_or(1.0);
     let default_scale = found.scale.is_none();
     let q = operand::absorb(graph, facts, &found.q, Some(&mut scale));
@@ -131,6 +123,11 @@ fn finish(graph: &Graph, facts: &Facts, found: Core) -> Result<Core, Reason> {
     } else {
         facts.of(&out.value).elem_type
     };
+    let [q, k, v] = [q, k, v].map(|operand| match operand.elem_type(facts) {
+        0 => operand,
+        ty if ty == elem_type => operand,
+        _ => operand.cast(elem_type),
+    });
     Ok(Core {
         heads: q.size(facts, 'H').and_then(|d| d.known()),
         kv_heads: k.size(facts, 'H').and_then(|d| d.known()),
@@ -144,6 +141,35 @@ fn finish(graph: &Graph, facts: &Facts, found: Core) -> Result<Core, Reason> {
         elem_type,
         ..found
     })
+}
+
+/// The type that the op reads q, k and v in: theirs, or where they differ the wider. 0 if none is known.
+///
+/// # Errors
+/// Which of them has a type that the op does not read.
+fn common_type(facts: &Facts, core: &Core) -> Result<i32, String> {
+    let operands = [("q", &core.q), ("k", &core.k), ("v", &core.v)];
+    let factors = core.q.prep.iter().filter_map(|p| match p {
+        Prep::Times(factor) => Some(("a factor on the scores", facts.of(factor).elem_type)),
+        _ => None,
+    });
+    let types = operands.map(|(name, operand)| (name, operand.elem_type(facts)));
+    let mut common = 0;
+    for (name, ty) in types.into_iter().chain(factors).filter(|(_, ty)| *ty != 0) {
+        if !elem_type::is_supported_float(ty) {
+            return Err(format!(
+                "{name} is {}, expected float32, float16 or bfloat16",
+                elem_type::name(ty)
+            ));
+        }
+        // Neither of the 16-bit types holds the other.
+        common = if common == 0 || common == ty {
+            ty
+        } else {
+            elem_type::FLOAT
+        };
+    }
+    Ok(common)
 }
 
 impl Core {

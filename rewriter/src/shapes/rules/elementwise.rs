@@ -6,15 +6,15 @@ use crate::onnx::elem_type;
 use crate::shapes::{Dim, Value};
 
 const fn unary(name: &'static str) -> Op {
-    op(name, Shape::First(like_first), Axis::Same)
+    op(name, Shape::First(like_first), Axis::Same).is(ELEMENT)
 }
 
 const fn computed(name: &'static str) -> Op {
-    op(name, Shape::First(number), Axis::Same)
+    op(name, Shape::First(number), Axis::Same).is(ELEMENT)
 }
 
 const fn binary(name: &'static str) -> Op {
-    op(name, Shape::First(numbers), Axis::Aligned)
+    op(name, Shape::First(numbers), Axis::Aligned).is(ELEMENT)
 }
 
 const fn comparison(name: &'static str) -> Op {
@@ -23,7 +23,7 @@ const fn comparison(name: &'static str) -> Op {
 
 /// An activation that ONNX Runtime fused, with its bias as second input perhaps.
 const fn activation(name: &'static str) -> Op {
-    ms(name, Shape::First(like_first), Axis::Same)
+    ms(name, Shape::First(like_first), Axis::Same).is(ELEMENT)
 }
 
 pub(super) const OPS: &[Op] = &[

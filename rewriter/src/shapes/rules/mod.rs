@@ -81,6 +81,10 @@ pub const ANCHOR: Class = Class(1 << 10);
 pub const RANDOM: Class = Class(1 << 11);
 /// Picks or joins elements of small vectors: with `RESHAPE` and `COPY` what shape arithmetic is made of.
 pub const PICK: Class = Class(1 << 12);
+/// Each element of the result is made of the elements in its place, perhaps of several inputs.
+pub const ELEMENT: Class = Class(1 << 14);
+/// A norm over the channels of a token, or a reduction that one is made of.
+pub const NORM: Class = Class(1 << 15);
 /// Attention without a softmax.
 pub const LINEAR: Class = Class(1 << 13);
 /// Nothing is computed: the same tensor or its elements in another order, another type, another shape.

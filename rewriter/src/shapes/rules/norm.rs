@@ -19,14 +19,18 @@ pub(super) const OPS: &[Op] = &[
         Shape::All(with_statistics),
         Axis::Same,
     )
-    .along(from_axis),
-    op("RMSNormalization", Shape::First(like_first), Axis::Same).along(from_axis),
+    .along(from_axis)
+    .is(NORM),
+    op("RMSNormalization", Shape::First(like_first), Axis::Same)
+        .along(from_axis)
+        .is(NORM),
     op(
         "SimplifiedLayerNormalization",
         Shape::All(with_statistics),
         Axis::Same,
     )
-    .along(from_axis),
+    .along(from_axis)
+    .is(NORM),
     ms(
         "SkipLayerNormalization",
         Shape::All(with_sum),

@@ -10,16 +10,16 @@ const fn reduction(name: &'static str) -> Op {
 }
 
 pub(super) const OPS: &[Op] = &[
-    reduction("ReduceMean"),
+    reduction("ReduceMean").is(NORM),
     reduction("ReduceSum"),
     reduction("ReduceMax"),
     reduction("ReduceMin"),
     reduction("ReduceProd"),
     reduction("ReduceL1"),
-    reduction("ReduceL2"),
+    reduction("ReduceL2").is(NORM),
     reduction("ReduceLogSum"),
     reduction("ReduceLogSumExp"),
-    reduction("ReduceSumSquare"),
+    reduction("ReduceSumSquare").is(NORM),
     op("ArgMax", Shape::First(arg), Axis::By(arg_kept)).ends(is_searched),
     op("ArgMin", Shape::First(arg), Axis::By(arg_kept)).ends(is_searched),
     op("CumSum", Shape::First(like_first), Axis::Same).along(running),
