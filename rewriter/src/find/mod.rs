@@ -23,6 +23,8 @@ mod streams;
 mod subgraph;
 mod survey;
 mod target;
+#[cfg(test)]
+mod tests;
 mod timestep;
 
 pub use anchor::{Core, Mask, Term};

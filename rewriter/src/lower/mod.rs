@@ -12,6 +12,8 @@ mod layer;
 mod order;
 mod outputs;
 mod step;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use crate::digest::sha256;
