@@ -39,6 +39,19 @@ def test_a_traced_batch_beside_a_size_that_is_inferred(tmp_path, tokens):
     follows(tmp_path, model, g.cores)
 
 
+def test_a_traced_batch_where_heads_are_split_off(tmp_path):
+    """[2, N, H, -1], a norm per head, [2, N, C]: with one row of the two a head would become half as wide."""
+
+    def block(g, i, h):
+        n = g.norm(h)
+        q, k, v = (g("Reshape", g.linear(n), [2, TOKENS, HEADS, -1]) for _ in range(3))
+        q, k, v = (g.heads(g("Reshape", g("Softmax", z, axis=-1), [2, TOKENS, C])) for z in (q, k, v))
+        return g("Add", h, g.merged(g.attention(q, k, v)))
+
+    g, model = denoiser(block)
+    follows(tmp_path, model, g.cores)
+
+
 @pytest.mark.parametrize("cfg", ["cond-first", "uncond-first"])
 @pytest.mark.parametrize("rows", ["one", "equal", "different"])
 @pytest.mark.parametrize("values", [False, True], ids=["qk", "qkv"])

@@ -250,3 +250,49 @@ fn cells(distance: &Distance) -> Vec<String> {
         },
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(layer: usize, verdict: Verdict, windowed: bool, why: Option<&str>) -> LayerText {
+        LayerText {
+            layer,
+            node: format!("node_{layer}"),
+            tokens: Some(40),
+            found: None,
+            used: None,
+            verdict,
+            windowed,
+            why: why.map(str::to_owned),
+            remedy: String::new(),
+        }
+    }
+
+    #[test]
+    fn the_layers_of_one_reason_share_a_line() {
+        let layers = [
+            layer(0, Verdict::Same, true, None),
+            layer(1, Verdict::Differs, true, Some("tokens 0-7 are text")),
+            layer(2, Verdict::Differs, false, Some("tokens 0-7 are text")),
+            layer(
+                3,
+                Verdict::Unknown,
+                true,
+                Some("all tokens depend on the latents"),
+            ),
+        ];
+        insta::assert_snapshot!(about_text(&layers), @r"
+        text tokens: as running shows them in 1 of 4 layers
+          layer 1, 2 (without windows): tokens 0-7 are text
+          layer 3: all tokens depend on the latents
+        ");
+    }
+
+    #[test]
+    fn a_layer_without_windows_may_have_any_text() {
+        assert!(layer(0, Verdict::Differs, true, None).is_wrong());
+        assert!(!layer(0, Verdict::Differs, false, None).is_wrong());
+        assert!(!layer(0, Verdict::Unknown, true, None).is_wrong());
+    }
+}
