@@ -48,13 +48,6 @@ pub enum Axis {
     Aligned,
     By(fn(&Follow) -> Option<Place>),
     /// It has no place in any result, and why.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "for people who read the table; a test wants it said"
-        )
-    )]
     Lost(&'static str),
 }
 
