@@ -4,7 +4,7 @@ use bytes::Bytes;
 use ditfastattn_plans::{Action, Cfg, Plan, Side, TextTokens};
 use ditfastattn_rewriter::find::{Choice, InputsRequest, Survey, survey};
 use ditfastattn_rewriter::lower::{
-    Dense, LowerError, RequestInputs, State, Told, lower, lower_with, plan_in,
+    Dense, LowerError, RequestInputs, Schedule, State, Told, lower, lower_with, plan_in,
 };
 use ditfastattn_rewriter::onnx::{Graph, GraphEdit, ModelFile};
 use ditfastattn_rewriter::report::Report;
@@ -52,7 +52,8 @@ pub fn check(bytes: &[u8]) -> Reached {
     let mut reached = Reached::NotLowered;
     for (plan, state) in cases(layers) {
         for dense in [Dense::Library, Dense::Host] {
-            if let Ok(lowered) = lower_with(&model, &survey, &plan, state, dense) {
+            if let Ok(lowered) = lower_with(&model, &survey, &plan, state, dense, Schedule::Planned)
+            {
                 written(&model, &plan, state, joined(&lowered.pieces));
                 reached = Reached::Written;
             }

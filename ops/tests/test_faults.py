@@ -353,5 +353,5 @@ def test_a_newer_plan_is_refused_when_the_session_is_made():
 
 def test_a_newer_contract_is_refused_when_the_session_is_made():
     with pytest.raises(Exception) as error:
-        T.Tiny(T.random_plan(1)).session(steps_attributes={"contract": 3})
-    assert "rewritten for version 3 of the operators, this library has version 2" in str(error.value)
+        T.Tiny(T.random_plan(1)).session(steps_attributes={"contract": 4})
+    assert "rewritten for version 4 of the operators, this library has version 3" in str(error.value)

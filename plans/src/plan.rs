@@ -186,6 +186,33 @@ impl Plan {
         half_width(self.window, tokens, text)
     }
 
+    /// Whether the plan can serve other schedules than its own: it has timesteps, and they go one way.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn one_way(&self) -> Result<(), String> {
+        let Some(list) = &self.timesteps else {
+            return Err(
+                "the plan has no `timesteps`, so nothing says which row a timestep is nearest to"
+                    .into(),
+            );
+        };
+        let falls = match (list.first(), list.last()) {
+            (Some(first), Some(last)) if first != last => last < first,
+            _ => return Err("the plan's `timesteps` do not move".into()),
+        };
+        match list
+            .windows(2)
+            .find(|w| w[0] != w[1] && (w[1] < w[0]) != falls)
+        {
+            Some(w) => Err(format!(
+                "the plan's `timesteps` do not go one way: {} comes before {}",
+                w[0], w[1]
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Applies the rules of the file to a plan that was built in memory.
     ///
     /// # Errors

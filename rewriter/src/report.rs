@@ -1,7 +1,7 @@
 //! What `inspect` and a rewrite tell: the same facts as a table for people and as JSON for programs.
 
 use crate::account::Account;
-use crate::find::{Kind, Layer, Survey, Text};
+use crate::find::{Kind, Layer, Survey, Text, Watched};
 use crate::lower::Dense;
 use crate::onnx::{ModelFile, elem_type};
 use crate::run::dense::Measured;
@@ -30,6 +30,9 @@ pub struct Report {
     pub triton_config: Option<String>,
 }
 
+/// Names of a kind that are listed, so that a table stays one.
+const FEW: usize = 4;
+
 #[derive(Debug, Serialize)]
 pub struct Model {
     pub path: String,
@@ -49,6 +52,17 @@ pub struct Inputs {
     pub timestep: String,
     pub latents: String,
     pub conditioning: Vec<String>,
+    /// The graph makes guidance's two halves of each row that is fed.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub halves_in_graph: bool,
+    /// Inputs with a default; watched like the others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub optional: Vec<String>,
+    /// Inputs that are no tensors: runs without a request id cannot be told apart.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub hidden: Vec<String>,
+    #[serde(skip)]
+    notes: Vec<String>,
 }
 
 /// One softmax or attention operator.
@@ -112,6 +126,15 @@ impl Report {
     pub fn new(model: &ModelFile, survey: &Survey) -> Self {
         let layers: Vec<&Layer> = survey.layers().collect();
         let module_form = layers.iter().filter(|l| l.module.is_ok()).count();
+        let watched = Watched::new(&model.graph, &survey.inputs, model.ir_version);
+        let mut notes: Vec<String> = watched.cost().into_iter().collect();
+        if let Some(input) = watched.hidden.first() {
+            notes.push(format!(
+                "the input `{input}` is no tensor, so clients that differ in it cannot be told apart: runs without \
+                 dfa_request_id stay dense"
+            ));
+        }
+        let required = |name: &&String| !watched.optional.contains(name);
         Self {
             model: Model {
                 path: model.path.display().to_string(),
@@ -128,7 +151,11 @@ impl Report {
             inputs: Inputs {
                 timestep: survey.inputs.timestep.clone(),
                 latents: survey.inputs.latents.clone(),
-                conditioning: survey.inputs.conditioning.clone(),
+                halves_in_graph: !survey.facts.pairs().is_empty(),
+                conditioning: watched.names.iter().filter(required).cloned().collect(),
+                optional: watched.optional.clone(),
+                hidden: watched.hidden.clone(),
+                notes,
             },
             sites: survey
                 .sites
@@ -204,6 +231,26 @@ impl Report {
                 format!("`{}`", self.inputs.conditioning.join("`, `"))
             }
         );
+        if self.inputs.halves_in_graph {
+            let _ = writeln!(text, "guidance: the graph makes both halves of each row");
+        }
+        match self.inputs.optional.as_slice() {
+            [] => {}
+            few if few.len() <= FEW => {
+                let _ = writeln!(text, "inputs with a default: `{}`", few.join("`, `"));
+            }
+            many => {
+                let _ = writeln!(
+                    text,
+                    "inputs with a default: `{}` and {} more",
+                    many[..FEW].join("`, `"),
+                    many.len() - FEW
+                );
+            }
+        }
+        for note in &self.inputs.notes {
+            let _ = writeln!(text, "{note}");
+        }
         let mut table = Table::new();
         table
             .load_style(presets::NOTHING)

@@ -31,6 +31,15 @@ class Generation:
         fresh = session(path)
         return [self.run(fresh, step) for step in range(self.model.steps)]
 
+    def from_each_step(self, path):
+        """What each step gives where the caches begin at each step: all of it from this generation's own runs."""
+        answers = [[] for _ in range(self.model.steps)]
+        for first in range(self.model.steps):
+            fresh = session(path)
+            for step in range(first, self.model.steps):
+                answers[step].append(self.run(fresh, step, **request(1)))
+        return answers
+
     def dense(self):
         original = session(self.model.path, custom_ops=False)
         return [self.run(original, step) for step in range(self.model.steps)]
@@ -101,7 +110,8 @@ def test_request_inputs_of_any_server_shape(dit, shape):
 def test_anonymous_interleaving_never_uses_the_others_cache(dit, seed):
     path = dit.rewrite()
     generations = [Generation(dit, 1000 + 10 * seed + i) for i in range(2)]
-    alone = [g.alone(path) for g in generations]
+    # One that clearly goes on where the other has stopped is taken up again, with caches that begin there.
+    own_answers = [g.from_each_step(path) for g in generations]
     dense = [g.dense() for g in generations]
     planned = session(path)
     order = [i for i in range(2) for _ in range(dit.steps)]
@@ -109,7 +119,7 @@ def test_anonymous_interleaving_never_uses_the_others_cache(dit, seed):
     step = [0, 0]
     for i in order:
         out = generations[i].run(planned, step[i])
-        own = np.array_equal(out, alone[i][step[i]])
+        own = any(np.array_equal(out, answer) for answer in own_answers[i][step[i]])
         assert own or distance(out, dense[i][step[i]]) < 1e-5, f"generation {i}, step {step[i]}"
         step[i] += 1
 

@@ -43,7 +43,7 @@ pub unsafe extern "C" fn ditfastattn_stats(buffer: *mut c_char, len: usize) -> u
     needed
 }
 
-/// Forgets every request of every session and sets the counters to zero. Runs in flight finish unharmed.
+/// Sets the counters to zero. Requests, what they cache and runs in flight stay, and stay counted.
 #[unsafe(no_mangle)]
 pub extern "C" fn ditfastattn_reset() {
     let _ = caught(|| {

@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 use crate::abi::memory;
 use crate::state::Limits;
 
-use super::{PROCESS, spare};
+use super::PROCESS;
 
 /// More than one 2K image needs (3.9 GiB for PixArt-Σ at 2048², float16), and not so much that it surprises.
 const LARGEST_DEFAULT: u64 = 8 << 30;
@@ -86,10 +86,9 @@ pub fn stats_json() -> String {
     Value::Object(stats).to_string()
 }
 
-/// Forgets every request and zeroes the counters.
+/// Sets the counters to zero, and nothing else.
 pub fn reset() {
     PROCESS.reset();
-    spare::clear();
 }
 
 /// Writes the counters to the file that the environment names, if any. The error says which.

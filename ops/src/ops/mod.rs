@@ -43,7 +43,7 @@ pub const DOMAIN: &CStr = c"ai.ditfastattn";
 
 /// The version of the contract between rewriter and library, the `contract` attribute of `DiTFastAttnStep` and of nodes with
 /// explicit state. ONNX Runtime ignores versions of custom operators, so the graph carries it.
-const CONTRACT: i64 = 2;
+const CONTRACT: i64 = 3;
 
 /// Refuses nodes that were written for another version of the contract: attributes that this library does not know could
 /// mean other numbers.

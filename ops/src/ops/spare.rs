@@ -38,11 +38,6 @@ pub(super) fn give(data: Data, lease: Option<Lease>) {
     });
 }
 
-/// Gives the spared memory back to the system.
-pub(super) fn clear() {
-    change(Vec::clear);
-}
-
 /// Changes what is spared, and then gives back what is too much.
 fn change<R>(f: impl FnOnce(&mut Vec<Data>) -> R) -> R {
     let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);

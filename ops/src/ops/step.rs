@@ -13,7 +13,7 @@ use crate::abi::memory;
 use crate::abi::op::Kernel;
 use crate::abi::status::{Code, Error};
 use crate::abi::tensor::{ElementType, Tensor};
-use crate::state::{Call, Evidence, Feed, Program, Run, Session, Signature, Values};
+use crate::state::{Call, Evidence, Fed, Feed, Program, Run, Session, Signature, Values};
 
 use super::storage::CachedTensor;
 use super::{PROCESS, check_contract, environment};
@@ -39,6 +39,8 @@ pub(crate) struct Step {
     layers: usize,
     /// Layers that keep the exporter's attention beside ours.
     dense: Vec<usize>,
+    /// The model has inputs that this operator is not shown, so that nothing vouches for anonymous runs.
+    blind: bool,
     logger: Option<Logger>,
 }
 
@@ -58,6 +60,8 @@ impl Kernel for Step {
                 "the attribute `layers` is {declared}, its plan has {layers} layers"
             )));
         }
+        let fed = fed(info, &plan)?;
+        let blind = info.int("blind").unwrap_or(0) != 0;
         let core = layers_named(info, "core_layers", layers)?;
         let dense = layers_named(info, "dense_layers", layers)?;
         let (outputs, expected) = (info.output_count()?, 1 + layers + dense.len());
@@ -71,16 +75,18 @@ impl Kernel for Step {
                 Arc::clone(&PROCESS),
                 Program::new(plan, &core)
                     .with_halves_in_graph(info.int("halves_in_graph").unwrap_or(0) != 0),
+                fed,
             ),
             layers,
             dense,
+            blind,
             logger: info.logger(),
         })
     }
 
     fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
         memory::check()?;
-        let call = read_call(context, self.session.needs_evidence())?;
+        let call = self.read_call(context)?;
         let (run, notices) = self.session.begin(call)?;
         for notice in notices {
             context.warn(&notice.to_string());
@@ -94,6 +100,55 @@ impl Kernel for Step {
 }
 
 impl Step {
+    fn read_call(&self, context: &Context<'_>) -> Result<Call, Error> {
+        let request = context.input(REQUEST)?;
+        let request = match request.as_slice::<i64>() {
+            Some(&[id]) => id,
+            _ => {
+                return Err(Error::invalid(format!(
+                    "dfa_request_id is {} {:?}, expected one int64",
+                    request.element(),
+                    request.dims()
+                )));
+            }
+        };
+        let start = flag(&context.input(START)?, "dfa_start")?;
+        let end = flag(&context.input(END)?, "dfa_end")?;
+        let fed = (LATENTS..context.input_count()?)
+            .filter_map(|index| context.optional_input(index).transpose())
+            .collect::<Result<Vec<_>, _>>()?;
+        let rows = fed
+            .first()
+            .and_then(|latents| latents.dims().first().copied())
+            .unwrap_or(1);
+        let time = context.input(TIMESTEP)?;
+        let feeds: Vec<Feed<'_>> = fed.iter().map(feed).collect();
+        let evidence = match feeds.split_first() {
+            Some((latents, conditioning)) if request == 0 && !self.blind => {
+                let evidence = Evidence::new(*latents, conditioning, rows)?;
+                Some(evidence.with_timestep(&feed(&time)))
+            }
+            // The latents tell the second run of a step from another first one; whose it is, the id says.
+            Some((latents, _)) if request != 0 && self.session.needs_evidence() => {
+                Some(Evidence::new(*latents, &[], rows)?)
+            }
+            _ => None,
+        };
+        Ok(Call {
+            timestep: timestep(&time)?,
+            request,
+            start,
+            end,
+            rows,
+            signature: Signature(
+                fed.iter()
+                    .map(|tensor| (tag(tensor.element()), tensor.dims().to_vec()))
+                    .collect(),
+            ),
+            evidence,
+        })
+    }
+
     fn write(&self, context: &Context<'_>, run: &Run<CachedTensor>) -> Result<(), Error> {
         let mut ticket = context.output(0, &[2])?;
         ticket
@@ -108,6 +163,22 @@ impl Step {
             *byte.ok_or_else(|| Error::graph("a skip output is not bool"))? = u8::from(flag);
         }
         Ok(())
+    }
+}
+
+/// Which timesteps the plan serves, by the attribute `schedule`.
+fn fed(info: &Info<'_>, plan: &Plan) -> Result<Fed, Error> {
+    match info.string("schedule").as_deref() {
+        None | Some("planned") => Ok(Fed::Planned),
+        Some("any") => match plan.one_way() {
+            Ok(()) => Ok(Fed::Any),
+            Err(why) => Err(Error::graph(format!(
+                "the attribute `schedule` is any, but {why}"
+            ))),
+        },
+        Some(other) => Err(Error::graph(format!(
+            "the attribute `schedule` is {other}, expected planned or any"
+        ))),
     }
 }
 
@@ -155,49 +226,6 @@ fn room_to_parse(text: &str) -> Result<(), Error> {
     })
 }
 
-fn read_call(context: &Context<'_>, always_look: bool) -> Result<Call, Error> {
-    let request = context.input(REQUEST)?;
-    let request = match request.as_slice::<i64>() {
-        Some(&[id]) => id,
-        _ => {
-            return Err(Error::invalid(format!(
-                "dfa_request_id is {} {:?}, expected one int64",
-                request.element(),
-                request.dims()
-            )));
-        }
-    };
-    let start = flag(&context.input(START)?, "dfa_start")?;
-    let end = flag(&context.input(END)?, "dfa_end")?;
-    let fed = (LATENTS..context.input_count()?)
-        .filter_map(|index| context.optional_input(index).transpose())
-        .collect::<Result<Vec<_>, _>>()?;
-    let rows = fed
-        .first()
-        .and_then(|latents| latents.dims().first().copied())
-        .unwrap_or(1);
-    let feeds: Vec<Feed<'_>> = fed.iter().map(feed).collect();
-    let evidence = match feeds.split_first() {
-        Some((latents, conditioning)) if request == 0 || always_look => {
-            Some(Evidence::new(*latents, conditioning, rows)?)
-        }
-        _ => None,
-    };
-    Ok(Call {
-        timestep: timestep(&context.input(TIMESTEP)?)?,
-        request,
-        start,
-        end,
-        rows,
-        signature: Signature(
-            fed.iter()
-                .map(|tensor| (tag(tensor.element()), tensor.dims().to_vec()))
-                .collect(),
-        ),
-        evidence,
-    })
-}
-
 fn flag(tensor: &Tensor<'_>, name: &str) -> Result<bool, Error> {
     match (tensor.element(), tensor.bytes()) {
         (ElementType::Bool, Some(&[byte])) => Ok(byte != 0),
@@ -240,6 +268,8 @@ fn feed<'a>(tensor: &'a Tensor<'a>) -> Feed<'a> {
         ElementType::F64 => tensor.as_slice().map(Values::F64),
         ElementType::F16 => tensor.as_slice().map(Values::F16),
         ElementType::BF16 => tensor.as_slice().map(Values::BF16),
+        ElementType::I32 => tensor.as_slice().map(Values::I32),
+        ElementType::I64 => tensor.as_slice().map(Values::I64),
         _ => None,
     };
     Feed {

@@ -18,6 +18,9 @@ pub struct LayerCaches<T> {
     pub residual: [Option<Residual<T>>; 2],
     /// The layer's outputs, one per sink of its region; empty if not kept.
     pub output: [Vec<T>; 2],
+    /// The timesteps of the runs that left them.
+    pub residual_at: [f64; 2],
+    pub output_at: [f64; 2],
 }
 
 impl<T> Default for LayerCaches<T> {
@@ -25,6 +28,8 @@ impl<T> Default for LayerCaches<T> {
         LayerCaches {
             residual: [None, None],
             output: [Vec::new(), Vec::new()],
+            residual_at: [f64::NAN; 2],
+            output_at: [f64::NAN; 2],
         }
     }
 }
@@ -54,17 +59,20 @@ impl<T: Cached> LayerCaches<T> {
     /// its R (or the absence of one).
     pub fn take_from_first(&mut self, residual_too: bool) {
         self.output[1] = self.output[0].clone();
+        self.output_at[1] = self.output_at[0];
         if residual_too {
             self.residual[1] = self.residual[0].clone();
+            self.residual_at[1] = self.residual_at[0];
         }
     }
 
-    /// The layer has run: replaces what it replaced and drops what nobody will read.
+    /// The layer has run, at timestep `now`: replaces what it replaced and drops what nobody will read.
     ///
     /// `captured` and `outputs` are what the run left; `outputs` is empty if it kept none.
     pub fn settle(
         &mut self,
         branch: usize,
+        now: f64,
         directive: &Directive,
         captured: Option<Residual<T>>,
         outputs: Vec<T>,
@@ -72,9 +80,11 @@ impl<T: Cached> LayerCaches<T> {
         if directive.work == Work::Full && !directive.spare_residual {
             // R is of the latest full step. If that one could not be kept, an older one must not stand in for it.
             self.residual[branch] = captured;
+            self.residual_at[branch] = now;
         }
         if directive.work != Work::Reuse {
             self.output[branch] = outputs;
+            self.output_at[branch] = now;
         }
         if !directive.residual_live {
             self.residual[branch] = None;

@@ -43,6 +43,8 @@ counters! {
     recomputes,
     /// Runs whose timestep the plan does not have: unknown values, unequal rows, steps beyond the last.
     unplanned,
+    /// Runs of another schedule than the plan's, which took the row of the planned timestep before theirs.
+    off_schedule,
     /// Runs that did not follow the step before: caches dropped, computed in full.
     discontinuities,
     /// Of those, the ones whose shapes or types differ from the step before.

@@ -8,6 +8,7 @@ use ditfastattn_plans::Action;
 use super::Cached;
 use super::caches::LayerCaches;
 use super::program::Program;
+use super::schedule::Schedule;
 
 /// What a layer computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,17 +81,29 @@ pub(super) struct Loss {
     pub recompute: bool,
 }
 
+/// Whether the second run of a step may take the outputs of the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sharing {
+    Allowed,
+    /// Nothing shows that both are of one step.
+    Unknown,
+    /// They are fed tensors of different shapes.
+    Unlike,
+}
+
 /// One run, as far as decisions about its layers go.
 #[derive(Debug)]
 pub(super) struct Situation<'a> {
     pub program: &'a Program,
+    pub schedule: &'a Schedule,
+    /// The timestep that is fed.
+    pub now: f64,
     pub mode: Mode,
     pub step: usize,
     pub branch: usize,
     /// The batch really has two halves: guidance is batched and the rows are even.
     pub halves: bool,
-    /// The second run of a step may take the outputs of the first.
-    pub may_share: bool,
+    pub sharing: Sharing,
 }
 
 impl Situation<'_> {
@@ -102,14 +115,7 @@ impl Situation<'_> {
     ) -> (Directive, Loss) {
         let program = self.program;
         let planned = program.action(self.step, layer);
-        if self.mode == Mode::Dense {
-            let loss = Loss {
-                missing: false,
-                recompute: planned != Action::Full,
-            };
-            return (self.full(layer, Rows::All), loss);
-        }
-        if self.mode == Mode::Recapture {
+        if self.mode != Mode::Planned {
             let loss = Loss {
                 missing: false,
                 recompute: planned != Action::Full,
@@ -122,53 +128,47 @@ impl Situation<'_> {
         } else {
             Rows::All
         };
+        let whole = planned.uses_halves() && program.batch_has_halves() && !self.halves;
+        let loss = Loss {
+            missing: false,
+            recompute: whole,
+        };
+        let old_residual = self.is_residual_too_old(layer, caches);
+        let has_residual = caches.residual[self.branch].is_some() && !old_residual;
         let second = self.branch == 1;
         if second && planned.uses_halves() {
-            if self.may_share && !caches.output[0].is_empty() {
+            if self.sharing == Sharing::Allowed && !caches.output[0].is_empty() {
                 caches.take_from_first(planned.is_full());
                 return (
                     self.directive(layer, Work::Reuse, Rows::All),
                     Loss::default(),
                 );
             }
-            // The first run's output is not there: this run computes its own.
-            let has_residual = caches.residual[1].is_some();
+            // The first run's output is not there, or does not fit: this run computes its own.
             let directive = if planned.is_windowed() && has_residual {
                 self.directive(layer, Work::Window, Rows::All)
             } else {
                 self.full(layer, Rows::All)
             };
-            return (directive, Loss::MISSING);
+            return (directive, Loss::of(self.sharing != Sharing::Unlike));
         }
         match planned {
-            Action::Full | Action::Asc => {
-                let loss = Loss {
-                    missing: false,
-                    recompute: planned == Action::Asc && program.batch_has_halves() && !self.halves,
-                };
-                (self.full(layer, rows), loss)
+            Action::Full | Action::Asc => (self.full(layer, rows), loss),
+            Action::WaRs | Action::WaRsAsc if has_residual => {
+                (self.directive(layer, Work::Window, rows), loss)
             }
             Action::WaRs | Action::WaRsAsc => {
-                if caches.residual[self.branch].is_some() {
-                    let loss = Loss {
-                        missing: false,
-                        recompute: planned == Action::WaRsAsc
-                            && program.batch_has_halves()
-                            && !self.halves,
-                    };
-                    (self.directive(layer, Work::Window, rows), loss)
-                } else {
-                    (self.full(layer, Rows::All), Loss::MISSING)
-                }
+                (self.full(layer, Rows::All), Loss::of(!old_residual))
             }
             Action::Ast => {
-                if caches.output[self.branch].is_empty() {
+                let old = self.is_output_too_old(layer, caches);
+                if caches.output[self.branch].is_empty() || old {
                     let mut directive = self.full(layer, Rows::All);
-                    if caches.residual[self.branch].is_some() {
+                    if has_residual && !old {
                         directive.capture = false;
                         directive.spare_residual = true;
                     }
-                    (directive, Loss::MISSING)
+                    (directive, Loss::of(!old))
                 } else {
                     (
                         self.directive(layer, Work::Reuse, Rows::All),
@@ -177,6 +177,25 @@ impl Situation<'_> {
                 }
             }
         }
+    }
+
+    /// Whether the layer's R is older than the plan's is at this row; only where the plan serves other schedules.
+    fn is_residual_too_old<T>(&self, layer: usize, caches: &LayerCaches<T>) -> bool {
+        let writer = self.program.residual_writer(self.step, layer);
+        caches.residual[self.branch].is_some()
+            && self.is_too_old(caches.residual_at[self.branch], writer)
+    }
+
+    /// The same for its output.
+    fn is_output_too_old<T>(&self, layer: usize, caches: &LayerCaches<T>) -> bool {
+        let writer = self.program.output_writer(self.step, layer);
+        !caches.output[self.branch].is_empty()
+            && self.is_too_old(caches.output_at[self.branch], writer)
+    }
+
+    fn is_too_old(&self, written: f64, writer: Option<usize>) -> bool {
+        let writer = writer.unwrap_or(self.step);
+        (self.schedule).is_too_old(written, self.now, writer, self.step)
     }
 
     fn full(&self, layer: usize, rows: Rows) -> Directive {
@@ -188,14 +207,22 @@ impl Situation<'_> {
     fn directive(&self, layer: usize, work: Work, rows: Rows) -> Directive {
         let kept = self.mode != Mode::Dense;
         let planned = self.mode == Mode::Planned;
-        let output_live = kept && self.program.output_live_after(self.step, layer);
+        // Under another schedule the row may come again.
+        let planned_action = self.program.action(self.step, layer);
+        let again = self.schedule.rows_repeat();
+        let output_live = kept
+            && (self.program.output_live_after(self.step, layer)
+                || (again && planned_action == Action::Ast));
+        let residual_live = kept
+            && (self.program.residual_live_after(self.step, layer)
+                || (again && planned_action.is_windowed()));
         let shared = planned && self.program.output_shared_within(self.step, layer);
         Directive {
             work,
             rows,
             capture: false,
             keep: output_live || (shared && self.branch == 0),
-            residual_live: kept && self.program.residual_live_after(self.step, layer),
+            residual_live,
             spare_residual: false,
             first_output_live: output_live,
         }
@@ -203,8 +230,11 @@ impl Situation<'_> {
 }
 
 impl Loss {
-    const MISSING: Loss = Loss {
-        missing: true,
-        recompute: true,
-    };
+    /// The layer computes more than planned, for want of a tensor or for another reason.
+    fn of(missing: bool) -> Self {
+        Loss {
+            missing,
+            recompute: true,
+        }
+    }
 }

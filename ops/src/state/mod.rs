@@ -13,14 +13,18 @@
 //! | `request` | one generation between its runs |
 //! | `run` | one run from its step op to its last layer |
 //! | `session` | the requests of one session: begin, complete, fail |
+//! | `anonymous` | what a run without a request id gets |
+//! | `notice` | what is worth a line in the log |
 //! | `process` | what sessions share: tickets, the memory budget, counters |
 #![forbid(unsafe_code)]
 
+mod anonymous;
 mod budget;
 mod caches;
 mod counters;
 mod directive;
 mod guard;
+mod notice;
 mod process;
 mod program;
 mod request;
@@ -35,10 +39,12 @@ pub use caches::Residual;
 pub use counters::Counters;
 pub use directive::{Directive, Rows, Work};
 pub use guard::{Evidence, Feed, Fingerprint, Sketch, Values};
+pub use notice::Notice;
 pub use process::{Limits, Process};
 pub use program::Program;
 pub use run::Run;
-pub use session::{Call, Notice, Session, Signature};
+pub use schedule::Fed;
+pub use session::{Call, Session, Signature};
 
 /// A cached tensor: a cheap handle, such as an `Arc`.
 pub trait Cached: Clone + Send + Sync + 'static {

@@ -176,10 +176,10 @@ impl<T: Cached> Process<T> {
         }
     }
 
-    /// Forgets all requests of all sessions and sets the counters to zero.
+    /// Sets the counters to zero, those of all sessions too. Requests, their caches and runs in flight stay.
     pub fn reset(&self) {
         for session in self.sessions() {
-            session.clear();
+            session.counters.reset();
         }
         self.counters.reset();
         self.budget.reset_peak();

@@ -75,6 +75,16 @@ impl Program {
         self.plan.cfg != Cfg::UncondFirst
     }
 
+    /// The step whose R the windows of `step` add, as planned.
+    pub fn residual_writer(&self, step: usize, layer: usize) -> Option<usize> {
+        (0..step).rfind(|&before| self.action(before, layer).is_full())
+    }
+
+    /// The step whose output `step` serves, as planned.
+    pub fn output_writer(&self, step: usize, layer: usize) -> Option<usize> {
+        (0..step).rfind(|&before| self.action(before, layer) != Action::Ast)
+    }
+
     /// R is read after `step`.
     pub fn residual_live_after(&self, step: usize, layer: usize) -> bool {
         self.live.residual_live_after(step, layer)

@@ -51,7 +51,7 @@ impl<T: Cached> Request<T> {
         self.trail = Trail::default();
         self.signature = [None, None];
         self.recapturing = false;
-        self.guard.begin(None, 0);
+        self.guard.end();
         std::mem::take(&mut self.caches)
     }
 

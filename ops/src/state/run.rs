@@ -10,7 +10,7 @@ use super::budget::Lease;
 use super::caches::{LayerCaches, Residual};
 use super::counters::Counters;
 use super::directive::{Directive, Rows, Work};
-use super::guard::Evidence;
+use super::guard::{At, Evidence};
 use super::process::Process;
 use super::program::Program;
 use super::session::{Session, Signature};
@@ -45,7 +45,7 @@ pub(super) struct Claim<T> {
     pub request: i64,
     pub title: Title<T>,
     /// Place and timestep; `None` if the run is outside the plan.
-    pub at: Option<(usize, f64)>,
+    pub at: Option<At>,
     pub signature: Signature,
     pub evidence: Option<Evidence>,
     /// The caller says that this is the last run of its request.
@@ -245,6 +245,7 @@ impl<T: Cached> Run<T> {
         let captured = state.captured.take();
         state.caches.settle(
             self.branch,
+            self.claim.at.map_or(f64::NAN, |at| at.value),
             &directive,
             captured,
             outputs.unwrap_or_default(),

@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::caches::LayerCaches;
 use super::counters::Counters;
-use super::directive::{Loss, Mode, Rows, Situation, Work};
-use super::guard::{CONTINUES, Evidence, Guard, reach_of_step};
+use super::directive::{Loss, Mode, Rows, Sharing, Situation, Work};
+use super::guard::{At, Evidence, Guard};
+use super::notice::Notice;
 use super::process::{Process, room_for_one};
 use super::program::Program;
 use super::request::Request;
 use super::run::{Claim, Run, Slot, Title};
-use super::schedule::{Place, Schedule, Trail};
+use super::schedule::{Fed, Place, Schedule, Trail};
 use super::{Cached, StateError, list};
 
 /// The request id of runs that do not name one.
@@ -51,55 +52,12 @@ pub struct Call {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Signature(pub Vec<(u32, Vec<usize>)>);
 
-/// Something worth one line in the log, once per session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Notice {
-    OddRows { rows: usize },
-    Contested,
-    Unplanned,
-    OverBudget,
-}
-
-impl Notice {
-    fn bit(self) -> u32 {
-        match self {
-            Notice::OddRows { .. } => 1,
-            Notice::Contested => 2,
-            Notice::Unplanned => 4,
-            Notice::OverBudget => 8,
-        }
-    }
-}
-
-impl std::fmt::Display for Notice {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Notice::OddRows { rows } => write!(
-                f,
-                "the plan shares attention between the halves of guidance, but a batch of {rows} has no halves: \
-                 computed for all rows"
-            ),
-            Notice::Contested => f.write_str(
-                "runs without a request id do not continue one another: computed in full until a generation starts; \
-                 feed dfa_request_id to run several generations at once",
-            ),
-            Notice::Unplanned => f.write_str(
-                "a timestep is not in the plan: computed in full; make the plan for this scheduler and number of steps",
-            ),
-            Notice::OverBudget => f.write_str(
-                "the memory budget for caches is used up: some layers are computed in full; \
-                 raise DITFASTATTN_CACHE_BYTES",
-            ),
-        }
-    }
-}
-
 /// The requests of one session.
 #[derive(Debug)]
 pub struct Session<T> {
     process: Arc<Process<T>>,
-    program: Arc<Program>,
-    schedule: Schedule,
+    pub(super) program: Arc<Program>,
+    pub(super) schedule: Arc<Schedule>,
     pub counters: Counters,
     noticed: AtomicU32,
     inner: Mutex<Inner<T>>,
@@ -113,37 +71,38 @@ struct Inner<T> {
 }
 
 /// What is to be freed once no lock is held. Lists of caches rather than caches, so that it hardly takes memory.
-type Graveyard<T> = Vec<Vec<LayerCaches<T>>>;
+pub(super) type Graveyard<T> = Vec<Vec<LayerCaches<T>>>;
 
 /// How a run relates to its request, decided under the lock.
-struct Decision<T> {
+pub(super) struct Decision<T> {
     mode: Mode,
     title: Title<T>,
-    at: Option<(usize, f64)>,
+    at: Option<At>,
     caches: Vec<LayerCaches<T>>,
-    may_share: bool,
+    sharing: Sharing,
 }
 
 impl<T> Decision<T> {
-    fn dense() -> Self {
+    pub(super) fn dense() -> Self {
         Decision {
             mode: Mode::Dense,
             title: Title::Nobody,
             at: None,
             caches: Vec::new(),
-            may_share: false,
+            sharing: Sharing::Unknown,
         }
     }
 }
 
 impl<T: Cached> Session<T> {
-    pub fn new(process: Arc<Process<T>>, program: Program) -> Arc<Self> {
+    pub fn new(process: Arc<Process<T>>, program: Program, fed: Fed) -> Arc<Self> {
         let plan = program.plan();
-        let schedule = Schedule::new(
+        let schedule = Arc::new(Schedule::new(
             plan.timesteps.as_deref(),
             plan.step_count(),
             program.runs_per_step(),
-        );
+            fed,
+        ));
         let session = Arc::new(Session {
             process: Arc::clone(&process),
             schedule,
@@ -198,14 +157,16 @@ impl<T: Cached> Session<T> {
         }
 
         let runs_per_step = self.program.runs_per_step();
-        let place = decision.at.map_or(0, |(place, _)| place);
+        let place = decision.at.map_or(0, |at| at.place);
         let situation = Situation {
             program: &self.program,
+            schedule: &self.schedule,
+            now: decision.at.map_or(f64::NAN, |at| at.value),
             mode: decision.mode,
             step: place / runs_per_step,
             branch: place % runs_per_step,
             halves: self.program.has_halves(call.rows),
-            may_share: decision.may_share,
+            sharing: decision.sharing,
         };
         let mut cached = decision.caches.into_iter();
         for layer in 0..layer_count {
@@ -219,6 +180,12 @@ impl<T: Cached> Session<T> {
             let row = &self.program.plan().steps[situation.step];
             if row.iter().any(|action| action.uses_halves()) {
                 notices.push(Notice::OddRows { rows: call.rows });
+            }
+        }
+        if decision.mode == Mode::Planned && decision.sharing == Sharing::Unlike {
+            let row = &self.program.plan().steps[situation.step];
+            if row.iter().any(|action| action.uses_halves()) {
+                notices.push(Notice::UnlikeRuns);
             }
         }
 
@@ -277,12 +244,10 @@ impl<T: Cached> Session<T> {
             return unplanned(notices);
         };
         self.make_room(inner, call.request, graveyard);
-        let request = inner.requests.entry(call.request).or_insert_with(|| {
-            Request::new(
-                now,
-                Guard::new(self.program.runs_per_step(), self.program.runs()),
-            )
-        });
+        let request = inner
+            .requests
+            .entry(call.request)
+            .or_insert_with(|| Request::new(now, Guard::new(Arc::clone(&self.schedule))));
         request.last_used = now;
 
         // Two runs of one step have the same latents; others cannot be the second run.
@@ -295,13 +260,18 @@ impl<T: Cached> Session<T> {
             .locate(value, &request.trail, call.start, second)
         else {
             // Not of the generation at hand, but seen: a start over is recognised by what came before.
-            if self.program.plan().timesteps.is_none() {
+            if !self.schedule.is_certain() {
                 request.trail.observe(value);
             }
             return unplanned(notices);
         };
-        let at = Some((place, value));
-        let branch = place % self.program.runs_per_step();
+        let at = At { place, value };
+        if !self
+            .schedule
+            .lists(place / self.program.runs_per_step(), value)
+        {
+            self.count(|c| &c.off_schedule, 1);
+        }
 
         if let Some(other) = request.in_flight.clone() {
             if call.start && call.request != ANONYMOUS {
@@ -309,138 +279,68 @@ impl<T: Cached> Session<T> {
                 other.disown();
                 request.in_flight = None;
             } else {
-                return self.collide(request, call, &other, place, value);
+                return self.collide(request, call, &other, at);
             }
         }
-        let due = request.trail.place.map(|last| last + 1);
-        let (next, branch_of_due) = self.due(request);
-
         if call.request == ANONYMOUS {
-            let Some(evidence) = &call.evidence else {
-                self.count(|c| &c.contested, 1);
-                return Decision::dense();
-            };
-            let step = place / self.program.runs_per_step();
-            request.guard.watch(step, branch, evidence);
-            let over = match request.trail.place {
-                None => !request.guard.contested,
-                Some(last) => place <= last && !request.guard.contested,
-            };
-            let fresh =
-                call.start || place == 0 || over || request.trail.first_place == Some(place);
-            if !fresh {
-                let same_shapes = request.signature[branch]
-                    .as_ref()
-                    .is_none_or(|signature| *signature == call.signature);
-                let served = !request.guard.contested
-                    && due == Some(place)
-                    && same_shapes
-                    && request.guard.continues(
-                        self.certain(place),
-                        branch,
-                        self.reach(request, place),
-                        evidence,
-                    );
-                if !served {
-                    self.count(|c| &c.contested, 1);
-                    notices.push(Notice::Contested);
-                    if !request.guard.contested {
-                        request.guard.contest(next, branch_of_due);
-                        graveyard.push(std::mem::take(&mut request.caches));
-                    }
-                    request.trail.observe(value);
-                    self.note(request, place, evidence, None);
-                    return Decision::dense();
-                }
-                let may_share = request.guard.knows(branch);
-                return self.go_on(request, at, branch, may_share);
-            }
-            request.guard.begin(next, branch_of_due);
-            return self.start(request, at, place, graveyard);
+            return self.decide_anonymous(request, call, at, notices, graveyard);
         }
-
-        if call.start || place == 0 || request.trail.place.is_none() {
-            return self.start(request, at, place, graveyard);
+        if call.start
+            || self.schedule.begins(place, value, &request.trail)
+            || request.trail.place.is_none()
+        {
+            return self.start(request, at, graveyard);
         }
-        let same_shapes = request.signature[branch]
-            .as_ref()
-            .is_none_or(|signature| *signature == call.signature);
-        if due != Some(place) || !same_shapes {
-            self.count(|c| &c.discontinuities, 1);
+        let same_shapes = self.same_shapes(request, call, at);
+        if !self.schedule.follows(place, value, &request.trail) || !same_shapes {
             if !same_shapes {
                 self.count(|c| &c.shape_changes, 1);
             }
-            return self.recapture(request, at, graveyard);
+            return self.catch_up(request, at, graveyard);
         }
-        self.go_on(request, at, branch, true)
+        self.go_on(request, call, at, true)
     }
 
-    /// `place`, if it follows from the timestep rather than from what came before.
-    fn certain(&self, place: usize) -> Option<usize> {
-        self.program.plan().timesteps.as_ref().map(|_| place)
-    }
-
-    /// How far latents may move to the run at `place` and still be the same generation's.
-    fn reach(&self, request: &Request<T>, place: usize) -> f64 {
-        let midway = request.trail.first_place.is_some_and(|first| first > 0);
-        match &self.program.plan().timesteps {
-            Some(timesteps) if midway => {
-                let step = place / self.program.runs_per_step();
-                let range = timesteps.iter().fold(0.0f64, |max, t| max.max(t.abs()));
-                let moved = step
-                    .checked_sub(1)
-                    .map_or(range, |before| (timesteps[step] - timesteps[before]).abs());
-                reach_of_step(moved / range)
-            }
-            _ => CONTINUES,
-        }
-    }
-
-    /// An anonymous run is not served: its generation is remembered, to be told from the slot's later on.
-    fn note(
-        &self,
-        request: &mut Request<T>,
-        place: usize,
-        evidence: &Evidence,
-        in_flight: Option<&Evidence>,
-    ) {
-        let place = self.certain(place);
-        let due = place.map_or(Some(0), |place| {
-            Some(place + 1).filter(|due| *due < self.program.runs())
-        });
-        request.guard.note(place, due, evidence, in_flight);
-    }
-
-    /// The place of the run that comes next, if any is left, and its branch.
-    fn due(&self, request: &Request<T>) -> (Option<usize>, usize) {
-        let due = request.trail.place.map(|last| last + 1);
-        let next = due.filter(|&due| due < self.program.runs());
-        (next, next.unwrap_or(0) % self.program.runs_per_step())
+    /// Whether a run is fed what the last one of its branch was fed, as far as shapes and types go.
+    pub(super) fn same_shapes(&self, request: &Request<T>, call: &Call, at: At) -> bool {
+        let branch = at.place % self.program.runs_per_step();
+        request.signature[branch]
+            .as_ref()
+            .is_none_or(|signature| *signature == call.signature)
     }
 
     /// A generation begins, at the first step as planned, elsewhere with everything captured anew.
-    fn start(
+    pub(super) fn start(
         &self,
         request: &mut Request<T>,
-        at: Option<(usize, f64)>,
-        place: usize,
+        at: At,
         graveyard: &mut Graveyard<T>,
     ) -> Decision<T> {
         self.count(|c| &c.generations, 1);
         request.trail = Trail::default();
-        request.signature = [None, None];
         let mut decision = self.recapture(request, at, graveyard);
-        if place == 0 {
+        if at.place == 0 {
             decision.mode = Mode::Planned;
         }
         decision
+    }
+
+    /// A generation goes on elsewhere than where its caches end.
+    pub(super) fn catch_up(
+        &self,
+        request: &mut Request<T>,
+        at: At,
+        graveyard: &mut Graveyard<T>,
+    ) -> Decision<T> {
+        self.count(|c| &c.discontinuities, 1);
+        self.recapture(request, at, graveyard)
     }
 
     /// The caches are of no use: full attention everywhere, capturing what later steps read.
     fn recapture(
         &self,
         request: &mut Request<T>,
-        at: Option<(usize, f64)>,
+        at: At,
         graveyard: &mut Graveyard<T>,
     ) -> Decision<T> {
         graveyard.push(std::mem::take(&mut request.caches));
@@ -448,31 +348,37 @@ impl<T: Cached> Session<T> {
         Decision {
             mode: Mode::Recapture,
             title: Title::Owner,
-            at,
+            at: Some(at),
             caches: Vec::new(),
-            may_share: true,
+            sharing: Sharing::Allowed,
         }
     }
 
-    /// The step that is due.
-    fn go_on(
+    /// The step that is due. `may_share` says whether a second run may take what the first one left.
+    pub(super) fn go_on(
         &self,
         request: &mut Request<T>,
-        at: Option<(usize, f64)>,
-        branch: usize,
+        call: &Call,
+        at: At,
         may_share: bool,
     ) -> Decision<T> {
-        let recapturing = branch == 1 && request.recapturing;
+        let second = at.place % self.program.runs_per_step() == 1;
+        let alike = || request.signature[0].as_ref() == Some(&call.signature);
+        let sharing = match may_share {
+            false => Sharing::Unknown,
+            true if second && !alike() => Sharing::Unlike,
+            true => Sharing::Allowed,
+        };
         Decision {
-            mode: if recapturing {
+            mode: if second && request.recapturing {
                 Mode::Recapture
             } else {
                 Mode::Planned
             },
             title: Title::Owner,
-            at,
+            at: Some(at),
             caches: std::mem::take(&mut request.caches),
-            may_share,
+            sharing,
         }
     }
 
@@ -483,15 +389,15 @@ impl<T: Cached> Session<T> {
         request: &mut Request<T>,
         call: &Call,
         other: &Arc<Run<T>>,
-        place: usize,
-        value: f64,
+        at: At,
     ) -> Decision<T> {
         self.count(|c| &c.collisions, 1);
         if call.request == ANONYMOUS {
             if let Some(evidence) = &call.evidence {
-                self.note(request, place, evidence, other.claim.evidence.as_ref());
+                let in_flight = other.claim.evidence.as_ref();
+                request.guard.note(at, evidence, in_flight);
             }
-            if place != 0 && !call.start {
+            if at.place != 0 && !call.start {
                 return Decision::dense();
             }
         }
@@ -501,9 +407,9 @@ impl<T: Cached> Session<T> {
                 of: Arc::downgrade(other),
                 progress: other.progress(),
             },
-            at: Some((place, value)),
+            at: Some(at),
             caches: Vec::new(),
-            may_share: false,
+            sharing: Sharing::Unknown,
         }
     }
 
@@ -526,21 +432,20 @@ impl<T: Cached> Session<T> {
                             other.disown();
                             others.extend(other.give_up_residuals());
                             self.count(|c| &c.aborted, 1);
-                            let (next, branch) = self.due(request);
-                            request.guard.begin(next, branch);
+                            request.guard.begin();
                             // The heir's generation is in the slot now. The dead run's client may not know, and go on,
                             // unless it was the heir that tried again.
                             if let Some(own) = &claim.evidence {
                                 request.guard.recall(own);
-                                if let (Some((place, _)), Some(evidence)) =
+                                if let (Some(at), Some(evidence)) =
                                     (other.claim.at, &other.claim.evidence)
                                     && evidence != own
                                 {
-                                    self.note(request, place, evidence, Some(own));
+                                    request.guard.note(at, evidence, Some(own));
                                 }
                             }
                             // Where it began and which way it goes stays known, unless it begins here.
-                            if claim.at.is_none_or(|(place, _)| place == 0) {
+                            if claim.at.is_none_or(|at| at.place == 0) {
                                 request.trail = Trail::default();
                             }
                             request.signature = [None, None];
@@ -556,12 +461,13 @@ impl<T: Cached> Session<T> {
                 request.last_used = now;
                 request.recapturing = claim.recapturing;
                 std::mem::swap(&mut request.caches, &mut caches);
-                if let Some((place, value)) = claim.at {
-                    let branch = place % self.program.runs_per_step();
-                    request.trail.advance(place, value);
+                if let Some(at) = claim.at {
+                    let branch = at.place % self.program.runs_per_step();
+                    request.trail.advance(at.place, at.value);
                     request.signature[branch] = Some(claim.signature.clone());
                     if let Some(evidence) = &claim.evidence {
-                        request.guard.advance(branch, evidence.clone());
+                        let first = request.trail.first_place.unwrap_or(at.place);
+                        request.guard.advance(at, first, evidence.clone());
                     }
                 }
             }
@@ -673,23 +579,11 @@ impl<T: Cached> Session<T> {
         holds_tensors(&caches)
     }
 
-    /// Forgets all requests. Runs in flight keep what they hold until they finish, and then drop it.
-    pub fn clear(&self) {
-        let mut inner = self.lock();
-        for run in inner.runs.values() {
-            run.disown();
-        }
-        let requests = std::mem::take(&mut inner.requests);
-        drop(inner);
-        drop(requests);
-        self.counters.reset();
-    }
-
     fn lock(&self) -> MutexGuard<'_, Inner<T>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn count(&self, which: impl Fn(&Counters) -> &AtomicU64, by: u64) {
+    pub(super) fn count(&self, which: impl Fn(&Counters) -> &AtomicU64, by: u64) {
         which(&self.counters).fetch_add(by, Ordering::Relaxed);
         which(&self.process.counters).fetch_add(by, Ordering::Relaxed);
     }

@@ -4,6 +4,9 @@
 //! runs computed. Whatever the state machine serves must be the latest tensor of that history, of the same generation and
 //! without a gap; what it serves to a client that behaves must be all that the plan says.
 
+mod inputs;
+mod recovery;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +15,7 @@ use ditfastattn_plans::{Action, Cfg, Plan};
 use proptest::prelude::*;
 
 use super::guard::{Evidence, Feed, Values};
+use super::schedule::Fed;
 use super::session::{Call, Session, Signature};
 use super::{Cached, Lease, Limits, Process, Program, Rows, Run, Work};
 
@@ -82,6 +86,10 @@ struct Open {
 
 impl Bench {
     fn new(plan: Plan, bytes: u64) -> Bench {
+        Bench::serving(plan, bytes, Fed::Planned)
+    }
+
+    fn serving(plan: Plan, bytes: u64, fed: Fed) -> Bench {
         let clock = Arc::new(AtomicU64::new(0));
         let reader = Arc::clone(&clock);
         let limits = Limits {
@@ -91,7 +99,7 @@ impl Bench {
         let process = Process::new(limits, move || reader.load(Ordering::Relaxed));
         let program = Program::new(plan.clone(), &[]);
         Bench {
-            session: Session::new(Arc::clone(&process), program),
+            session: Session::new(Arc::clone(&process), program, fed),
             process,
             clock,
             plan,
@@ -906,7 +914,8 @@ fn abandoned_requests_make_room_for_working_ones() {
         idle_ms: 1_000_000,
     };
     b.process = Process::new(limits, move || clock.load(Ordering::Relaxed));
-    b.session = Session::new(Arc::clone(&b.process), Program::new(b.plan.clone(), &[]));
+    let program = Program::new(b.plan.clone(), &[]);
+    b.session = Session::new(Arc::clone(&b.process), program, Fed::Planned);
     // One request fills the budget and is abandoned.
     b.complete(&mut Client::new(1, 0, 2), |_| {});
     assert_eq!(b.process.bytes(), 2 * UNIT as u64);
@@ -989,17 +998,25 @@ fn tickets_cannot_be_made_up() {
 }
 
 #[test]
-fn resetting_forgets_requests_and_leaves_runs_in_flight_alone() {
+fn resetting_zeroes_the_counters_and_nothing_else() {
     let mut b = bench(Cfg::None, &[&[Full], &[Ast], &[Ast]]);
     let mut client = Client::new(1, 0, 2);
     b.complete(&mut client, |_| {});
     client.place = 1;
     let mut open = b.begin(&client, |_| {});
     b.process.reset();
+    assert_eq!(b.get("steps"), 0);
     b.layers(&mut open, &mut client, 0..1);
     assert_eq!(open.served, 1);
-    assert_eq!((b.session.live_requests(), b.process.bytes()), (0, 0));
-    assert_eq!(b.get("steps"), 0);
+    assert_eq!(
+        (b.session.live_requests(), b.process.bytes()),
+        (1, UNIT as u64)
+    );
+    client.last = Some(1);
+    client.place = 2;
+    b.process.reset();
+    assert_eq!(b.complete(&mut client, |_| {}).served, 1);
+    assert_eq!((b.get("steps"), b.get("layers_reused")), (1, 1));
 }
 
 #[test]

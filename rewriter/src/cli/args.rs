@@ -2,7 +2,7 @@
 
 use super::run_args::{CfgArg, SearchArgs, StudyArgs, VerifyArgs, size};
 use crate::find::{Choice, InputsRequest, Pattern};
-use crate::lower::RequestInputs;
+use crate::lower::{RequestInputs, Schedule};
 use crate::onnx::{Links, ModelFile, ReadError};
 use crate::run::host::Provider;
 use crate::sizes::Given;
@@ -90,6 +90,9 @@ pub struct RewriteArgs {
     /// Where layers remember what later steps read
     #[arg(long, value_enum, value_name = "WHERE", default_value = "hidden")]
     pub state: StateArg,
+    /// Which timesteps the plan serves
+    #[arg(long, value_enum, value_name = "WHICH", default_value = "planned")]
+    pub schedule: ScheduleArg,
     #[command(flatten)]
     pub dense: DenseArgs,
     #[command(flatten)]
@@ -209,6 +212,24 @@ pub enum StateArg {
     Hidden,
     /// In inputs past.* and outputs present.* of the model, with the step's number as the input dfa_step: no hidden memory
     Io,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleArg {
+    /// Those in its list: at others, and for steps beyond its number, attention is full
+    Planned,
+    /// Any over the same range, in more steps or fewer: a value that is not in the list takes the row of the planned one before it,
+    /// and a cache that is older than it would be under the plan is not used
+    Any,
+}
+
+impl From<ScheduleArg> for Schedule {
+    fn from(arg: ScheduleArg) -> Self {
+        match arg {
+            ScheduleArg::Planned => Self::Planned,
+            ScheduleArg::Any => Self::Any,
+        }
+    }
 }
 
 impl From<RequestInputsArg> for RequestInputs {

@@ -1,6 +1,6 @@
 //! `dfa-rewrite MODEL --plan PLAN`: read, find, lower, write.
 
-use super::args::{DenseArg, DenseArgs, RewriteArgs, StateArg};
+use super::args::{DenseArg, DenseArgs, RewriteArgs, ScheduleArg, StateArg};
 use super::triton::configuration;
 use super::{Failure, INTERRUPTED, inputs_failure, print, read_plan, watch_interrupts, write};
 use crate::find::{Survey, survey};
@@ -49,9 +49,14 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
             }
         )));
     }
+    if args.state == StateArg::Io && args.schedule == ScheduleArg::Any {
+        return Err(Failure::Bad(anyhow!(
+            "--schedule any needs --state hidden: with explicit state the caller says which row of the plan a step has, in dfa_step"
+        )));
+    }
     let (dense, measured) = dense(&args.dense, &model, &survey, &plan)?;
-    let lowered =
-        lower_with(&model, &survey, &plan, state, dense).map_err(|e| Failure::No(e.into()))?;
+    let lowered = lower_with(&model, &survey, &plan, state, dense, args.schedule.into())
+        .map_err(|e| Failure::No(e.into()))?;
     let mut written = None;
     if !args.dry_run {
         let write_model = || write(&output, &lowered.pieces);

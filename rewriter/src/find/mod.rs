@@ -26,6 +26,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 mod timestep;
+mod watched;
 
 pub use anchor::{Core, Mask, Term};
 pub use choice::{Choice, Pattern};
@@ -37,6 +38,7 @@ pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
 pub use target::Target;
 pub(crate) use timestep::indexes_table;
+pub use watched::Watched;
 
 /// Why something does not match, with the names of the nodes it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]

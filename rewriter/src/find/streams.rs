@@ -45,7 +45,7 @@ pub enum Text {
     /// There is none: the tokens are those of the latents, on the whole way from there.
     None,
     /// The trail of a sequence of both kinds ends at this node: whether there is any is not known.
-    Lost { node: String },
+    Lost { node: String, why: &'static str },
     /// Text on one side of the image.
     Known { pieces: Vec<Piece>, at_start: bool },
     /// Text on both sides of the image, or between its parts.
@@ -106,9 +106,10 @@ impl Streams {
             Ok(Some(pieces)) => pieces,
             Ok(None) => return Text::None,
             Err(lost) => {
-                let node = lost.unwrap_or(core.anchor);
+                let node = &graph.nodes[lost.unwrap_or(core.anchor)];
                 return Text::Lost {
-                    node: graph.nodes[node].label().to_owned(),
+                    node: node.label().to_owned(),
+                    why: shapes::why_lost(node),
                 };
             }
         };

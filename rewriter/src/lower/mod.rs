@@ -17,7 +17,7 @@ mod tests;
 mod text;
 
 use crate::digest::sha256;
-use crate::find::{Kind, Layer, Reason, Survey, Target, dead_without};
+use crate::find::{Kind, Layer, Reason, Survey, Target, Watched, dead_without};
 use crate::onnx::{GraphEdit, ModelFile, elem_type};
 use build::{Names, Writer};
 use bytes::Bytes;
@@ -46,6 +46,16 @@ pub enum RequestInputs {
     /// Ordinary inputs of shape `[1]`: the only shape that Triton's ONNX Runtime backend takes as a sequence control. Outputs
     /// are declared with all that is known of their sizes, since the backend compares those with its configuration.
     Triton,
+}
+
+/// Which timesteps the plan serves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Schedule {
+    /// Those in its list; others are computed densely.
+    #[default]
+    Planned,
+    /// Any over the same range: a value that is not in the list takes the row of the planned one before it.
+    Any,
 }
 
 /// How layers with explicit state are told what to do.
@@ -125,6 +135,10 @@ pub enum LowerError {
     )]
     UnknownFields { node: String },
     #[error(
+        "--schedule any: {why}; use a plan whose `timesteps` go one way, or --schedule planned"
+    )]
+    NoSchedule { why: String },
+    #[error(
         "the model's IR version is {found}; default values for the request inputs need 4 or later: use --request-inputs required, or convert the model"
     )]
     IrTooOld { found: i64 },
@@ -159,10 +173,12 @@ pub fn lower(
     plan: &Plan,
     state: impl Into<State>,
 ) -> Result<Lowered, LowerError> {
-    lower_with(model, survey, plan, state.into(), Dense::Library)
+    let (dense, schedule) = (Dense::Library, Schedule::Planned);
+    lower_with(model, survey, plan, state.into(), dense, schedule)
 }
 
-/// Rewrites `model` for `plan`. Where the graph carries the state, `dense` makes no difference: the op always has R to hand on.
+/// Rewrites `model` for `plan`. Where the graph carries the state, `dense` and `schedule` make no difference: the op always has R
+/// to hand on, and the caller says which row a step has.
 ///
 /// # Errors
 /// See [`LowerError`]; the model itself is never changed.
@@ -172,9 +188,14 @@ pub fn lower_with(
     plan: &Plan,
     state: State,
     dense: Dense,
+    schedule: Schedule,
 ) -> Result<Lowered, LowerError> {
     refuse_rewritten(model)?;
     check_fit(survey, plan)?;
+    if schedule == Schedule::Any {
+        plan.one_way()
+            .map_err(|why| LowerError::NoSchedule { why })?;
+    }
     if state == State::Hidden(RequestInputs::Optional) && model.ir_version < 4 {
         return Err(LowerError::IrTooOld {
             found: model.ir_version,
@@ -187,7 +208,11 @@ pub fn lower_with(
     let mut names = Names::new(graph);
     let dense = dense::layers(graph, survey, dense);
     let step = match state {
-        State::Hidden(request) => step::build(survey, plan, request, &dense, &mut names)?,
+        State::Hidden(request) => {
+            let watched = Watched::new(graph, &survey.inputs, model.ir_version);
+            let how = (request, schedule);
+            step::build(survey, plan, how, &watched, &dense, &mut names)?
+        }
         State::Io(told) => io::build(survey, plan, told, &mut names)?,
     };
     let mut edit = GraphEdit::default();

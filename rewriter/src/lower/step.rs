@@ -2,8 +2,8 @@
 
 use super::build::{self, Names};
 use super::io::Io;
-use super::{DOMAIN, LowerError, RequestInputs};
-use crate::find::{Survey, Target};
+use super::{DOMAIN, LowerError, RequestInputs, Schedule};
+use crate::find::{Survey, Target, Watched};
 use crate::onnx::{AttributeProto, Graph, TensorProto, elem_type};
 use crate::shapes::Fact;
 use bytes::Bytes;
@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 pub(super) const CONTRACT: i64 = 1;
 /// The version that has `dense_layers`.
 const CONTRACT_WITH_DENSE: i64 = 2;
+/// The version that has `schedule` and `blind`.
+const CONTRACT_WITH_SCHEDULE: i64 = 3;
 
 const OP: &str = "DiTFastAttnStep";
 
@@ -61,7 +63,8 @@ pub fn plan_in(graph: &Graph) -> Option<Result<Plan, PlanError>> {
 pub fn build(
     survey: &Survey,
     plan: &Plan,
-    request: RequestInputs,
+    (request, schedule): (RequestInputs, Schedule),
+    watched: &Watched,
     dense_layers: &[usize],
     names: &mut Names,
 ) -> Result<Step, LowerError> {
@@ -102,16 +105,16 @@ pub fn build(
         .iter()
         .map(|&l| (l, names.fresh(&format!("dfa/layer_{l}/dense"))))
         .collect();
-    let watched = [
+    let roles = [
         survey.inputs.timestep.as_str(),
         "dfa_request_id",
         "dfa_start",
         "dfa_end",
         survey.inputs.latents.as_str(),
     ];
-    let all_inputs: Vec<&str> = watched
+    let all_inputs: Vec<&str> = roles
         .into_iter()
-        .chain(survey.inputs.conditioning.iter().map(String::as_str))
+        .chain(watched.names.iter().map(String::as_str))
         .collect();
     let outputs: Vec<&str> = std::iter::once(ticket.as_str())
         .chain(skip.iter().chain(dense.values()).map(String::as_str))
@@ -121,14 +124,14 @@ pub fn build(
         .filter(|l| l.module.is_err())
         .map(|l| l.index as i64)
         .collect();
+    let blind = !watched.hidden.is_empty();
+    let contract = match () {
+        () if blind || schedule == Schedule::Any => CONTRACT_WITH_SCHEDULE,
+        () if !dense.is_empty() => CONTRACT_WITH_DENSE,
+        () => CONTRACT,
+    };
     let mut attributes = vec![
-        AttributeProto::int(
-            "contract",
-            match dense.is_empty() {
-                true => CONTRACT,
-                false => CONTRACT_WITH_DENSE,
-            },
-        ),
+        AttributeProto::int("contract", contract),
         AttributeProto::int("layers", skip.len() as i64),
         AttributeProto::string("plan", &plan.to_json()),
     ];
@@ -141,6 +144,13 @@ pub fn build(
     if !dense.is_empty() {
         let layers = dense.keys().map(|&l| l as i64).collect();
         attributes.push(AttributeProto::ints("dense_layers", layers));
+    }
+    if schedule == Schedule::Any {
+        attributes.push(AttributeProto::string("schedule", "any"));
+    }
+    if blind {
+        // An operator is shown tensors only: nothing can tell anonymous clients apart that differ in another input.
+        attributes.push(AttributeProto::int("blind", 1));
     }
     let node = build::node(
         DOMAIN,

@@ -79,8 +79,8 @@ impl<'a> Texts<'a> {
                 "joint attention of two streams, and the graph does not show which of them is text"
                     .into(),
             ),
-            Text::Lost { node } => unknown(format!(
-                "whether its sequence holds text tokens is not known: their trail ends at `{node}`"
+            Text::Lost { node, why } => unknown(format!(
+                "whether its sequence holds text tokens is not known: their trail ends at `{node}` ({why})"
             )),
             Text::None if self.any => Ok(TextTokens::Never),
             Text::None => Ok(TextTokens::ByPlan),

@@ -8,7 +8,7 @@ use super::host::Host;
 use super::prepare::{Source, feed};
 use super::whole::{Moment, Whole};
 use crate::find::Survey;
-use crate::lower::{Dense, RequestInputs, State, lower_with};
+use crate::lower::{Dense, RequestInputs, Schedule, State, lower_with};
 use crate::onnx::ModelFile;
 use ditfastattn_plans::Plan;
 use serde::Serialize;
@@ -61,7 +61,7 @@ pub fn measure(
     let inputs = feed(model, survey, &full, &source)?.inputs(0, 0, 0)?;
     let load = |what, dense| -> anyhow::Result<Whole> {
         let state = State::Hidden(RequestInputs::Optional);
-        let lowered = lower_with(model, survey, &full, state, dense)?;
+        let lowered = lower_with(model, survey, &full, state, dense, Schedule::Planned)?;
         Ok(Whole::load(host, what, model, &lowered.pieces.concat())?)
     };
     let mut library = load("the model with the library's attention", Dense::Library)?;

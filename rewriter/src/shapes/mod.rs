@@ -15,5 +15,5 @@ pub use infer::{BATCH, Fact, Facts, Value, infer, infer_paired};
 pub use place::{Place, Trail, exact_axis, follow, follow_apart, trace};
 pub use rules::{
     ANCHOR, COPY, Class, ELEMENT, LAYOUT, LINEAR, NORM, PICK, PRODUCT, PROJECTION, QUANTIZE,
-    RANDOM, REPEAT, RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, has_row, is, why_unknown,
+    RANDOM, REPEAT, RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, has_row, is, why_lost, why_unknown,
 };

@@ -90,7 +90,12 @@ pub fn around(
     else {
         let lost = facts.lost_at(graph, softmax.scores);
         let at = lost.map_or(String::new(), |n| {
-            format!(": it is lost at {} `{}`", n.op(), n.label())
+            format!(
+                ": it is lost at {} `{}` ({})",
+                n.op(),
+                n.label(),
+                shapes::why_unknown(n)
+            )
         });
         return Err(Reason::new(
             format!(

@@ -144,11 +144,9 @@ impl Context<'_> {
         // A size that is not known may well be the batch.
         let fixed = [a, b].map(|d| d.known().is_some());
         self.batch_is_bound |= (grows[0] && fixed[1]) || (grows[1] && fixed[0]);
-        if grows[0] || (!grows[1] && !(fixed[1] && !fixed[0])) {
-            a.clone()
-        } else {
-            b.clone()
-        }
+        // The batch, then a number, then the first.
+        let second = !grows[0] && (grows[1] || (fixed[1] && !fixed[0]));
+        if second { b.clone() } else { a.clone() }
     }
 }
 

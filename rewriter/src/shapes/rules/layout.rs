@@ -209,7 +209,7 @@ fn reshape(c: &mut Context) -> Option<Fact> {
     let first = target.first().and_then(Dim::known).filter(|&n| n > 1);
     let baked = first.filter(|_| inferred != Some(0)).and_then(|first| {
         let rest = total.over(&Dim::product(&dims)?)?;
-        let rows = match c.static_batch {
+        match c.static_batch {
             // The input's size depends on the batch, the target's does not.
             Some(batch) => (first % batch == 0 && rest.depends_on(BATCH))
                 .then(|| Dim::from(BATCH).times(&(first / batch).into()))?,
@@ -219,8 +219,7 @@ fn reshape(c: &mut Context) -> Option<Fact> {
                 None => rest.over(&BATCH.into())?.times(&first.into())?.known() == Some(1),
             }
             .then(|| Dim::from(BATCH)),
-        };
-        rows
+        }
     });
     if let Some(rows) = &baked {
         dims[0] = rows.clone();

@@ -239,6 +239,15 @@ pub fn why_unknown(node: &Node) -> &'static str {
     }
 }
 
+/// Why an axis has no place behind `node`.
+pub fn why_lost(node: &Node) -> &'static str {
+    match of(node).map(|op| op.axis) {
+        None => "an operator without a rule",
+        Some(Axis::Lost(why)) => why,
+        Some(_) => "its elements are mixed, cut or joined there in a way that is not followed",
+    }
+}
+
 /// Whether elements of axis `axis` of a tensor of `rank` axes see one another in `node`, as far as its axis rule keeps that
 /// axis at all: a softmax over it, a norm.
 pub(super) fn mixes(node: &Node, axis: usize, rank: usize) -> bool {
