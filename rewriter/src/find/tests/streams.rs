@@ -10,7 +10,7 @@ fn text(body: &str, value: &str) -> Text {
 
 fn node_lost(text: &Text) -> &str {
     match text {
-        Text::Lost { node } => node,
+        Text::Lost { node, .. } => node,
         other => panic!("not lost: {other:?}"),
     }
 }
