@@ -2,7 +2,7 @@
 
 use crate::account::Account;
 use crate::find::{Kind, Layer, Survey, Text, Watched};
-use crate::lower::Dense;
+use crate::lower::{Dense, fits_windows};
 use crate::onnx::{ModelFile, elem_type};
 use crate::run::dense::Measured;
 use crate::shapes::Facts;
@@ -83,6 +83,9 @@ pub struct Site {
     pub head_dim: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<String>,
+    /// Where they are not provably as many as there are tokens: then the layer cannot have windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keys: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<&'static str>,
     /// Tokens of the sequence that are text, and on which side of the image they lie.
@@ -312,6 +315,17 @@ impl Report {
                 let _ = writeln!(text, "{}: {reason}{at}", s.node);
             }
         }
+        for (s, keys) in self
+            .sites
+            .iter()
+            .filter_map(|s| Some((s, s.keys.as_ref()?)))
+        {
+            let _ = writeln!(
+                text,
+                "{}: no windows (wa-rs): its keys are {keys} tokens, not as many as its queries",
+                s.node
+            );
+        }
         let _ = writeln!(
             text,
             "{} self-attention layer(s): {} in module form, {} in core form; {} other site(s) left alone",
@@ -411,6 +425,7 @@ fn site(site: &crate::find::Site, facts: &Facts) -> Site {
         heads: None,
         head_dim: None,
         tokens: None,
+        keys: None,
         text: None,
         dtype: None,
         region: None,
@@ -436,6 +451,10 @@ fn site(site: &crate::find::Site, facts: &Facts) -> Site {
             row.heads = layer.core.heads;
             row.head_dim = layer.core.head_dim;
             row.tokens = layer.core.tokens.as_ref().map(|d| facts.symbols.show(d));
+            if !fits_windows(layer) {
+                let keys = layer.core.keys.as_ref().map(|d| facts.symbols.show(d));
+                row.keys = Some(keys.unwrap_or_else(|| "unknown".into()));
+            }
             row.text = text(layer, facts);
             row.dtype = Some(elem_type::name(layer.core.elem_type));
             row.region = layer

@@ -52,7 +52,9 @@ pub fn layers(survey: &Survey, plan: &Plan, given: &Given) -> Result<Vec<LayerWo
                 what,
             };
             let tokens = layer.core.tokens.as_ref().and_then(known);
+            // A layer without windows leaves nothing to measure.
             let measured = given.tokens_by_layer.get(layer.index).copied();
+            let measured = measured.filter(|&n| n > 0);
             let tokens = measured
                 .or(tokens)
                 .or(given.tokens)

@@ -5,7 +5,7 @@ use super::rewrite::refuse_existing;
 use super::run_args::SearchArgs;
 use super::{Failure, INTERRUPTED, print, write};
 use crate::account::Account;
-use crate::lower::no_halves;
+use crate::lower::{fits_windows, no_halves};
 use crate::report::{counts, listed};
 use crate::run::prepare::measure;
 use crate::sizes;
@@ -195,7 +195,8 @@ fn settings(
         candidates[layer.index].retain(|action| {
             // A band over everything computes what full attention does.
             let useless = covered && action.is_windowed();
-            let impossible = action.uses_halves() && no_halves(layer, plan.cfg).is_some();
+            let impossible = (action.uses_halves() && no_halves(layer, plan.cfg).is_some())
+                || (action.is_windowed() && !fits_windows(layer));
             !useless && !impossible
         });
     }

@@ -4,6 +4,7 @@ use super::load::load;
 use super::rewrite::refuse_existing;
 use super::run_args::StudyArgs;
 use super::{Failure, INTERRUPTED, write};
+use crate::lower::check_windows;
 use crate::run::study::{Study, study};
 use anyhow::{Context, anyhow};
 use bytes::Bytes;
@@ -19,6 +20,10 @@ pub fn run(args: &StudyArgs) -> Result<(), Failure> {
         refuse_existing(&path(name, ending), args.force)?;
     }
     let mut loaded = load(&args.run, &args.method)?;
+    // Half of what is measured is what windows leave out.
+    for layer in loaded.survey.layers() {
+        check_windows(&loaded.survey, layer).map_err(|e| Failure::No(e.into()))?;
+    }
     super::watch_interrupts();
     let go_on = || !INTERRUPTED.load(Ordering::Relaxed);
     let study = study(&mut loaded.prepared, loaded.plan.cfg, &go_on)?

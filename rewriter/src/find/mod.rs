@@ -4,7 +4,7 @@
 //! softmax(q·kᵀ)·v in any dialect; `source` follows q, k and v back to their projections and so tells self- from
 //! cross-attention; `streams` tells text tokens from image tokens; `module` tries to isolate the whole attention module,
 //! with `batch` to prove that halves of it are halves of the batch, `sink` for where it ends and `target` for shapes that
-//! have the batch in them. A new exporter dialect is a new way of finding, never a change in lowering. Every non-match
+//! have the batch in them. `linear`, `online` and `subgraph` name attention that is left alone. A new exporter dialect is a new way of finding, never a change in lowering. Every non-match
 //! carries a reason and the nodes it is about.
 
 mod anchor;
@@ -14,6 +14,7 @@ mod inputs;
 mod latents;
 mod linear;
 mod module;
+mod online;
 mod operand;
 mod order;
 mod pair;

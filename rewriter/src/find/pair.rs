@@ -36,6 +36,27 @@ pub fn pairs(
     doubling.into_iter().map(|(index, _)| index).collect()
 }
 
+/// Whether all of `sources`, which feed the layers, have twice the latents' rows: then the rows were doubled in front of every
+/// layer, not somewhere inside one.
+pub fn are_behind<'v>(
+    facts: &Facts,
+    latents: &str,
+    sources: impl Iterator<Item = &'v String>,
+) -> bool {
+    let Some(doubled) = facts
+        .leading(latents)
+        .and_then(|rows| rows.times(&2.into()))
+    else {
+        return false;
+    };
+    let is_doubled = |source: &String| {
+        let rows = facts.leading(source).and_then(|rows| rows.over(&doubled));
+        rows.is_some_and(|rest| rest.is_whole())
+    };
+    let mut sources = sources.peekable();
+    sources.peek().is_some() && sources.all(is_doubled)
+}
+
 /// The operands that become rows of the result.
 fn halves(node: &Node) -> Vec<&str> {
     let operands = if node.is("Concat") { usize::MAX } else { 1 };

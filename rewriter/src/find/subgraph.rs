@@ -4,6 +4,7 @@
 
 use super::Reason;
 use crate::onnx::{Graph, Node};
+use ditfastattn_contract::operators::DOMAIN;
 
 /// A softmax or an attention operator inside a subgraph.
 pub struct Inner {
@@ -24,7 +25,7 @@ pub fn sites(graph: &Graph) -> Vec<Inner> {
 fn look(node: &Node, outermost: &str, found: &mut Vec<Inner>) {
     for (name, body) in node.subgraphs() {
         for inner in Node::of_graph(body) {
-            let ours = inner.domain() == "ai.ditfastattn";
+            let ours = inner.domain() == DOMAIN.as_str();
             if !ours && (inner.is("Softmax") || inner.op().contains("Attention")) {
                 let text = format!(
                     "attention inside the subgraph `{name}` of the {} `{}`, which is not looked into",

@@ -7,6 +7,7 @@ use super::choice::Choice;
 use super::inputs::{self, Inputs, InputsError, InputsRequest};
 use super::linear;
 use super::module::{self, Module, Scene};
+use super::online;
 use super::order;
 use super::pair;
 use super::source::{self, Dependence};
@@ -135,23 +136,16 @@ pub fn survey(
         inputs::find(graph, request).map_err(|error| out_of_reach(graph, &inner, error))?;
     let dependence = Dependence::new(graph);
     let mut facts = shapes::infer(graph, Some(&inputs.latents));
+    let mut found = attentions(graph, &facts, &dependence, &inputs);
     let pairs = pair::pairs(graph, &facts, &dependence, &inputs.latents);
-    if !pairs.is_empty() {
+    let sources = found.iter().flat_map(|(_, f)| match f {
+        Found::Candidate(c) => c.sources.iter().collect::<Vec<_>>(),
+        Found::Other(_) => Vec::new(),
+    });
+    if !pairs.is_empty() && pair::are_behind(&facts, &inputs.latents, sources) {
         facts = shapes::infer_paired(graph, Some(&inputs.latents), pairs);
+        found = attentions(graph, &facts, &dependence, &inputs);
     }
-    let mut found: Vec<(usize, Found)> = graph
-        .nodes
-        .iter()
-        .enumerate()
-        .filter(|(_, node)| anchor::is_anchor(graph, node))
-        .map(|(index, _)| {
-            let found = match anchor::core(graph, &facts, &dependence, index) {
-                Ok(core) => classify(graph, &facts, &dependence, &inputs, core),
-                Err(reason) => Found::Other(Kind::Unknown(reason)),
-            };
-            (index, found)
-        })
-        .collect();
     set_untimed_aside(graph, &inputs, &mut found);
     number(graph, &dependence, &inputs, &mut found);
     set_decoders_aside(graph, choice, &mut found);
@@ -184,6 +178,11 @@ pub fn survey(
             kind: Kind::Unsupported(Reason::new(text, [node.label()])),
         }
     }));
+    sites.extend(online::sites(graph).into_iter().map(|(node, why)| Site {
+        node: node.label().to_owned(),
+        op: node.op().to_owned(),
+        kind: Kind::Unknown(Reason::new(why, [node.label()])),
+    }));
     sites.extend(inner.into_iter().map(|inner| Site {
         node: inner.label,
         op: inner.op,
@@ -194,6 +193,25 @@ pub fn survey(
         facts,
         sites,
     })
+}
+
+/// Every attention of `graph`, and what it is.
+fn attentions(
+    graph: &Graph,
+    facts: &Facts,
+    dependence: &Dependence,
+    inputs: &Inputs,
+) -> Vec<(usize, Found)> {
+    let cores = anchor::cores(graph, facts, dependence).into_iter();
+    cores
+        .map(|(index, core)| {
+            let found = match core {
+                Ok(core) => classify(graph, facts, dependence, inputs, core),
+                Err(reason) => Found::Other(Kind::Unknown(reason)),
+            };
+            (index, found)
+        })
+        .collect()
 }
 
 /// Self-attention of the denoiser, or what it is instead.
@@ -396,7 +414,9 @@ fn into_kinds(
             }
             let text = streams.text(graph, facts, &candidate.core);
             let sources: Vec<String> = candidate.sources.iter().cloned().collect();
-            let module = module::isolate(&scene, &candidate.core, &sources);
+            // A block of an attention has no module of its own, and that is the better reason.
+            let module = module::isolate(&scene, &candidate.core, &sources)
+                .map_err(|why| candidate.core.apart.clone().unwrap_or(why));
             let halves = halves(&scene, &candidate.core);
             let layer = Layer {
                 halves,
@@ -424,16 +444,10 @@ fn halves(scene: &Scene, core: &Core) -> Result<(), Reason> {
     if batch.has_halves(facts, out) {
         return Ok(());
     }
-    let text = match facts.pairs().is_empty() || facts.leading(out) == Some(facts.rows()) {
-        false => format!(
-            "guidance's halves are made in the graph, behind the attention's result `{out}` {}",
-            facts.show(out)
-        ),
-        true => format!(
-            "it is not known that the batch is outermost in the attention's result `{out}` {}",
-            facts.show(out)
-        ),
-    };
+    let text = format!(
+        "it is not known that the batch is outermost in the attention's result `{out}` {}",
+        facts.show(out)
+    );
     Err(Reason::new(text, [graph.nodes[core.anchor].label()]))
 }
 

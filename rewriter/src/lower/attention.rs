@@ -5,6 +5,8 @@ use super::build::{self, Writer};
 use super::text::TextTokens;
 use crate::find::{Core, Layer, Mask, Operand, Prep, Survey, Term};
 use crate::onnx::{AttributeProto, elem_type};
+use ditfastattn_contract::attributes::{self, attention as names};
+use ditfastattn_contract::operators::{ATTENTION, attention as inputs};
 use std::collections::HashMap;
 
 /// What an attention op is made of.
@@ -40,16 +42,16 @@ impl Attention<'_> {
             .map(|(operand, role)| self.operand(w, operand, role, &mut prepared));
         let mask = self.mask(w, core);
         let mut attributes = vec![
-            AttributeProto::int("layer", layer.index as i64),
-            AttributeProto::float("scale", core.scale.map_or(0.0, |s| s as f32)),
-            AttributeProto::string("form", form(layer)),
-            AttributeProto::string("q_layout", &core.q.layout),
-            AttributeProto::string("k_layout", &core.k.layout),
-            AttributeProto::string("v_layout", &core.v.layout),
-            AttributeProto::string("o_layout", &core.out.layout),
+            AttributeProto::int(attributes::layer::LAYER, layer.index as i64),
+            AttributeProto::float(names::SCALE, core.scale.map_or(0.0, |s| s as f32)),
+            AttributeProto::string(names::FORM, form(layer)),
+            AttributeProto::string(names::Q_LAYOUT, &core.q.layout),
+            AttributeProto::string(names::K_LAYOUT, &core.k.layout),
+            AttributeProto::string(names::V_LAYOUT, &core.v.layout),
+            AttributeProto::string(names::O_LAYOUT, &core.out.layout),
         ];
         if core.mask.guard && mask.is_some() {
-            attributes.push(AttributeProto::int("mask_guard", 1));
+            attributes.push(AttributeProto::int(names::MASK_GUARD, 1));
         }
         let text = self.text(w, &mut attributes);
         let mut inputs = vec![q.as_str(), &k, &v, ticket];
@@ -61,7 +63,7 @@ impl Attention<'_> {
         }
         let mut outputs = Vec::new();
         if let Some((state, past, present)) = self.io {
-            inputs.resize(6, "");
+            inputs.resize(inputs::PAST, "");
             inputs.push(past);
             outputs.push(present);
             attributes.extend_from_slice(state);
@@ -78,7 +80,7 @@ impl Attention<'_> {
         let name = w.names.fresh(&format!("{prefix}/attention"));
         w.nodes.push(build::node(
             DOMAIN,
-            "DiTFastAttn",
+            ATTENTION.as_str(),
             name,
             &inputs,
             &outputs,
@@ -247,13 +249,20 @@ impl Attention<'_> {
     /// The op's text input, if it has one, and its attributes about text.
     fn text(&self, w: &mut Writer<'_>, attributes: &mut Vec<AttributeProto>) -> Option<String> {
         let side = |at_start: bool| {
-            AttributeProto::string("text_side", if at_start { "start" } else { "end" })
+            AttributeProto::string(
+                names::TEXT_SIDE,
+                if at_start {
+                    names::SIDE_START
+                } else {
+                    names::SIDE_END
+                },
+            )
         };
         match self.text {
-            TextTokens::Never => attributes.push(AttributeProto::int("joint", 0)),
+            TextTokens::Never => attributes.push(AttributeProto::int(names::JOINT, 0)),
             TextTokens::ByPlan => {}
             TextTokens::Fixed { tokens, at_start } => {
-                attributes.extend([AttributeProto::int("text", *tokens), side(*at_start)]);
+                attributes.extend([AttributeProto::int(names::TEXT, *tokens), side(*at_start)]);
             }
             TextTokens::Measured { axes, at_start } => {
                 attributes.push(side(*at_start));
@@ -280,8 +289,8 @@ impl Attention<'_> {
 
 pub fn form(layer: &Layer) -> &'static str {
     if layer.module.is_ok() {
-        "module"
+        names::FORM_MODULE
     } else {
-        "core"
+        names::FORM_CORE
     }
 }

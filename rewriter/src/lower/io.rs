@@ -4,40 +4,39 @@
 //! `past.l.residual` and `past.l.output` among the inputs and `present.l.…` among the outputs; a past without rows is none.
 
 use super::build::{self, Names, Writer};
-use super::step::{CONTRACT, Step};
+use super::step::Step;
 use super::{LowerError, Told};
 use crate::find::{Layer, Survey};
 use crate::onnx::{AttributeProto, elem_type};
 use crate::shapes::Fact;
+use ditfastattn_contract::directive::{Directive, OUTPUT_LIVE, RESIDUAL_LIVE};
+use ditfastattn_contract::graph::{self, Time};
+use ditfastattn_contract::{attributes, version};
 use ditfastattn_plans::{Action, Plan};
 
-/// Added to a directive: R is still read after this step, so a step that can leave it does.
-pub const RESIDUAL_LIVE: i64 = 8;
-/// Added to a directive: the output is still read after this step.
-pub const OUTPUT_LIVE: i64 = 16;
 /// More rows than any tensor has.
 const ALL_ROWS: i64 = i32::MAX as i64;
 
-/// The number that stands for `action` in a directive, without flags.
-pub fn code(action: Action) -> i64 {
-    Action::ALL.iter().position(|a| *a == action).unwrap_or(0) as i64
+/// The directive for `action`, of which nothing is read afterwards.
+pub fn directive(action: Action) -> Directive {
+    let place = Action::ALL.iter().position(|a| *a == action);
+    Directive {
+        action: place.and_then(|p| u8::try_from(p).ok()).unwrap_or(0),
+        residual_live: false,
+        output_live: false,
+    }
 }
 
 /// For each step of `plan` one directive per layer, `[T][L]`: what `dfa_directives` is fed, and what `dfa_step` picks from.
 pub fn directives(plan: &Plan) -> Vec<Vec<i64>> {
     let live = plan.liveness();
     let of = |step: usize, layer: usize| {
-        let residual = if live.residual_live_after(step, layer) {
-            RESIDUAL_LIVE
-        } else {
-            0
+        let directive = Directive {
+            residual_live: live.residual_live_after(step, layer),
+            output_live: live.output_live_after(step, layer),
+            ..directive(plan.action(step, layer))
         };
-        let output = if live.output_live_after(step, layer) {
-            OUTPUT_LIVE
-        } else {
-            0
-        };
-        code(plan.action(step, layer)) + residual + output
+        directive.encode()
     };
     (0..plan.step_count())
         .map(|step| (0..plan.layers()).map(|layer| of(step, layer)).collect())
@@ -91,30 +90,27 @@ pub fn build(
     };
     let layer_count = survey.layers().count();
     let told_by = match told {
-        Told::Step => "dfa_step",
-        Told::Directives => "dfa_directives",
+        Told::Step => graph::STEP,
+        Told::Directives => graph::DIRECTIVES,
     };
     let told_by = claim(told_by.into(), names)?;
     let mut layers = Vec::new();
     for layer in survey.layers() {
         let l = layer.index;
         let sinks = sinks(layer);
-        let state = |time: &str, what: &str, sink: usize| match sinks.len() {
-            1 => format!("{time}.{l}.{what}"),
-            _ => format!("{time}.{l}.{what}_{sink}"),
-        };
+        let output = |time, sink| graph::output(time, l, sink, sinks.len());
         let mut past_outputs = Vec::new();
         let mut present_outputs = Vec::new();
         for (sink, value) in sinks.iter().enumerate() {
-            past_outputs.push(claim(state("past", "output", sink), names)?);
-            present_outputs.push(claim(state("present", "output", sink), names)?);
+            past_outputs.push(claim(output(Time::Past, sink), names)?);
+            present_outputs.push(claim(output(Time::Present, sink), names)?);
             let mut fact = survey.facts.of(value);
             fact.elem_type = layer.core.elem_type;
             inputs.push(build::any_rows(&past_outputs[sink], &fact));
             outputs.push(build::any_rows(&present_outputs[sink], &fact));
         }
-        let past_residual = claim(format!("past.{l}.residual"), names)?;
-        let present_residual = claim(format!("present.{l}.residual"), names)?;
+        let past_residual = claim(graph::residual(Time::Past, l), names)?;
+        let present_residual = claim(graph::residual(Time::Present, l), names)?;
         let sizes = [None, layer.core.heads, None, None];
         let residual = |name: &str| build::sized(name, layer.core.elem_type, &sizes);
         inputs.push(residual(&past_residual));
@@ -163,7 +159,7 @@ pub fn build(
     let output_rows = flag(&mut w, "dfa/output_rows", &ticket, OUTPUT_LIVE);
     let (flags, ast) = (
         w.int("dfa/skip", RESIDUAL_LIVE),
-        w.int("dfa/skip", code(Action::Ast)),
+        w.int("dfa/skip", directive(Action::Ast).encode()),
     );
     let action = w.push("Mod", "dfa/action", &[&ticket, &flags], &[]);
     let skips = w.push("Equal", "dfa/skip", &[&action, &ast], &[]);
@@ -179,10 +175,10 @@ pub fn build(
         state.output_rows = rows(&mut w, &output_rows, &format!("{near}/output_rows"));
     }
     let attributes = vec![
-        AttributeProto::int("contract", CONTRACT),
-        AttributeProto::string("state", "io"),
-        AttributeProto::string("window", &plan.window.to_string()),
-        AttributeProto::string("cfg", plan.cfg.name()),
+        AttributeProto::int(attributes::CONTRACT, version::FIRST),
+        AttributeProto::string(attributes::state::STATE, attributes::state::STATE_IO),
+        AttributeProto::string(attributes::state::WINDOW, &plan.window.to_string()),
+        AttributeProto::string(attributes::state::CFG, plan.cfg.name()),
     ];
     Ok(Step {
         nodes: w.nodes,

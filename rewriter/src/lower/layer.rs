@@ -10,6 +10,8 @@ use crate::find::{Layer, Module, Survey, Target};
 use crate::onnx::{AttributeProto, Graph, Node, NodeProto};
 use crate::shapes::Fact;
 use bytes::Bytes;
+use ditfastattn_contract::attributes::layer as attributes_of;
+use ditfastattn_contract::operators::{REUSE, SELECT, SHARE};
 use prost::Message;
 use std::collections::{BTreeSet, HashMap};
 
@@ -107,7 +109,10 @@ impl Lowering<'_> {
         result: &str,
         mut attributes: Vec<AttributeProto>,
     ) {
-        attributes.insert(0, AttributeProto::int("layer", self.layer.index as i64));
+        attributes.insert(
+            0,
+            AttributeProto::int(attributes_of::LAYER, self.layer.index as i64),
+        );
         let name = w.names.fresh(&format!("{result}/op"));
         let mut inputs = vec![x, &self.step.ticket];
         inputs.extend(past);
@@ -130,8 +135,8 @@ impl Lowering<'_> {
             return Vec::new();
         }
         vec![
-            AttributeProto::int("sink", sink as i64),
-            AttributeProto::int("sinks", sinks as i64),
+            AttributeProto::int(attributes_of::SINK, sink as i64),
+            AttributeProto::int(attributes_of::SINKS, sinks as i64),
         ]
     }
 
@@ -197,13 +202,7 @@ impl Lowering<'_> {
         let mut inner_info = Vec::new();
         for value in module.sources.iter().chain(&module.selected) {
             let selected = &renamed[value];
-            self.around(
-                &mut w,
-                "DiTFastAttnSelect",
-                (value, None),
-                selected,
-                Vec::new(),
-            );
+            self.around(&mut w, SELECT.as_str(), (value, None), selected, Vec::new());
             inner_info.push(build::value_info(selected, &self.fact(value)));
         }
         let present = w.names.fresh(&format!("{prefix}/residual"));
@@ -218,7 +217,7 @@ impl Lowering<'_> {
             let shared = w.names.fresh(&format!("{prefix}/shared"));
             let place = Self::place(sink, sinks);
             let computed = (renamed[value].as_str(), None);
-            self.around(&mut w, "DiTFastAttnShare", computed, &shared, place);
+            self.around(&mut w, SHARE.as_str(), computed, &shared, place);
             outputs.push(build::value_info(&shared, &self.fact(value)));
         }
         let compute = std::mem::take(&mut w.nodes);
@@ -279,11 +278,11 @@ impl Lowering<'_> {
             let mut attributes = Self::place(sink, sinks.len());
             let fold = self.fold(source(sink), value);
             if fold != 1 {
-                attributes.push(AttributeProto::int("fold", fold));
+                attributes.push(AttributeProto::int(attributes_of::FOLD, fold));
             }
             let past = state.map(|s| s.past_outputs[sink].as_str());
             let from = (source(sink), past);
-            self.around(w, "DiTFastAttnReuse", from, &reused, attributes);
+            self.around(w, REUSE.as_str(), from, &reused, attributes);
             outputs.push(build::value_info(&reused, &self.fact(value)));
         }
         if let Some(state) = state {

@@ -19,18 +19,21 @@ mod text;
 use crate::digest::sha256;
 use crate::find::{Kind, Layer, Reason, Survey, Target, Watched, dead_without};
 use crate::onnx::{GraphEdit, ModelFile, elem_type};
+use crate::shapes::Dim;
 use build::{Names, Writer};
 use bytes::Bytes;
-use ditfastattn_plans::{Cfg, Plan};
+use ditfastattn_contract::attributes::state::STATE_IO;
+use ditfastattn_contract::operators::DOMAIN_VERSION;
+use ditfastattn_contract::{metadata as metadata_keys, operators};
+use ditfastattn_plans::{Action, Cfg, Plan};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-/// The custom ops' domain and its version.
-pub const DOMAIN: &str = "ai.ditfastattn";
-pub const DOMAIN_VERSION: i64 = 1;
+/// The custom ops' domain.
+pub const DOMAIN: &str = operators::DOMAIN.as_str();
 
 pub use alone::alone;
 pub use dense::Dense;
-pub use io::{LayerState, OUTPUT_LIVE, RESIDUAL_LIVE, code, directives, sinks};
+pub use io::{LayerState, directive, directives, sinks};
 pub use outputs::known_type;
 pub use step::plan_in;
 pub use text::{TextTokens, Texts};
@@ -125,6 +128,15 @@ pub enum LowerError {
         node: String,
         read: &'static str,
         given: &'static str,
+    },
+    #[error(
+        "layer {layer} ({node}) cannot have windows: it has {queries} query tokens and {keys} key tokens, and a window needs equally many; use a plan without wa-rs for it, or leave the layer out with --skip {layer}"
+    )]
+    NoWindow {
+        layer: usize,
+        node: String,
+        queries: String,
+        keys: String,
     },
     #[error(
         "the model already has a value called `{name}`, which the rewritten model needs as an input; rename it"
@@ -349,8 +361,14 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         return Err(LowerError::PlanDoesNotFit { key, plan, model });
     }
     for layer in survey.layers() {
+        let has = |is: fn(Action) -> bool| {
+            (0..plan.step_count()).any(|t| is(plan.action(t, layer.index)))
+        };
+        if has(Action::is_windowed) {
+            check_windows(survey, layer)?;
+        }
         if let Some(reason) = no_halves(layer, plan.cfg)
-            && (0..plan.step_count()).any(|t| plan.action(t, layer.index).uses_halves())
+            && has(Action::uses_halves)
         {
             return Err(LowerError::NoHalves {
                 layer: layer.index,
@@ -360,6 +378,29 @@ pub fn check_fit(survey: &Survey, plan: &Plan) -> Result<(), LowerError> {
         }
     }
     Ok(())
+}
+
+/// Whether a window over the keys of `layer` has a middle for each query: as many keys as queries, whatever is fed.
+pub fn fits_windows(layer: &Layer) -> bool {
+    layer.core.tokens.is_some() && layer.core.tokens == layer.core.keys
+}
+
+/// # Errors
+/// [`LowerError::NoWindow`] where [`fits_windows`] says no.
+pub fn check_windows(survey: &Survey, layer: &Layer) -> Result<(), LowerError> {
+    if fits_windows(layer) {
+        return Ok(());
+    }
+    let show = |size: &Option<Dim>| match size {
+        Some(size) => survey.facts.symbols.show(size),
+        None => "an unknown number of".into(),
+    };
+    Err(LowerError::NoWindow {
+        layer: layer.index,
+        node: survey.label(layer),
+        queries: show(&layer.core.tokens),
+        keys: show(&layer.core.keys),
+    })
 }
 
 /// Why `layer` cannot be shared across guidance that comes as `cfg` says. Two runs need no halves of a batch.
@@ -435,14 +476,76 @@ fn metadata(plan: &Plan, state: State) -> Vec<(String, String)> {
     let hex = sha256(&json);
     let mut metadata = vec![
         (
-            "ditfastattn.version".into(),
+            metadata_keys::VERSION.into(),
             env!("CARGO_PKG_VERSION").into(),
         ),
-        ("ditfastattn.plan_sha256".into(), hex),
-        ("ditfastattn.plan".into(), json),
+        (metadata_keys::PLAN_SHA256.into(), hex),
+        (metadata_keys::PLAN.into(), json),
     ];
     if matches!(state, State::Io(_)) {
-        metadata.push(("ditfastattn.state".into(), "io".into()));
+        metadata.push((metadata_keys::STATE.into(), STATE_IO.into()));
     }
     metadata
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::find::{Choice, InputsRequest, survey};
+    use crate::onnx::testing::model;
+
+    /// A denoiser with one layer of `queries` tokens, whose keys are `keys`.
+    fn layer(queries: &str, keys: &str) -> Survey {
+        let text = format!(
+            "opset 23
+             input x float [b, {queries}, 32]
+             input t float [b]
+             input past float [b, p, 32]
+             weight w [32, 32]
+             weight f [1, 32]
+             ints axes [1]
+             t1 = Unsqueeze(t, axes)
+             tf = Mul(t1, f)
+             ts = Sin(tf)
+             te = Unsqueeze(ts, axes)
+             n = Add(x, te)
+             q = MatMul(n, w)
+             k = MatMul(n, w)
+             v = MatMul(n, w)
+             kp = Concat(past, k) axis=1
+             vp = Concat(past, v) axis=1
+             o = Attention(q, {keys}) q_num_heads=4 kv_num_heads=4
+             out = MatMul(o, w)
+             output out float [b, {queries}, 32]"
+        );
+        let graph = model(&text).graph;
+        survey(&graph, &InputsRequest::default(), &Choice::default()).unwrap()
+    }
+
+    fn fit(survey: &Survey, action: &str) -> Result<(), String> {
+        let plan = format!(
+            r#"{{"format": "ditfastattn-plan", "version": 1, "cfg": "cond-first", "steps": [["full"], ["{action}"]]}}"#
+        );
+        let plan = Plan::parse(&plan).unwrap();
+        check_fit(survey, &plan).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn windows_need_as_many_keys_as_queries() {
+        for (queries, keys) in [("50", "(p + 50)"), ("m", "(p + m)")] {
+            let found = layer(queries, "kp, vp");
+            for action in ["wa-rs", "wa-rs+asc"] {
+                let error = fit(&found, action).unwrap_err();
+                let sizes = format!("{queries} query tokens and {keys} key tokens");
+                for part in ["layer 0 (node_o)", &sizes, "--skip 0"] {
+                    assert!(error.contains(part), "{part}: {error}");
+                }
+            }
+            for action in ["full", "asc", "ast"] {
+                assert_eq!(fit(&found, action), Ok(()));
+            }
+            let found = layer(queries, "k, v");
+            assert_eq!(fit(&found, "wa-rs+asc"), Ok(()));
+        }
+    }
 }

@@ -7,18 +7,12 @@ use crate::find::{Survey, Target, Watched};
 use crate::onnx::{AttributeProto, Graph, TensorProto, elem_type};
 use crate::shapes::Fact;
 use bytes::Bytes;
+use ditfastattn_contract::attributes::{self, step};
+use ditfastattn_contract::operators::STEP;
+use ditfastattn_contract::{graph, version};
 use ditfastattn_plans::{Plan, PlanError};
 use prost::Message;
 use std::collections::BTreeMap;
-
-/// Version of the ops' graph contract; the library refuses a model of another version.
-pub(super) const CONTRACT: i64 = 1;
-/// The version that has `dense_layers`.
-const CONTRACT_WITH_DENSE: i64 = 2;
-/// The version that has `schedule` and `blind`.
-const CONTRACT_WITH_SCHEDULE: i64 = 3;
-
-const OP: &str = "DiTFastAttnStep";
 
 /// The nodes in front of everything, what they add to the graph, and the names that layers read.
 pub struct Step {
@@ -50,9 +44,12 @@ impl Step {
 /// The plan in a graph that was rewritten with hidden state; `None` if it was not.
 pub fn plan_in(graph: &Graph) -> Option<Result<Plan, PlanError>> {
     let mut nodes = graph.nodes.iter();
-    let step =
-        nodes.find(|n| n.op() == OP && n.domain() == DOMAIN && n.attribute("state").is_none())?;
-    let plan = step.attribute("plan")?.s.as_ref()?;
+    let step = nodes.find(|n| {
+        n.op() == STEP.as_str()
+            && n.domain() == DOMAIN
+            && n.attribute(attributes::state::STATE).is_none()
+    })?;
+    let plan = step.attribute(step::PLAN)?.s.as_ref()?;
     Some(Plan::parse_bytes(plan))
 }
 
@@ -71,9 +68,9 @@ pub fn build(
     let mut inputs = Vec::new();
     let mut initializers = Vec::new();
     for (name, ty) in [
-        ("dfa_request_id", elem_type::INT64),
-        ("dfa_start", elem_type::BOOL),
-        ("dfa_end", elem_type::BOOL),
+        (graph::REQUEST_ID, elem_type::INT64),
+        (graph::START, elem_type::BOOL),
+        (graph::END, elem_type::BOOL),
     ] {
         if !names.claim(name) {
             return Err(LowerError::NameTaken { name: name.into() });
@@ -107,9 +104,9 @@ pub fn build(
         .collect();
     let roles = [
         survey.inputs.timestep.as_str(),
-        "dfa_request_id",
-        "dfa_start",
-        "dfa_end",
+        graph::REQUEST_ID,
+        graph::START,
+        graph::END,
         survey.inputs.latents.as_str(),
     ];
     let all_inputs: Vec<&str> = roles
@@ -126,35 +123,35 @@ pub fn build(
         .collect();
     let blind = !watched.hidden.is_empty();
     let contract = match () {
-        () if blind || schedule == Schedule::Any => CONTRACT_WITH_SCHEDULE,
-        () if !dense.is_empty() => CONTRACT_WITH_DENSE,
-        () => CONTRACT,
+        () if blind || schedule == Schedule::Any => version::WITH_SCHEDULE,
+        () if !dense.is_empty() => version::WITH_DENSE,
+        () => version::FIRST,
     };
     let mut attributes = vec![
-        AttributeProto::int("contract", contract),
-        AttributeProto::int("layers", skip.len() as i64),
-        AttributeProto::string("plan", &plan.to_json()),
+        AttributeProto::int(attributes::CONTRACT, contract),
+        AttributeProto::int(step::LAYERS, skip.len() as i64),
+        AttributeProto::string(step::PLAN, &plan.to_json()),
     ];
     if !survey.facts.pairs().is_empty() {
-        attributes.push(AttributeProto::int("halves_in_graph", 1));
+        attributes.push(AttributeProto::int(step::HALVES_IN_GRAPH, 1));
     }
     if !core_layers.is_empty() {
-        attributes.push(AttributeProto::ints("core_layers", core_layers));
+        attributes.push(AttributeProto::ints(step::CORE_LAYERS, core_layers));
     }
     if !dense.is_empty() {
         let layers = dense.keys().map(|&l| l as i64).collect();
-        attributes.push(AttributeProto::ints("dense_layers", layers));
+        attributes.push(AttributeProto::ints(step::DENSE_LAYERS, layers));
     }
     if schedule == Schedule::Any {
-        attributes.push(AttributeProto::string("schedule", "any"));
+        attributes.push(AttributeProto::string(step::SCHEDULE, step::SCHEDULE_ANY));
     }
     if blind {
         // An operator is shown tensors only: nothing can tell anonymous clients apart that differ in another input.
-        attributes.push(AttributeProto::int("blind", 1));
+        attributes.push(AttributeProto::int(step::BLIND, 1));
     }
     let node = build::node(
         DOMAIN,
-        OP,
+        STEP.as_str(),
         names.fresh("dfa/step"),
         &all_inputs,
         &outputs,

@@ -6,6 +6,7 @@
 use crate::lower::Lowered;
 use crate::onnx::{Graph, Node};
 use crate::shapes::{self, PRODUCT, PROJECTION, RANDOM};
+use ditfastattn_contract::operators::ATTENTION;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// One part of the model.
@@ -209,7 +210,7 @@ fn needs(node: &Node) -> impl Iterator<Item = &str> {
 fn products(node: &Node) -> usize {
     match node.op() {
         _ if shapes::is(node, PRODUCT | PROJECTION) => 1,
-        "DiTFastAttn" => 2,
+        op if op == ATTENTION.as_str() => 2,
         _ => node.inner().iter().map(products).sum(),
     }
 }

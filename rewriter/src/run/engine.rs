@@ -7,8 +7,10 @@ use super::array::{Array, Data};
 use super::cut::{Segment, cut};
 use super::host::{Host, HostError};
 use crate::find::Survey;
-use crate::lower::{LayerState, LowerError, RESIDUAL_LIVE, State, Told, code, lower};
+use crate::lower::{LayerState, LowerError, State, Told, directive, fits_windows, lower};
 use crate::onnx::{ModelFile, ReadError, ValueInfoProto, elem_type};
+use ditfastattn_contract::directive::Directive;
+use ditfastattn_contract::graph;
 use ditfastattn_plans::{Action, Plan};
 use half::{bf16, f16};
 use ort::session::{Session, SessionInputValue};
@@ -68,6 +70,8 @@ pub struct Engine {
     parts: Vec<Part>,
     layers: Vec<LayerState>,
     skip: Vec<String>,
+    /// Layers that can have windows; the others leave no R.
+    windows: Vec<bool>,
     elem_type: i32,
     /// Values that the exported model returns.
     outputs: Vec<String>,
@@ -143,6 +147,7 @@ impl Engine {
             parts,
             layers: lowered.state,
             skip: lowered.skip,
+            windows: survey.layers().map(fits_windows).collect(),
             elem_type,
             outputs,
             products,
@@ -202,9 +207,14 @@ impl Engine {
         before: &[Rc<Values>],
     ) -> Result<Frontier, EngineError> {
         let first = segments.start;
-        let directives = row
-            .iter()
-            .map(|&a| code(a) + if a.is_full() { RESIDUAL_LIVE } else { 0 });
+        let directives = row.iter().zip(&self.windows).map(|(&a, &windows)| {
+            let residual = a.is_full() && windows;
+            Directive {
+                residual_live: residual,
+                ..directive(a)
+            }
+            .encode()
+        });
         let control = self.control(directives.collect(), row, memory)?;
         let mut frontier: Frontier = before[..first.min(before.len())].to_vec();
         for s in segments {
@@ -252,7 +262,7 @@ impl Engine {
         let mut control = Values::new();
         let layers = directives.len();
         let directives = Tensor::from_array((vec![layers], directives)).map_err(failed)?;
-        control.insert("dfa_directives".into(), Rc::new(directives.into_dyn()));
+        control.insert(graph::DIRECTIVES.into(), Rc::new(directives.into_dyn()));
         let nothing = self.nothing()?;
         let none = Tensor::from_array((vec![1usize], vec![0i64])).map_err(failed)?;
         let none: Value = Rc::new(none.into_dyn());

@@ -4,6 +4,7 @@ use super::array::Array;
 use super::engine::{EngineError, Values, to_array};
 use super::host::{Host, HostError};
 use crate::onnx::ModelFile;
+use ditfastattn_contract::graph;
 use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Tensor};
 
@@ -72,11 +73,11 @@ impl Moment {
             |x: bool| Ok::<_, ort::Error>(Tensor::from_array((scalar(), vec![x]))?.into_dyn());
         Ok([
             (
-                "dfa_request_id",
+                graph::REQUEST_ID,
                 Tensor::from_array((scalar(), vec![self.request]))?.into_dyn(),
             ),
-            ("dfa_start", truth(self.start)?),
-            ("dfa_end", truth(self.end)?),
+            (graph::START, truth(self.start)?),
+            (graph::END, truth(self.end)?),
         ])
     }
 }

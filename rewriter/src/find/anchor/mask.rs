@@ -30,6 +30,15 @@ impl Term {
             Self::Add { value, .. } | Self::Show { value, .. } => value,
         }
     }
+
+    /// The same done with another tensor.
+    pub fn with_value(&self, value: &str) -> Self {
+        let mut term = self.clone();
+        match &mut term {
+            Self::Add { value: own, .. } | Self::Show { value: own, .. } => *own = value.into(),
+        }
+        term
+    }
 }
 
 impl Mask {

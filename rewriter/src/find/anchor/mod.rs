@@ -1,22 +1,27 @@
 //! Recognising softmax(scale · q·kᵀ + mask)·v around an anchor: a Softmax or an attention operator.
 //!
 //! `softmax` reads attention spelled out in primitive operators, with `product` for its two products and `mask` for what
-//! is added in between; `fused` reads attention operators. All end in one [`Core`].
+//! is added in between; `fused` reads attention operators. All end in one [`Core`]. `blocks` puts together the cores of one
+//! attention that is computed in blocks, `part` says what the blocks' operands are parts of.
 
+mod blocks;
 mod fused;
 mod group_query;
 mod known;
 mod mask;
+mod part;
 mod product;
 mod softmax;
 
 pub use mask::{Mask, Term};
+pub(super) use softmax::leads_to_product;
 
 use super::Reason;
 use super::operand::{self, Operand, Prep};
 use super::source::Dependence;
 use crate::onnx::{Graph, Node, elem_type};
 use crate::shapes::{self, ANCHOR, Dim, Facts};
+use ditfastattn_contract::operators::DOMAIN;
 
 /// The attention core: what the op will read and write instead of the exporter's nodes.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,8 +42,12 @@ pub struct Core {
     /// Fewer than `heads` under grouped-query attention.
     pub kv_heads: Option<i64>,
     pub head_dim: Option<i64>,
-    /// Tokens of the sequence, text included.
+    /// Tokens of the sequence, text included: one per query.
     pub tokens: Option<Dim>,
+    /// Tokens that a query can see. Windows need as many as there are queries.
+    pub keys: Option<Dim>,
+    /// Why it is not joined with other attentions of which it looks like a block.
+    pub apart: Option<Reason>,
 }
 
 impl Core {
@@ -57,17 +66,33 @@ pub fn is_anchor(graph: &Graph, node: &Node) -> bool {
     // What is computed in place of attention is no attention of the model's; whoever's operator it is else, it is named.
     let is_foreign = || {
         !shapes::has_row(node)
-            && node.domain() != "ai.ditfastattn"
+            && node.domain() != DOMAIN.as_str()
             && node.op().contains("Attention")
     };
-    shapes::is(node, ANCHOR) || softmax::spelled_out(graph, node).is_some() || is_foreign()
+    shapes::is(node, ANCHOR) || is_written_out(graph, node) || is_foreign()
+}
+
+/// Whether `node` divides exponentials by their sum.
+pub fn is_written_out(graph: &Graph, node: &Node) -> bool {
+    softmax::spelled_out(graph, node).is_some()
+}
+
+/// Every anchor of `graph` with the attention around it, or the reason why it is none, or none that the op can compute.
+pub fn cores(
+    graph: &Graph,
+    facts: &Facts,
+    dependence: &Dependence,
+) -> Vec<(usize, Result<Core, Reason>)> {
+    let anchors = (0..graph.nodes.len()).filter(|&i| is_anchor(graph, &graph.nodes[i]));
+    let mut cores = anchors
+        .map(|index| (index, core(graph, facts, dependence, index)))
+        .collect();
+    blocks::join(graph, facts, &mut cores);
+    cores
 }
 
 /// The attention around the anchor `index`.
-///
-/// # Errors
-/// The reason why it is none, or none that the op can compute.
-pub fn core(
+fn core(
     graph: &Graph,
     facts: &Facts,
     dependence: &Dependence,
@@ -133,6 +158,7 @@ fn finish(graph: &Graph, facts: &Facts, found: Core) -> Result<Core, Reason> {
         kv_heads: k.size(facts, 'H').and_then(|d| d.known()),
         head_dim,
         tokens: q.size(facts, 'S'),
+        keys: k.size(facts, 'S'),
         q,
         k,
         v,
@@ -188,6 +214,8 @@ impl Core {
             kv_heads: None,
             head_dim: None,
             tokens: None,
+            keys: None,
+            apart: None,
         }
     }
 }

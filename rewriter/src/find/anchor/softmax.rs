@@ -266,7 +266,8 @@ fn is_projection(graph: &Graph, node: &Node) -> bool {
     inputs.any(|i| is_weight(graph, i))
 }
 
-fn leads_to_product(graph: &Graph, value: &str) -> bool {
+/// Whether `value` is a product of two activations, scaled, shifted or masked.
+pub fn leads_to_product(graph: &Graph, value: &str) -> bool {
     let mut at = value;
     loop {
         match graph.producer(at) {
