@@ -11,9 +11,9 @@ mod io;
 mod layer;
 mod order;
 mod outputs;
-mod step;
 #[cfg(test)]
-mod tests;
+mod small_models;
+mod step;
 mod text;
 
 use crate::digest::sha256;
