@@ -33,8 +33,8 @@ pub struct Cli {
 pub enum Command {
     /// List every attention of a model: what it is, which form it would get, or why it does not match
     Inspect(InspectArgs),
-    /// Run a model and its rewritten form side by side: is it exact where all is full, does it follow its plan, how far does the plan
-    /// move the result
+    /// Run a model and its rewritten form side by side: is it exact where all is full, does it follow its plan, are its text tokens
+    /// right, how far does the plan move the result
     Verify(Box<VerifyArgs>),
     /// Find a plan: run a model on calibration inputs and choose, by the paper's greedy method, what each layer does at each step
     Search(Box<SearchArgs>),

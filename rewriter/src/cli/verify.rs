@@ -8,6 +8,7 @@ use crate::lower::{RequestInputs, lower, plan_in};
 use crate::onnx::{ModelFile, elem_type};
 use crate::run::distance::Distance;
 use crate::run::prepare::Source;
+use crate::run::text::{LayerText, Verdict};
 use crate::run::verify::{Step, Subject, Verified, verify};
 use anyhow::{Context, anyhow};
 use comfy_table::{ContentArrangement, Table, presets};
@@ -119,7 +120,7 @@ fn default_tolerance(model: &ModelFile, survey: &Survey) -> f64 {
     }
 }
 
-/// The first step at which each comparison is beyond its limit. A NaN is beyond every limit.
+/// The first step at which each comparison is beyond its limit, and the layers with the wrong text. A NaN is beyond every limit.
 fn failures(verified: &Verified, tolerance: f64, args: &VerifyArgs) -> Vec<String> {
     let within = |apart: f64| apart <= tolerance;
     let first = |apart: fn(&Step) -> f64| {
@@ -135,6 +136,15 @@ fn failures(verified: &Verified, tolerance: f64, args: &VerifyArgs) -> Vec<Strin
     if let Some((step, apart)) = first(|s| s.followed) {
         failures.push(format!(
             "step {step}: the rewritten model does not follow its plan: it is {apart:.1e} of the largest number away from what the plan says, expected at most {tolerance:.1e} (--tolerance); the library computes densely where a timestep fed is not the plan's or the caches do not fit (DITFASTATTN_CACHE_BYTES)"
+        ));
+    }
+    for text in verified.text.iter().filter(|t| t.is_wrong()) {
+        failures.push(format!(
+            "layer {} ({}): {}; {}",
+            text.layer,
+            text.node,
+            text.why.as_deref().unwrap_or_default(),
+            text.remedy
         ));
     }
     let loss = verified.result.losses[args.metric.name()];
@@ -195,8 +205,35 @@ impl Outcome {
             worst(|s| s.followed),
             self.tolerance
         );
+        text += &about_text(&self.verified.text);
         text
     }
+}
+
+/// The text of all layers: how many use what running shows, and per reason the layers that do not, or where it shows nothing.
+fn about_text(layers: &[LayerText]) -> String {
+    let same = layers.iter().filter(|l| l.verdict == Verdict::Same);
+    let mut text = format!(
+        "text tokens: as running shows them in {} of {} layers\n",
+        same.count(),
+        layers.len()
+    );
+    let mut reasons: Vec<(&str, Vec<String>)> = Vec::new();
+    for layer in layers {
+        let Some(why) = &layer.why else { continue };
+        let what = match layer.verdict {
+            Verdict::Differs if !layer.windowed => format!("{} (without windows)", layer.layer),
+            _ => layer.layer.to_string(),
+        };
+        match reasons.iter_mut().find(|(reason, _)| reason == why) {
+            Some((_, layers)) => layers.push(what),
+            None => reasons.push((why, vec![what])),
+        }
+    }
+    for (why, layers) in reasons {
+        let _ = writeln!(text, "  layer {}: {why}", layers.join(", "));
+    }
+    text
 }
 
 /// How far the plan moves a result.
@@ -212,4 +249,50 @@ fn cells(distance: &Distance) -> Vec<String> {
             false => format!("{:.1} dB", distance.psnr),
         },
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(layer: usize, verdict: Verdict, windowed: bool, why: Option<&str>) -> LayerText {
+        LayerText {
+            layer,
+            node: format!("node_{layer}"),
+            tokens: Some(40),
+            found: None,
+            used: None,
+            verdict,
+            windowed,
+            why: why.map(str::to_owned),
+            remedy: String::new(),
+        }
+    }
+
+    #[test]
+    fn the_layers_of_one_reason_share_a_line() {
+        let layers = [
+            layer(0, Verdict::Same, true, None),
+            layer(1, Verdict::Differs, true, Some("tokens 0-7 are text")),
+            layer(2, Verdict::Differs, false, Some("tokens 0-7 are text")),
+            layer(
+                3,
+                Verdict::Unknown,
+                true,
+                Some("all tokens depend on the latents"),
+            ),
+        ];
+        insta::assert_snapshot!(about_text(&layers), @r"
+        text tokens: as running shows them in 1 of 4 layers
+          layer 1, 2 (without windows): tokens 0-7 are text
+          layer 3: all tokens depend on the latents
+        ");
+    }
+
+    #[test]
+    fn a_layer_without_windows_may_have_any_text() {
+        assert!(layer(0, Verdict::Differs, true, None).is_wrong());
+        assert!(!layer(0, Verdict::Differs, false, None).is_wrong());
+        assert!(!layer(0, Verdict::Unknown, true, None).is_wrong());
+    }
 }

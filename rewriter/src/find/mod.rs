@@ -24,6 +24,8 @@ mod streams;
 mod subgraph;
 mod survey;
 mod target;
+#[cfg(test)]
+mod tests;
 mod timestep;
 mod watched;
 
@@ -32,6 +34,7 @@ pub use choice::{Choice, Pattern};
 pub use inputs::{Inputs, InputsError, InputsRequest};
 pub use module::{Module, dead_without, sweep_dead};
 pub use operand::{Operand, Prep};
+pub(crate) use source::Dependence;
 pub use streams::{Piece, Text};
 pub use survey::{Kind, Layer, Site, Survey, survey};
 pub use target::Target;

@@ -88,8 +88,11 @@ fn walk(scene: &Scene, from: &str, ends: &mut Vec<End>) {
                 .iter()
                 .all(|n| n.is("Slice") && n.input(0) == Some(at.as_str())) =>
             {
-                for cut in cuts {
-                    walk(scene, cut.output(0), ends);
+                // By name, not as the file has them: the order of the sinks is part of what explicit state is called.
+                let mut pieces: Vec<&str> = cuts.iter().map(|n| n.output(0)).collect();
+                pieces.sort_unstable();
+                for piece in pieces {
+                    walk(scene, piece, ends);
                 }
                 return;
             }

@@ -81,12 +81,15 @@ pub fn traced_rows(facts: &Facts, node: &Node) -> bool {
         .leading(node.output(0))
         .and_then(|d| d.known())
         .is_some_and(|n| n > 1);
-    // Elsewhere in the result the batch is whole: it only lies behind other axes.
-    let whole = facts.shape(node.output(0)).is_some_and(|s| {
-        s.iter().any(|d| {
-            d.depends_on(BATCH) && d.over(&BATCH.into()).is_some_and(|rest| rest.is_whole())
-        })
-    });
+    // Elsewhere in the result the batch is whole: it only lies behind other axes. Where it was outermost before, it cannot.
+    let outermost = Dim::from(BATCH);
+    let is_outermost = node.input(0).and_then(|v| facts.leading(v)) == Some(&outermost);
+    let whole = !is_outermost
+        && facts.shape(node.output(0)).is_some_and(|s| {
+            s.iter().any(|d| {
+                d.depends_on(BATCH) && d.over(&outermost).is_some_and(|rest| rest.is_whole())
+            })
+        });
     node.is("Reshape") && rows_in && literal_out && !whole
 }
 

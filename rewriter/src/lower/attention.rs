@@ -109,7 +109,7 @@ impl Attention<'_> {
     }
 
     /// `operand` as the op reads it; steps that q, k and v share are written once.
-    fn operand(
+    pub fn operand(
         &self,
         w: &mut Writer<'_>,
         operand: &Operand,

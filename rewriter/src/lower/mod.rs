@@ -3,6 +3,7 @@
 //! Knows the ops' graph contract (names, inputs, attributes) and nothing about exporters' dialects. What a patch does
 //! not mention keeps its bytes.
 
+mod alone;
 mod attention;
 mod build;
 mod dense;
@@ -10,6 +11,8 @@ mod io;
 mod layer;
 mod order;
 mod outputs;
+#[cfg(test)]
+mod small_models;
 mod step;
 mod text;
 
@@ -28,10 +31,12 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 /// The custom ops' domain.
 pub const DOMAIN: &str = operators::DOMAIN.as_str();
 
+pub use alone::alone;
 pub use dense::Dense;
 pub use io::{LayerState, directive, directives, sinks};
 pub use outputs::known_type;
 pub use step::plan_in;
+pub use text::{TextTokens, Texts};
 
 /// How the optional request inputs are declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

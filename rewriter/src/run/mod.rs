@@ -13,6 +13,8 @@
 //! | `trials` | the search's view of all that (`Denoiser`) |
 //! | `study` | how similar attention is between steps and halves |
 //! | `whole` | a model in one session, as it is served |
+//! | `text` | text tokens, found by running |
+//! | `tokens` | text as found and as used: what to make of it |
 //! | `distance` | how far two results are apart |
 //! | `verify` | the rewritten model beside the original |
 //! | `dense` | who is faster at a dense step, the op library or the host |
@@ -32,6 +34,8 @@ pub mod prepare;
 mod random;
 pub mod scheduler;
 pub mod study;
+pub mod text;
+mod tokens;
 pub mod trials;
 pub mod verify;
 mod whole;

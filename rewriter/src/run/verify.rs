@@ -4,12 +4,15 @@
 //! original; under the plan, the rewritten model as it is served (state in the op library) and the plan carried out with explicit state.
 //! The second says that the plan is followed: a step that the library computes densely, because a timestep is not the plan's or a cache
 //! did not fit, is not what the plan says. How far the plan moves the result is measured, not judged.
+//!
+//! Both sides of both comparisons have the same layers, so neither would show layers with the wrong text: that is [`text`]'s to see.
 
 use super::array::Array;
 use super::distance::{Distance, relative};
 use super::feed::{Feed, samples};
 use super::host::Host;
 use super::prepare::{Source, feed, prepare};
+use super::text::{self, LayerText};
 use super::whole::{Moment, Whole};
 use crate::find::Survey;
 use crate::lower::{RequestInputs, lower};
@@ -49,6 +52,8 @@ pub struct Verified {
     /// From the dense result to the planned one: the latents behind the last step, or where they are recorded its output.
     #[serde(rename = "final")]
     pub result: Distance,
+    /// Which tokens of each layer are text.
+    pub text: Vec<LayerText>,
 }
 
 /// The dense generation.
@@ -71,7 +76,15 @@ pub fn verify(
     let Some(dense) = dense(host, subject, go_on)? else {
         return Ok(None);
     };
-    planned(host, subject, &dense, go_on)
+    let Some((steps, result)) = planned(host, subject, &dense, go_on)? else {
+        return Ok(None);
+    };
+    let text = text::check(host, subject)?;
+    Ok(Some(Verified {
+        steps,
+        result,
+        text,
+    }))
 }
 
 fn dense(
@@ -135,7 +148,7 @@ fn planned(
     subject: &Subject<'_>,
     dense: &Dense,
     go_on: &dyn Fn() -> bool,
-) -> anyhow::Result<Option<Verified>> {
+) -> anyhow::Result<Option<(Vec<Step>, Distance)>> {
     let plan = subject.plan;
     let (file, bytes) = subject.rewritten;
     let mut served = Whole::load(host, "the rewritten model", file, bytes)?;
@@ -175,7 +188,7 @@ fn planned(
             &last,
         )?,
     };
-    Ok(Some(Verified { steps, result }))
+    Ok(Some((steps, result)))
 }
 
 /// Every group is a request of its own.

@@ -34,7 +34,9 @@ pub(super) const OPS: &[Op] = &[
     op("Gemm", Shape::First(gemm), Axis::By(gemm_rows))
         .ends(gemm_contracted)
         .is(PROJECTION),
-    product("Einsum", Shape::First(einsum), Axis::By(einsum_axis)).ends(summed),
+    product("Einsum", Shape::First(einsum), Axis::By(einsum_axis))
+        .ends(summed)
+        .is(PROJECTION),
     ms("FusedMatMul", Shape::First(fused), Axis::By(outside))
         .ends(contracted)
         .is(PRODUCT)
