@@ -7,7 +7,7 @@ use std::ffi::{CStr, CString};
 
 use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatusPtr};
 
-use super::last_resort;
+use super::preallocated_status;
 use super::status::{Code, Error};
 
 /// The oldest function table that has everything we call (`KernelContext_ParallelFor`).
@@ -92,7 +92,7 @@ impl Host {
     /// Turns a status of the host into a result and releases it.
     ///
     /// A host without memory for a status says that all is well. So whoever asks it for something looks whether that
-    /// came, and else says [`unanswered`].
+    /// came, and else says [`no_reply_error`].
     pub(crate) fn check(&self, status: OrtStatusPtr) -> Result<(), Error> {
         if status.0.is_null() {
             return Ok(());
@@ -119,14 +119,14 @@ impl Host {
         let make = || unsafe { create(error.code.into(), text.as_ptr()) };
         let status = make();
         if status.0.is_null() {
-            return last_resort::status(self, make);
+            return preallocated_status::status(self, make);
         }
         status
     }
 }
 
 /// A call that the host neither did nor reported.
-pub(crate) fn unanswered(what: &str) -> Error {
+pub(crate) fn no_reply_error(what: &str) -> Error {
     Error::new(
         Code::RuntimeException,
         format!("ONNX Runtime did not give {what}, and had no memory to say why"),
@@ -134,9 +134,9 @@ pub(crate) fn unanswered(what: &str) -> Error {
 }
 
 /// What the host wrote, if it wrote anything.
-pub(crate) fn answered(count: usize, what: &str) -> Result<usize, Error> {
+pub(crate) fn require_reply(count: usize, what: &str) -> Result<usize, Error> {
     match count {
-        UNWRITTEN => Err(unanswered(what)),
+        UNWRITTEN => Err(no_reply_error(what)),
         count => Ok(count),
     }
 }

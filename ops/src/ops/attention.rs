@@ -5,22 +5,22 @@
 
 use ditfastattn_kernels::{self as kernels, Computed, Input, Mode, Output};
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
 use crate::abi::status::{Code, Error};
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Residual, Rows, Run, Work};
 
-use super::band::Text;
+use super::band::TextTokens;
+use super::cache_entry::{CachedTensor, Real, allocate, values};
 use super::environment;
 use super::io::{self, Io};
-use super::layer::{ByType, all_finite, by_type, in_run, layer_of};
 use super::layout::{Layout, View};
 use super::mask::MaskInput;
-use super::share::{keep, serve};
-use super::storage::{CachedTensor, Real, allocate, values};
-use super::task::{Attend, Memory, Stored, Task};
+use super::op_common::{ByType, all_finite, by_type, in_run, layer_of};
+use super::share::{read_cached, store_output};
+use super::task::{AttentionBackend, ResidualSlice, StateSource, Task};
 
 /// q, k, v, ticket, mask?, text?, past? → softmax(scale · q kᵀ + mask) v, as the run's directive says, and present?.
 ///
@@ -36,7 +36,7 @@ pub(crate) struct DiTFastAttn {
     scale: f32,
     pub(super) core: bool,
     pub(super) layouts: Layouts,
-    pub(super) text: Text,
+    pub(super) text: TextTokens,
     /// Rows that the mask hides everything from give 0.
     pub(super) guarded: bool,
     pub(super) io: Option<Io>,
@@ -104,7 +104,7 @@ pub(super) const PAST: usize = 6;
 pub(super) const PRESENT: usize = 1;
 
 impl Kernel for DiTFastAttn {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         let layout = |name: &str| {
             let text = info.string(name);
             Layout::parse(text.as_deref().unwrap_or(DEFAULT_LAYOUT))
@@ -135,13 +135,13 @@ impl Kernel for DiTFastAttn {
             scale: info.float("scale").unwrap_or(0.0),
             core,
             layouts,
-            text: Text::of(info)?,
+            text: TextTokens::of(info)?,
             guarded: info.int("mask_guard").unwrap_or(0) != 0,
             io: Io::of(info)?,
         })
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
         let q = context.input(0)?;
         by_type(q.element(), Call { op: self, context })
     }
@@ -149,7 +149,7 @@ impl Kernel for DiTFastAttn {
 
 struct Call<'a> {
     op: &'a DiTFastAttn,
-    context: &'a Context<'a>,
+    context: &'a KernelContext<'a>,
 }
 
 impl ByType for Call<'_> {
@@ -157,20 +157,20 @@ impl ByType for Call<'_> {
         let (op, context) = (self.op, self.context);
         let ticket = context.input(TICKET)?;
         match &op.io {
-            Some(io) => self.attend::<T>(Memory::Graph(io), io::directive(&ticket, op.layer)?),
+            Some(io) => self.attend::<T>(StateSource::Graph(io), io::directive(&ticket, op.layer)?),
             None => in_run(&ticket, op.layer, |run, directive| {
-                self.attend::<T>(Memory::Run(run), directive)
+                self.attend::<T>(StateSource::Session(run), directive)
             }),
         }
     }
 }
 
 impl Call<'_> {
-    fn attend<T: Real>(&self, memory: Memory<'_>, directive: Directive) -> Result<(), Error> {
+    fn attend<T: Real>(&self, state: StateSource<'_>, directive: Directive) -> Result<(), Error> {
         let (op, context) = (self.op, self.context);
         let [q, k, v] = [context.input(0)?, context.input(1)?, context.input(2)?];
         let shapes = [q.dims(), k.dims(), v.dims()];
-        let (task, o_dims) = Task::new(op, context, memory, directive, shapes)?;
+        let (task, o_dims) = Task::new(op, context, state, directive, shapes)?;
         let mask = context
             .optional_input(MASK)?
             .map(|mask| MaskInput::read(&mask, &task.scores(), op.guarded))
@@ -178,7 +178,7 @@ impl Call<'_> {
         let operands = [values(&q, "q")?, values(&k, "k")?, values(&v, "v")?];
         let mut out = context.output(0, &o_dims)?;
         let out = out.as_mut_slice::<T>().unwrap_or_default();
-        let layer = Layer {
+        let layer = HostBackend {
             task,
             operands,
             mask,
@@ -235,10 +235,10 @@ impl DiTFastAttn {
     /// A layer that is served from the cache must not get here, unless it serves itself.
     pub(super) fn refuse_if_served(
         &self,
-        memory: &Memory<'_>,
+        state: &StateSource<'_>,
         directive: Directive,
     ) -> Result<(), Error> {
-        let serves_itself = self.core && matches!(memory, Memory::Run(_));
+        let serves_itself = self.core && matches!(state, StateSource::Session(_));
         if directive.work == Work::Reuse && !serves_itself {
             return Err(Error::graph(format!(
                 "layer {} is served from the cache in this run, yet it was computed; \
@@ -251,36 +251,36 @@ impl DiTFastAttn {
 }
 
 /// R of an earlier step.
-enum Earlier<'a> {
+enum PastResidual<'a> {
     Cached(Residual<CachedTensor>),
     Given(Tensor<'a>),
 }
 
-impl Earlier<'_> {
+impl PastResidual<'_> {
     fn dims(&self) -> &[usize] {
         match self {
-            Earlier::Cached(residual) => residual.tensor.dims(),
-            Earlier::Given(tensor) => tensor.dims(),
+            PastResidual::Cached(residual) => residual.tensor.dims(),
+            PastResidual::Given(tensor) => tensor.dims(),
         }
     }
 
     fn values<T: Real>(&self) -> Option<&[T]> {
         match self {
-            Earlier::Cached(residual) => residual.tensor.values::<T>(),
-            Earlier::Given(tensor) => tensor.as_slice::<T>(),
+            PastResidual::Cached(residual) => residual.tensor.values::<T>(),
+            PastResidual::Given(tensor) => tensor.as_slice::<T>(),
         }
     }
 }
 
 /// One layer in one run, in the host's memory.
-struct Layer<'a, T> {
+struct HostBackend<'a, T> {
     task: Task<'a>,
     /// q, k, v.
     operands: [&'a [T]; 3],
     mask: Option<MaskInput<'a>>,
 }
 
-impl<T: Real> Layer<'_, T> {
+impl<T: Real> HostBackend<'_, T> {
     /// The core form: selects, computes, shares, keeps, reuses.
     fn whole_batch(&self, out: &mut [T], o_dims: &[usize]) -> Result<(), Error> {
         let batch = self.task.views[0].batch;
@@ -296,13 +296,13 @@ impl<T: Real> Layer<'_, T> {
                 let mut half_dims = o_dims.to_vec();
                 super::select::halve(&mut half_dims)?;
                 let (first, second) = out.split_at_mut(out.len() / 2);
-                let (from, to, start) = if self.task.memory.conditional_first() {
+                let (from, to, start) = if self.task.state.conditional_first() {
                     (first, second, 0)
                 } else {
                     (second, first, batch / 2)
                 };
                 self.compute(start, batch / 2, from)?;
-                super::layer::copy(self.task.context, from, to);
+                super::op_common::copy(self.task.context, from, to);
                 self.finish(from, &half_dims);
             }
         }
@@ -311,11 +311,11 @@ impl<T: Real> Layer<'_, T> {
 
     fn serve_kept(&self, out: &mut [T], o_dims: &[usize]) -> Result<(), Error> {
         let Task { op, context, .. } = self.task;
-        let Memory::Run(run) = self.task.memory else {
+        let StateSource::Session(run) = self.task.state else {
             return Ok(());
         };
         let kept = op.kept(run, o_dims)?;
-        serve(context, &kept, out).ok_or_else(|| op.does_not_fit(&kept, o_dims))?;
+        read_cached(context, &kept, out).ok_or_else(|| op.does_not_fit(&kept, o_dims))?;
         run.finish(op.layer, 0, 1, None);
         Ok(())
     }
@@ -328,8 +328,8 @@ impl<T: Real> Layer<'_, T> {
             directive,
             ..
         } = self.task;
-        if let Memory::Run(run) = self.task.memory {
-            let kept = keep(context, run, directive, computed, dims);
+        if let StateSource::Session(run) = self.task.state {
+            let kept = store_output(context, run, directive, computed, dims);
             run.finish(op.layer, 0, 1, kept);
         }
     }
@@ -375,9 +375,9 @@ impl<T: Real> Layer<'_, T> {
     }
 }
 
-impl<'a, T: Real> Attend for Layer<'a, T> {
+impl<'a, T: Real> AttentionBackend for HostBackend<'a, T> {
     type Out = [T];
-    type Earlier = Earlier<'a>;
+    type PastResidual = PastResidual<'a>;
 
     fn task(&self) -> &Task<'_> {
         &self.task
@@ -396,22 +396,22 @@ impl<'a, T: Real> Attend for Layer<'a, T> {
         } = self.task;
         let dims = self.task.residual_dims(rows);
         let len = dims.iter().product();
-        let run = match self.task.memory {
-            Memory::Run(run) => run,
-            Memory::Graph(_) if self.task.wants_present()? => {
+        let run = match self.task.state {
+            StateSource::Session(run) => run,
+            StateSource::Graph(_) if self.task.wants_present()? => {
                 let mut present = context.output(PRESENT, &dims)?;
                 let residual = present.as_mut_slice::<T>().unwrap_or_default();
                 self.attend_and_capture(start, rows, out, residual)?;
                 return Ok(());
             }
-            Memory::Graph(_) => return self.full(start, rows, out),
+            StateSource::Graph(_) => return self.full(start, rows, out),
         };
-        let Some(mut room) = allocate::<T>(run, len) else {
+        let Some(mut entry) = allocate::<T>(run, len) else {
             return self.full(start, rows, out);
         };
-        let computed = self.attend_and_capture(start, rows, out, &mut room.values)?;
+        let computed = self.attend_and_capture(start, rows, out, &mut entry.values)?;
         if computed.residual_is_finite {
-            let tensor = room.store(&dims, directive.rows);
+            let tensor = entry.store(&dims, directive.rows);
             run.capture(op.layer, tensor, directive.rows);
         } else {
             run.refuse_non_finite();
@@ -419,18 +419,18 @@ impl<'a, T: Real> Attend for Layer<'a, T> {
         Ok(())
     }
 
-    fn residual(&self, rows: usize) -> Result<Option<(Earlier<'a>, Stored)>, Error> {
+    fn residual(&self, rows: usize) -> Result<Option<(PastResidual<'a>, ResidualSlice)>, Error> {
         let Task { op, context, .. } = self.task;
-        let residual = match self.task.memory {
-            Memory::Run(run) => run.residual(op.layer).map(Earlier::Cached),
-            Memory::Graph(_) => context.optional_input(PAST)?.map(Earlier::Given),
+        let residual = match self.task.state {
+            StateSource::Session(run) => run.residual(op.layer).map(PastResidual::Cached),
+            StateSource::Graph(_) => context.optional_input(PAST)?.map(PastResidual::Given),
         };
         let Some(residual) = residual else {
             return Ok(None);
         };
         let (covers, looked_at) = match &residual {
-            Earlier::Cached(residual) => (Some(residual.rows), true),
-            Earlier::Given(_) => (None, false),
+            PastResidual::Cached(residual) => (Some(residual.rows), true),
+            PastResidual::Given(_) => (None, false),
         };
         // What is not finite would poison every step that adds it. Cached ones were looked at before they were stored.
         let sound = |values: &[T]| looked_at || all_finite(context, values);
@@ -446,8 +446,8 @@ impl<'a, T: Real> Attend for Layer<'a, T> {
         start: usize,
         rows: usize,
         out: &mut [T],
-        residual: &Earlier<'a>,
-        found: Stored,
+        residual: &PastResidual<'a>,
+        found: ResidualSlice,
     ) -> Result<(), Error> {
         let strides = self.task.residual_strides();
         let values = residual.values::<T>().unwrap_or_default();
@@ -469,14 +469,14 @@ impl<'a, T: Real> Attend for Layer<'a, T> {
         Ok(())
     }
 
-    fn pass_on(&self, residual: &Earlier<'a>) -> Result<(), Error> {
-        if matches!(residual, Earlier::Cached(_)) || !self.task.wants_present()? {
+    fn pass_on(&self, residual: &PastResidual<'a>) -> Result<(), Error> {
+        if matches!(residual, PastResidual::Cached(_)) || !self.task.wants_present()? {
             return Ok(());
         }
         let mut present = self.task.context.output(PRESENT, residual.dims())?;
         let to = present.as_mut_slice::<T>().unwrap_or_default();
         let from = residual.values::<T>().unwrap_or_default();
-        super::layer::copy(self.task.context, from, to);
+        super::op_common::copy(self.task.context, from, to);
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use std::time::Instant;
 use ditfastattn_kernels::Products;
 use serde_json::{Map, Value};
 
-use crate::abi::memory;
+use crate::abi::allocator;
 use crate::state::Limits;
 
 use super::PROCESS;
@@ -82,7 +82,7 @@ pub fn stats_json() -> String {
     stats.insert("bytes".into(), PROCESS.bytes().into());
     stats.insert("peak_bytes".into(), PROCESS.peak_bytes().into());
     stats.insert("budget_bytes".into(), PROCESS.limits.bytes.into());
-    stats.insert("reserve_bytes".into(), memory::reserve_used().into());
+    stats.insert("reserve_bytes".into(), allocator::reserve_used().into());
     Value::Object(stats).to_string()
 }
 

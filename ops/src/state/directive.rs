@@ -7,7 +7,7 @@ use ditfastattn_plans::Action;
 
 use super::Cached;
 use super::caches::LayerCaches;
-use super::program::Program;
+use super::compiled_plan::CompiledPlan;
 use super::schedule::Schedule;
 
 /// What a layer computes.
@@ -74,7 +74,7 @@ pub(super) enum Mode {
 
 /// What was lost against the plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Loss {
+pub(super) struct Shortfall {
     /// A tensor that the plan counts on is not cached.
     pub missing: bool,
     /// The layer computes more than planned, for whatever reason.
@@ -93,8 +93,8 @@ pub(super) enum Sharing {
 
 /// One run, as far as decisions about its layers go.
 #[derive(Debug)]
-pub(super) struct Situation<'a> {
-    pub program: &'a Program,
+pub(super) struct DecisionContext<'a> {
+    pub compiled_plan: &'a CompiledPlan,
     pub schedule: &'a Schedule,
     /// The timestep that is fed.
     pub now: f64,
@@ -106,21 +106,21 @@ pub(super) struct Situation<'a> {
     pub sharing: Sharing,
 }
 
-impl Situation<'_> {
+impl DecisionContext<'_> {
     /// What `layer` does. Moves the first run's tensors over if the second run takes them.
     pub fn decide<T: Cached>(
         &self,
         layer: usize,
         caches: &mut LayerCaches<T>,
-    ) -> (Directive, Loss) {
-        let program = self.program;
-        let planned = program.action(self.step, layer);
+    ) -> (Directive, Shortfall) {
+        let compiled_plan = self.compiled_plan;
+        let planned = compiled_plan.action(self.step, layer);
         if self.mode != Mode::Planned {
-            let loss = Loss {
+            let shortfall = Shortfall {
                 missing: false,
                 recompute: planned != Action::Full,
             };
-            return (self.full(layer, Rows::All), loss);
+            return (self.full(layer, Rows::All), shortfall);
         }
 
         let rows = if planned.uses_halves() && self.halves {
@@ -128,8 +128,8 @@ impl Situation<'_> {
         } else {
             Rows::All
         };
-        let whole = planned.uses_halves() && program.batch_has_halves() && !self.halves;
-        let loss = Loss {
+        let whole = planned.uses_halves() && compiled_plan.batch_has_halves() && !self.halves;
+        let shortfall = Shortfall {
             missing: false,
             recompute: whole,
         };
@@ -141,7 +141,7 @@ impl Situation<'_> {
                 caches.take_from_first(planned.is_full());
                 return (
                     self.directive(layer, Work::Reuse, Rows::All),
-                    Loss::default(),
+                    Shortfall::default(),
                 );
             }
             // The first run's output is not there, or does not fit: this run computes its own.
@@ -150,15 +150,15 @@ impl Situation<'_> {
             } else {
                 self.full(layer, Rows::All)
             };
-            return (directive, Loss::of(self.sharing != Sharing::Unlike));
+            return (directive, Shortfall::of(self.sharing != Sharing::Unlike));
         }
         match planned {
-            Action::Full | Action::Asc => (self.full(layer, rows), loss),
+            Action::Full | Action::Asc => (self.full(layer, rows), shortfall),
             Action::WaRs | Action::WaRsAsc if has_residual => {
-                (self.directive(layer, Work::Window, rows), loss)
+                (self.directive(layer, Work::Window, rows), shortfall)
             }
             Action::WaRs | Action::WaRsAsc => {
-                (self.full(layer, Rows::All), Loss::of(!old_residual))
+                (self.full(layer, Rows::All), Shortfall::of(!old_residual))
             }
             Action::Ast => {
                 let old = self.is_output_too_old(layer, caches);
@@ -168,11 +168,11 @@ impl Situation<'_> {
                         directive.capture = false;
                         directive.spare_residual = true;
                     }
-                    (directive, Loss::of(!old))
+                    (directive, Shortfall::of(!old))
                 } else {
                     (
                         self.directive(layer, Work::Reuse, Rows::All),
-                        Loss::default(),
+                        Shortfall::default(),
                     )
                 }
             }
@@ -181,14 +181,14 @@ impl Situation<'_> {
 
     /// Whether the layer's R is older than the plan's is at this row; only where the plan serves other schedules.
     fn is_residual_too_old<T>(&self, layer: usize, caches: &LayerCaches<T>) -> bool {
-        let writer = self.program.residual_writer(self.step, layer);
+        let writer = self.compiled_plan.residual_writer(self.step, layer);
         caches.residual[self.branch].is_some()
             && self.is_too_old(caches.residual_at[self.branch], writer)
     }
 
     /// The same for its output.
     fn is_output_too_old<T>(&self, layer: usize, caches: &LayerCaches<T>) -> bool {
-        let writer = self.program.output_writer(self.step, layer);
+        let writer = self.compiled_plan.output_writer(self.step, layer);
         !caches.output[self.branch].is_empty()
             && self.is_too_old(caches.output_at[self.branch], writer)
     }
@@ -208,15 +208,15 @@ impl Situation<'_> {
         let kept = self.mode != Mode::Dense;
         let planned = self.mode == Mode::Planned;
         // Under another schedule the row may come again.
-        let planned_action = self.program.action(self.step, layer);
+        let planned_action = self.compiled_plan.action(self.step, layer);
         let again = self.schedule.rows_repeat();
         let output_live = kept
-            && (self.program.output_live_after(self.step, layer)
+            && (self.compiled_plan.output_live_after(self.step, layer)
                 || (again && planned_action == Action::Ast));
         let residual_live = kept
-            && (self.program.residual_live_after(self.step, layer)
+            && (self.compiled_plan.residual_live_after(self.step, layer)
                 || (again && planned_action.is_windowed()));
-        let shared = planned && self.program.output_shared_within(self.step, layer);
+        let shared = planned && self.compiled_plan.output_shared_within(self.step, layer);
         Directive {
             work,
             rows,
@@ -229,10 +229,10 @@ impl Situation<'_> {
     }
 }
 
-impl Loss {
+impl Shortfall {
     /// The layer computes more than planned, for want of a tensor or for another reason.
     fn of(missing: bool) -> Self {
-        Loss {
+        Shortfall {
             missing,
             recompute: true,
         }

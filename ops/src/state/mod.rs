@@ -5,11 +5,11 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | `program` | a plan and what it keeps alive |
+//! | `compiled_plan` | a plan and what it keeps alive |
 //! | `schedule` | which place in the plan a timestep means |
 //! | `directive` | what one layer does in one run, given what is cached |
 //! | `caches` | the cached tensors of one layer and when they die |
-//! | `guard` | whether an anonymous run continues the generation that was seen last |
+//! | `continuity` | whether an anonymous run continues the generation that was seen last |
 //! | `request` | one generation between its runs |
 //! | `run` | one run from its step op to its last layer |
 //! | `session` | the requests of one session: begin, complete, fail |
@@ -21,12 +21,12 @@
 mod anonymous;
 mod budget;
 mod caches;
+mod compiled_plan;
+mod continuity;
 mod counters;
 mod directive;
-mod guard;
 mod notice;
 mod process;
-mod program;
 mod request;
 mod run;
 mod schedule;
@@ -36,15 +36,15 @@ mod tests;
 
 pub use budget::Lease;
 pub use caches::Residual;
+pub use compiled_plan::CompiledPlan;
+pub use continuity::{Feed, InputDigest, LatentSample, RunSignature, Values};
 pub use counters::Counters;
 pub use directive::{Directive, Rows, Work};
-pub use guard::{Evidence, Feed, Fingerprint, Sketch, Values};
 pub use notice::Notice;
 pub use process::{Limits, Process};
-pub use program::Program;
 pub use run::Run;
-pub use schedule::Fed;
-pub use session::{Call, Session, Signature};
+pub use schedule::SchedulePolicy;
+pub use session::{Call, FeedShapes, Session};
 
 /// A cached tensor: a cheap handle, such as an `Arc`.
 pub trait Cached: Clone + Send + Sync + 'static {

@@ -4,38 +4,38 @@ use std::sync::Arc;
 
 use super::Cached;
 use super::caches::LayerCaches;
-use super::guard::Guard;
+use super::continuity::ContinuityTracker;
 use super::run::Run;
-use super::schedule::Trail;
-use super::session::Signature;
+use super::schedule::Progress;
+use super::session::FeedShapes;
 
 /// The state of one request id, or of the slot that anonymous runs share.
 #[derive(Debug)]
 pub(super) struct Request<T> {
-    pub trail: Trail,
+    pub progress: Progress,
     /// Per layer; empty while a run has them.
     pub caches: Vec<LayerCaches<T>>,
     /// Shapes and types of the last run of each branch.
-    pub signature: [Option<Signature>; 2],
+    pub shapes: [Option<FeedShapes>; 2],
     /// The first run of the step at hand was computed in full because caches were lost; so is the second.
     pub recapturing: bool,
     /// The run that owns the caches now.
     pub in_flight: Option<Arc<Run<T>>>,
     /// When a run last began or completed, in milliseconds.
     pub last_used: u64,
-    pub guard: Guard,
+    pub continuity: ContinuityTracker,
 }
 
 impl<T: Cached> Request<T> {
-    pub fn new(now: u64, guard: Guard) -> Self {
+    pub fn new(now: u64, continuity: ContinuityTracker) -> Self {
         Request {
-            trail: Trail::default(),
+            progress: Progress::default(),
             caches: Vec::new(),
-            signature: [None, None],
+            shapes: [None, None],
             recapturing: false,
             in_flight: None,
             last_used: now,
-            guard,
+            continuity,
         }
     }
 
@@ -48,15 +48,15 @@ impl<T: Cached> Request<T> {
 
     /// The generation is over. Returns what it cached.
     pub fn retire(&mut self) -> Vec<LayerCaches<T>> {
-        self.trail = Trail::default();
-        self.signature = [None, None];
+        self.progress = Progress::default();
+        self.shapes = [None, None];
         self.recapturing = false;
-        self.guard.end();
+        self.continuity.end();
         std::mem::take(&mut self.caches)
     }
 
     /// Whether there is nothing that another run could continue.
     pub fn is_blank(&self) -> bool {
-        self.in_flight.is_none() && self.trail == Trail::default() && self.caches.is_empty()
+        self.in_flight.is_none() && self.progress == Progress::default() && self.caches.is_empty()
     }
 }

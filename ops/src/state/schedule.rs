@@ -4,8 +4,8 @@
 //! With a list of timesteps the place follows from the value; without one from the order of the runs. Nothing here
 //! counts calls: a place is only an answer, and the request decides whether it continues what it has.
 //!
-//! A plan may serve other schedules over the same range ([`Fed::Any`]). Then a value that is not planned takes the row of
-//! the planned value before it, a row may serve several steps or none, and what goes on is what moves the plan's way.
+//! A plan may serve other schedules over the same range ([`SchedulePolicy::Any`]). Then a value that is not planned takes
+//! the row of the planned value before it, a row may serve several steps or none, and what goes on is what moves the plan's way.
 
 use std::cmp::Ordering;
 
@@ -21,7 +21,7 @@ const SAME: f64 = 1e-6;
 
 /// Which timesteps a plan serves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Fed {
+pub enum SchedulePolicy {
     /// Those in its list.
     #[default]
     Planned,
@@ -31,7 +31,7 @@ pub enum Fed {
 
 /// What the runs of a generation looked like so far.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Trail {
+pub struct Progress {
     /// Place of the last run that completed.
     pub place: Option<usize>,
     /// Place at which the generation started: not 0 for image-to-image.
@@ -41,12 +41,12 @@ pub struct Trail {
     direction: Option<Ordering>,
 }
 
-impl Trail {
+impl Progress {
     /// Of a generation that started at `first_place` and is taken up again.
     pub fn resumed(first_place: usize) -> Self {
-        Trail {
+        Progress {
             first_place: Some(first_place),
-            ..Trail::default()
+            ..Progress::default()
         }
     }
 
@@ -72,10 +72,10 @@ impl Trail {
 
 /// Where a run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum PlanPosition {
     At(usize),
     /// The plan says nothing about this timestep: not in its list, or beyond its last step.
-    Outside,
+    OffPlan,
 }
 
 /// A neighbour in the list.
@@ -89,7 +89,7 @@ pub enum Side {
 #[derive(Debug)]
 pub struct Schedule {
     values: Option<Vec<Planned>>,
-    fed: Fed,
+    policy: SchedulePolicy,
     runs_per_step: usize,
     runs: usize,
 }
@@ -108,10 +108,15 @@ impl Planned {
 
 impl Schedule {
     /// Without a list `fed` changes nothing.
-    pub fn new(timesteps: Option<&[f64]>, steps: usize, runs_per_step: usize, fed: Fed) -> Self {
+    pub fn new(
+        timesteps: Option<&[f64]>,
+        steps: usize,
+        runs_per_step: usize,
+        policy: SchedulePolicy,
+    ) -> Self {
         Schedule {
             values: timesteps.map(with_tolerances),
-            fed,
+            policy,
             runs_per_step,
             runs: steps * runs_per_step,
         }
@@ -138,20 +143,30 @@ impl Schedule {
 
     /// The list, if any value may be fed.
     fn any(&self) -> Option<&[Planned]> {
-        self.values.as_deref().filter(|_| self.fed == Fed::Any)
+        self.values
+            .as_deref()
+            .filter(|_| self.policy == SchedulePolicy::Any)
     }
 
-    /// The place of a run with timestep `value` (finite) after `trail`.
+    /// The place of a run with timestep `value` (finite) after `progress`.
     ///
     /// `start` says that a generation begins with this run. `second` says whether the run may be the second one of
     /// its step under `cfg: separate`.
-    pub fn locate(&self, value: f64, trail: &Trail, start: bool, second: bool) -> Place {
+    pub fn locate(
+        &self,
+        value: f64,
+        progress: &Progress,
+        start: bool,
+        second: bool,
+    ) -> PlanPosition {
         let Some(values) = &self.values else {
-            return self.by_order(value, trail, start, second);
+            return self.by_order(value, progress, start, second);
         };
-        let place = self.by_value(values, value, trail, start, second);
+        let place = self.by_value(values, value, progress, start, second);
         match (place, self.any()) {
-            (Place::Outside, Some(values)) => self.by_range(values, value, trail, start, second),
+            (PlanPosition::OffPlan, Some(values)) => {
+                self.by_range(values, value, progress, start, second)
+            }
             _ => place,
         }
     }
@@ -162,9 +177,9 @@ impl Schedule {
         self.values.as_ref().is_none_or(planned)
     }
 
-    /// Whether a run at `place` is the next one after `trail`.
-    pub fn follows(&self, place: usize, value: f64, trail: &Trail) -> bool {
-        let Some(last) = trail.place else {
+    /// Whether a run at `place` is the next one after `progress`.
+    pub fn follows(&self, place: usize, value: f64, progress: &Progress) -> bool {
+        let Some(last) = progress.place else {
             return false;
         };
         if place == last + 1 {
@@ -175,28 +190,28 @@ impl Schedule {
         self.any().is_some()
             && whole_steps
             && place / self.runs_per_step >= last / self.runs_per_step
-            && self.goes_on(value, trail)
+            && self.goes_on(value, progress)
     }
 
     /// Whether a generation begins with a run at `place`, as far as the timestep shows.
-    pub fn begins(&self, place: usize, value: f64, trail: &Trail) -> bool {
-        let again = self.any().is_some() && self.goes_on(value, trail);
+    pub fn begins(&self, place: usize, value: f64, progress: &Progress) -> bool {
+        let again = self.any().is_some() && self.goes_on(value, progress);
         place == 0 && !again
     }
 
-    /// Whether a run at `place` comes no later in a generation than the last one of `trail`.
-    pub fn is_behind(&self, place: usize, value: f64, trail: &Trail) -> bool {
-        let Some(last) = trail.place else {
+    /// Whether a run at `place` comes no later in a generation than the last one of `progress`.
+    pub fn is_behind(&self, place: usize, value: f64, progress: &Progress) -> bool {
+        let Some(last) = progress.place else {
             return false;
         };
-        place <= last && !(self.any().is_some() && self.goes_on(value, trail))
+        place <= last && !(self.any().is_some() && self.goes_on(value, progress))
     }
 
-    /// Whether `value` belongs to the step of the last run of `trail`.
-    pub fn repeats(&self, place: usize, value: f64, trail: &Trail) -> bool {
-        match (self.any(), trail.last_value) {
+    /// Whether `value` belongs to the step of the last run of `progress`.
+    pub fn repeats(&self, place: usize, value: f64, progress: &Progress) -> bool {
+        match (self.any(), progress.last_value) {
             (Some(_), Some(last)) => self.beyond(value, last) == Some(Ordering::Equal),
-            _ => trail.place == Some(place),
+            _ => progress.place == Some(place),
         }
     }
 
@@ -278,10 +293,10 @@ impl Schedule {
         Some(if last < first { order.reverse() } else { order })
     }
 
-    /// Whether `value` comes after the last of `trail`.
-    fn goes_on(&self, value: f64, trail: &Trail) -> bool {
-        trail.place.is_some()
-            && trail
+    /// Whether `value` comes after the last of `progress`.
+    fn goes_on(&self, value: f64, progress: &Progress) -> bool {
+        progress.place.is_some()
+            && progress
                 .last_value
                 .is_some_and(|last| self.beyond(value, last) == Some(Ordering::Greater))
     }
@@ -291,55 +306,56 @@ impl Schedule {
         &self,
         planned: &[Planned],
         value: f64,
-        trail: &Trail,
+        progress: &Progress,
         start: bool,
         second: bool,
-    ) -> Place {
-        if let (Some(last), Some(last_value)) = (trail.place.filter(|_| !start), trail.last_value)
+    ) -> PlanPosition {
+        if let (Some(last), Some(last_value)) =
+            (progress.place.filter(|_| !start), progress.last_value)
             && second
             && !(last + 1).is_multiple_of(self.runs_per_step)
             && self.beyond(value, last_value) == Some(Ordering::Equal)
         {
-            return Place::At(last + 1);
+            return PlanPosition::At(last + 1);
         }
         let step = planned
             .iter()
             .rposition(|p| self.beyond(value, p.value).is_some_and(Ordering::is_ge));
-        Place::At(step.unwrap_or(0) * self.runs_per_step)
+        PlanPosition::At(step.unwrap_or(0) * self.runs_per_step)
     }
 
     fn by_value(
         &self,
         planned: &[Planned],
         value: f64,
-        trail: &Trail,
+        progress: &Progress,
         start: bool,
         second: bool,
-    ) -> Place {
+    ) -> PlanPosition {
         let fits = |step: usize| planned.get(step).is_some_and(|p| p.fits(value));
-        let last = trail.place.filter(|_| !start);
+        let last = progress.place.filter(|_| !start);
         if let Some(last) = last {
             // A value may occur twice (Heun, `separate`): the run that is due wins.
             let due = last + 1;
             let is_second = due % self.runs_per_step != 0;
             if due < self.runs && fits(due / self.runs_per_step) && (second || !is_second) {
-                return Place::At(due);
+                return PlanPosition::At(due);
             }
         }
         let mut found = None;
         for step in (0..planned.len()).filter(|&step| fits(step)) {
             let place = step * self.runs_per_step;
             if last.is_some_and(|last| place > last) {
-                return Place::At(place);
+                return PlanPosition::At(place);
             }
             found.get_or_insert(place);
         }
-        found.map_or(Place::Outside, Place::At)
+        found.map_or(PlanPosition::OffPlan, PlanPosition::At)
     }
 
-    fn by_order(&self, value: f64, trail: &Trail, start: bool, second: bool) -> Place {
+    fn by_order(&self, value: f64, progress: &Progress, start: bool, second: bool) -> PlanPosition {
         let (Some(place), Some(last), Some(first)) =
-            (trail.place, trail.last_value, trail.first_value)
+            (progress.place, progress.last_value, progress.first_value)
         else {
             return self.within(0);
         };
@@ -350,7 +366,9 @@ impl Schedule {
                 // not moved at all, another generation.
                 !(due_is_second && second) && last == first
             }
-            order => value == first || (trail.direction.is_some() && order != trail.direction),
+            order => {
+                value == first || (progress.direction.is_some() && order != progress.direction)
+            }
         };
         if start || goes_back {
             return self.within(0);
@@ -364,11 +382,11 @@ impl Schedule {
         self.within(due)
     }
 
-    fn within(&self, place: usize) -> Place {
+    fn within(&self, place: usize) -> PlanPosition {
         if place < self.runs {
-            Place::At(place)
+            PlanPosition::At(place)
         } else {
-            Place::Outside
+            PlanPosition::OffPlan
         }
     }
 }
@@ -397,32 +415,35 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn walk(schedule: &Schedule, values: &[f64]) -> Vec<Place> {
-        let mut trail = Trail::default();
+    fn walk(schedule: &Schedule, values: &[f64]) -> Vec<PlanPosition> {
+        let mut progress = Progress::default();
         values
             .iter()
             .map(|&value| {
-                let place = schedule.locate(value, &trail, false, true);
+                let place = schedule.locate(value, &progress, false, true);
                 match place {
-                    Place::At(0) => {
-                        trail = Trail::default();
-                        trail.advance(0, value);
+                    PlanPosition::At(0) => {
+                        progress = Progress::default();
+                        progress.advance(0, value);
                     }
-                    Place::At(at) => trail.advance(at, value),
-                    Place::Outside => trail.observe(value),
+                    PlanPosition::At(at) => progress.advance(at, value),
+                    PlanPosition::OffPlan => progress.observe(value),
                 }
                 place
             })
             .collect()
     }
 
-    fn at(places: &[usize]) -> Vec<Place> {
-        places.iter().map(|&place| Place::At(place)).collect()
+    fn at(places: &[usize]) -> Vec<PlanPosition> {
+        places
+            .iter()
+            .map(|&place| PlanPosition::At(place))
+            .collect()
     }
 
     #[test]
     fn planned_values_are_found_in_order_and_again_from_the_start() {
-        let s = Schedule::new(Some(&[900.0, 500.0, 100.0]), 3, 1, Fed::Planned);
+        let s = Schedule::new(Some(&[900.0, 500.0, 100.0]), 3, 1, SchedulePolicy::Planned);
         assert_eq!(
             walk(&s, &[900.0, 500.0, 100.0, 900.0, 500.0]),
             at(&[0, 1, 2, 0, 1])
@@ -431,12 +452,17 @@ mod tests {
 
     #[test]
     fn a_repeated_value_is_the_run_that_is_due() {
-        let heun = Schedule::new(Some(&[9.0, 5.0, 5.0, 1.0, 1.0]), 5, 1, Fed::Planned);
+        let heun = Schedule::new(
+            Some(&[9.0, 5.0, 5.0, 1.0, 1.0]),
+            5,
+            1,
+            SchedulePolicy::Planned,
+        );
         assert_eq!(
             walk(&heun, &[9.0, 5.0, 5.0, 1.0, 1.0, 9.0]),
             at(&[0, 1, 2, 3, 4, 0])
         );
-        let separate = Schedule::new(Some(&[9.0, 5.0]), 2, 2, Fed::Planned);
+        let separate = Schedule::new(Some(&[9.0, 5.0]), 2, 2, SchedulePolicy::Planned);
         assert_eq!(
             walk(&separate, &[9.0, 9.0, 5.0, 5.0, 9.0]),
             at(&[0, 1, 2, 3, 0])
@@ -445,36 +471,41 @@ mod tests {
 
     #[test]
     fn the_second_run_of_a_step_may_be_ruled_out() {
-        let s = Schedule::new(Some(&[9.0, 5.0]), 2, 2, Fed::Planned);
-        let mut trail = Trail::default();
-        trail.advance(0, 9.0);
-        assert_eq!(s.locate(9.0, &trail, false, true), Place::At(1));
-        assert_eq!(s.locate(9.0, &trail, false, false), Place::At(0));
+        let s = Schedule::new(Some(&[9.0, 5.0]), 2, 2, SchedulePolicy::Planned);
+        let mut progress = Progress::default();
+        progress.advance(0, 9.0);
+        assert_eq!(s.locate(9.0, &progress, false, true), PlanPosition::At(1));
+        assert_eq!(s.locate(9.0, &progress, false, false), PlanPosition::At(0));
     }
 
     #[test]
     fn a_skipped_step_is_found_ahead_and_a_repeated_one_behind() {
-        let s = Schedule::new(Some(&[9.0, 7.0, 5.0, 3.0]), 4, 1, Fed::Planned);
+        let s = Schedule::new(Some(&[9.0, 7.0, 5.0, 3.0]), 4, 1, SchedulePolicy::Planned);
         assert_eq!(walk(&s, &[9.0, 5.0, 7.0]), at(&[0, 2, 1]));
     }
 
     #[test]
     fn values_that_are_not_planned_are_outside() {
-        let s = Schedule::new(Some(&[999.0, 998.0, 10.0]), 3, 1, Fed::Planned);
+        let s = Schedule::new(Some(&[999.0, 998.0, 10.0]), 3, 1, SchedulePolicy::Planned);
         assert_eq!(
             walk(&s, &[999.0, 998.5, 500.0, 998.0]),
-            vec![Place::At(0), Place::Outside, Place::Outside, Place::At(1)]
+            vec![
+                PlanPosition::At(0),
+                PlanPosition::OffPlan,
+                PlanPosition::OffPlan,
+                PlanPosition::At(1)
+            ]
         );
     }
 
     #[test]
     fn without_a_list_order_decides_and_a_jump_back_starts_over() {
-        let s = Schedule::new(None, 4, 1, Fed::Planned);
+        let s = Schedule::new(None, 4, 1, SchedulePolicy::Planned);
         assert_eq!(
             walk(&s, &[9.0, 7.0, 7.0, 5.0, 9.0, 7.0, 8.0]),
             at(&[0, 1, 2, 3, 0, 1, 0])
         );
-        let rising = Schedule::new(None, 3, 1, Fed::Planned);
+        let rising = Schedule::new(None, 3, 1, SchedulePolicy::Planned);
         assert_eq!(
             walk(&rising, &[0.1, 0.5, 0.9, 0.1, 0.5]),
             at(&[0, 1, 2, 0, 1])
@@ -483,27 +514,27 @@ mod tests {
 
     #[test]
     fn without_a_list_runs_beyond_the_last_step_are_outside_until_a_start_over() {
-        let s = Schedule::new(None, 2, 1, Fed::Planned);
+        let s = Schedule::new(None, 2, 1, SchedulePolicy::Planned);
         assert_eq!(
             walk(&s, &[9.0, 8.0, 7.0, 6.0, 9.0]),
             vec![
-                Place::At(0),
-                Place::At(1),
-                Place::Outside,
-                Place::Outside,
-                Place::At(0)
+                PlanPosition::At(0),
+                PlanPosition::At(1),
+                PlanPosition::OffPlan,
+                PlanPosition::OffPlan,
+                PlanPosition::At(0)
             ]
         );
     }
 
     #[test]
     fn without_a_list_a_missing_second_run_does_not_shift_the_rest() {
-        let s = Schedule::new(None, 3, 2, Fed::Planned);
+        let s = Schedule::new(None, 3, 2, SchedulePolicy::Planned);
         assert_eq!(walk(&s, &[9.0, 9.0, 8.0, 7.0, 7.0]), at(&[0, 1, 2, 4, 5]));
     }
 
     fn any(list: &[f64], runs_per_step: usize) -> Schedule {
-        Schedule::new(Some(list), list.len(), runs_per_step, Fed::Any)
+        Schedule::new(Some(list), list.len(), runs_per_step, SchedulePolicy::Any)
     }
 
     #[test]
@@ -522,20 +553,20 @@ mod tests {
     #[test]
     fn any_schedule_goes_on_while_it_moves_the_plan_s_way() {
         let s = any(&[900.0, 700.0, 500.0], 1);
-        let mut trail = Trail::default();
-        assert!(s.begins(0, 950.0, &trail));
-        trail.advance(0, 950.0);
-        assert!(s.follows(0, 850.0, &trail) && !s.begins(0, 850.0, &trail));
-        assert!(s.begins(0, 950.0, &trail) && s.is_behind(0, 950.0, &trail));
-        trail.advance(0, 850.0);
+        let mut progress = Progress::default();
+        assert!(s.begins(0, 950.0, &progress));
+        progress.advance(0, 950.0);
+        assert!(s.follows(0, 850.0, &progress) && !s.begins(0, 850.0, &progress));
+        assert!(s.begins(0, 950.0, &progress) && s.is_behind(0, 950.0, &progress));
+        progress.advance(0, 850.0);
         assert!(
-            s.follows(2, 400.0, &trail),
+            s.follows(2, 400.0, &progress),
             "a coarser schedule leaves rows out"
         );
-        trail.advance(2, 400.0);
-        assert!(s.follows(2, 300.0, &trail) && !s.is_behind(2, 300.0, &trail));
-        assert!(!s.follows(1, 600.0, &trail) && s.is_behind(1, 600.0, &trail));
-        assert!(!s.follows(2, 400.0, &trail) && s.repeats(2, 400.0, &trail));
+        progress.advance(2, 400.0);
+        assert!(s.follows(2, 300.0, &progress) && !s.is_behind(2, 300.0, &progress));
+        assert!(!s.follows(1, 600.0, &progress) && s.is_behind(1, 600.0, &progress));
+        assert!(!s.follows(2, 400.0, &progress) && s.repeats(2, 400.0, &progress));
     }
 
     #[test]
@@ -557,20 +588,22 @@ mod tests {
         assert!(!s.is_too_old(800.0, 650.0, 0, 1));
         assert!(s.is_too_old(900.0, 650.0, 0, 1));
         assert!(!s.is_too_old(900.0, 500.0, 0, 2));
-        let planned = Schedule::new(Some(&[900.0, 700.0]), 2, 1, Fed::Planned);
+        let planned = Schedule::new(Some(&[900.0, 700.0]), 2, 1, SchedulePolicy::Planned);
         assert!(!planned.is_too_old(900.0, 100.0, 0, 1));
     }
 
     #[test]
     fn neighbours_in_the_list_are_known() {
-        let s = Schedule::new(Some(&[1.0, 0.8, 0.6]), 3, 1, Fed::Planned);
+        let s = Schedule::new(Some(&[1.0, 0.8, 0.6]), 3, 1, SchedulePolicy::Planned);
         assert!(
             s.is_beside(0, Side::After, &[0.8, 0.8]) && !s.is_beside(0, Side::After, &[0.8, 0.6])
         );
         assert!(s.is_beside(1, Side::Before, &[1.0]) && s.is_beside(1, Side::After, &[0.6001]));
         assert!(s.is_beside(2, Side::After, &[0.0]) && !s.is_beside(2, Side::After, &[0.8]));
         assert!(s.is_beside(0, Side::Before, &[1.2]) && !s.is_beside(0, Side::Before, &[0.5]));
-        assert!(!Schedule::new(None, 3, 1, Fed::Planned).is_beside(0, Side::After, &[0.8]));
+        assert!(
+            !Schedule::new(None, 3, 1, SchedulePolicy::Planned).is_beside(0, Side::After, &[0.8])
+        );
     }
 
     proptest! {
@@ -581,16 +614,16 @@ mod tests {
             let list: Vec<f64> = (0..steps)
                 .map(|i| first * (1.0 - (1.0 - end) * i as f64 / (steps - 1) as f64))
                 .collect();
-            let schedule = Schedule::new(Some(&list), steps, 1, Fed::Planned);
-            let mut trail = Trail::default();
+            let schedule = Schedule::new(Some(&list), steps, 1, SchedulePolicy::Planned);
+            let mut progress = Progress::default();
             for (step, &value) in list.iter().enumerate() {
                 let gap = first * (1.0 - end) / (steps - 1) as f64;
                 for rounded in [half::bf16::from_f64(value).to_f64(), half::f16::from_f64(value).to_f64()] {
                     if (rounded - value).abs() < 0.44 * gap {
-                        prop_assert_eq!(schedule.locate(rounded, &trail, false, true), Place::At(step));
+                        prop_assert_eq!(schedule.locate(rounded, &progress, false, true), PlanPosition::At(step));
                     }
                 }
-                trail.advance(step, value);
+                progress.advance(step, value);
             }
         }
 

@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::caches::LayerCaches;
+use super::compiled_plan::CompiledPlan;
+use super::continuity::{At, ContinuityTracker, RunSignature};
 use super::counters::Counters;
-use super::directive::{Loss, Mode, Rows, Sharing, Situation, Work};
-use super::guard::{At, Evidence, Guard};
+use super::directive::{DecisionContext, Mode, Rows, Sharing, Shortfall, Work};
 use super::notice::Notice;
 use super::process::{Process, room_for_one};
-use super::program::Program;
 use super::request::Request;
-use super::run::{Claim, Run, Slot, Title};
-use super::schedule::{Fed, Place, Schedule, Trail};
+use super::run::{Ownership, Run, RunContext, Slot};
+use super::schedule::{PlanPosition, Progress, Schedule, SchedulePolicy};
 use super::{Cached, StateError, list};
 
 /// The request id of runs that do not name one.
@@ -29,7 +29,7 @@ const MAX_REQUESTS: usize = 4096;
 const DEAD_RUN_MS: u64 = 600_000;
 
 /// The same for a run whose request another run has taken over.
-const DEAD_DISOWNED_RUN_MS: u64 = 60_000;
+const DEAD_REVOKED_RUN_MS: u64 = 60_000;
 
 /// Everything the state machine wants to know of a run that begins.
 #[derive(Clone, Debug)]
@@ -42,21 +42,21 @@ pub struct Call {
     pub end: bool,
     /// Rows of the batch.
     pub rows: usize,
-    pub signature: Signature,
+    pub shapes: FeedShapes,
     /// Needed if `request` is 0: without it an anonymous run is never served from a cache. Of use with
     /// `cfg: separate` too, where it tells the second run of a step from another first one.
-    pub evidence: Option<Evidence>,
+    pub signature: Option<RunSignature>,
 }
 
 /// Shapes and types of what the model is fed. Two runs of one generation have the same.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Signature(pub Vec<(u32, Vec<usize>)>);
+pub struct FeedShapes(pub Vec<(u32, Vec<usize>)>);
 
 /// The requests of one session.
 #[derive(Debug)]
 pub struct Session<T> {
     process: Arc<Process<T>>,
-    pub(super) program: Arc<Program>,
+    pub(super) compiled_plan: Arc<CompiledPlan>,
     pub(super) schedule: Arc<Schedule>,
     pub counters: Counters,
     noticed: AtomicU32,
@@ -71,12 +71,12 @@ struct Inner<T> {
 }
 
 /// What is to be freed once no lock is held. Lists of caches rather than caches, so that it hardly takes memory.
-pub(super) type Graveyard<T> = Vec<Vec<LayerCaches<T>>>;
+pub(super) type DeferredDrop<T> = Vec<Vec<LayerCaches<T>>>;
 
 /// How a run relates to its request, decided under the lock.
 pub(super) struct Decision<T> {
     mode: Mode,
-    title: Title<T>,
+    ownership: Ownership<T>,
     at: Option<At>,
     caches: Vec<LayerCaches<T>>,
     sharing: Sharing,
@@ -86,7 +86,7 @@ impl<T> Decision<T> {
     pub(super) fn dense() -> Self {
         Decision {
             mode: Mode::Dense,
-            title: Title::Nobody,
+            ownership: Ownership::None,
             at: None,
             caches: Vec::new(),
             sharing: Sharing::Unknown,
@@ -95,18 +95,22 @@ impl<T> Decision<T> {
 }
 
 impl<T: Cached> Session<T> {
-    pub fn new(process: Arc<Process<T>>, program: Program, fed: Fed) -> Arc<Self> {
-        let plan = program.plan();
+    pub fn new(
+        process: Arc<Process<T>>,
+        compiled_plan: CompiledPlan,
+        fed: SchedulePolicy,
+    ) -> Arc<Self> {
+        let plan = compiled_plan.plan();
         let schedule = Arc::new(Schedule::new(
             plan.timesteps.as_deref(),
             plan.step_count(),
-            program.runs_per_step(),
+            compiled_plan.runs_per_step(),
             fed,
         ));
         let session = Arc::new(Session {
             process: Arc::clone(&process),
             schedule,
-            program: Arc::new(program),
+            compiled_plan: Arc::new(compiled_plan),
             counters: Counters::default(),
             noticed: AtomicU32::new(0),
             inner: Mutex::new(Inner {
@@ -118,9 +122,9 @@ impl<T: Cached> Session<T> {
         session
     }
 
-    /// Whether [`Call::evidence`] is of use even if the run has a request id.
-    pub fn needs_evidence(&self) -> bool {
-        self.program.runs_per_step() > 1
+    /// Whether [`Call::signature`] is of use even if the run has a request id.
+    pub fn needs_signature(&self) -> bool {
+        self.compiled_plan.runs_per_step() > 1
     }
 
     /// Requests that the session remembers.
@@ -135,14 +139,14 @@ impl<T: Cached> Session<T> {
     /// If there is no memory for its bookkeeping. Nothing has happened then, or at worst the request has lost its caches.
     pub fn begin(self: &Arc<Self>, call: Call) -> Result<(Arc<Run<T>>, Vec<Notice>), StateError> {
         let now = self.process.now();
-        let layer_count = self.program.layers();
+        let layer_count = self.compiled_plan.layers();
         let mut layers = list("the layers of a run", layer_count)?;
         let home = list("the caches of a run", layer_count)?;
         let mut notices = Vec::new();
         // Declared before the lock so that what dies is freed after it.
-        let mut graveyard = Vec::new();
+        let mut deferred = Vec::new();
         let mut inner = self.lock();
-        self.reclaim_idle(&mut inner, now, &mut graveyard);
+        self.reclaim_idle(&mut inner, now, &mut deferred);
         room_for_one(&mut inner.runs, "runs in flight")?;
         room_for_one(&mut inner.requests, "requests")?;
 
@@ -151,39 +155,42 @@ impl<T: Cached> Session<T> {
             .requests
             .get(&call.request)
             .map_or(0, |request| request.last_used);
-        let decision = self.decide(&mut inner, &call, now, &mut notices, &mut graveyard);
+        let decision = self.decide(&mut inner, &call, now, &mut notices, &mut deferred);
         if decision.mode != Mode::Planned {
             self.count(|c| &c.dense_steps, 1);
         }
 
-        let runs_per_step = self.program.runs_per_step();
+        let runs_per_step = self.compiled_plan.runs_per_step();
         let place = decision.at.map_or(0, |at| at.place);
-        let situation = Situation {
-            program: &self.program,
+        let context = DecisionContext {
+            compiled_plan: &self.compiled_plan,
             schedule: &self.schedule,
             now: decision.at.map_or(f64::NAN, |at| at.value),
             mode: decision.mode,
             step: place / runs_per_step,
             branch: place % runs_per_step,
-            halves: self.program.has_halves(call.rows),
+            halves: self.compiled_plan.has_halves(call.rows),
             sharing: decision.sharing,
         };
         let mut cached = decision.caches.into_iter();
         for layer in 0..layer_count {
             let mut caches = cached.next().unwrap_or_default();
             self.count(|c| &c.non_finite, caches.drop_unsound() as u64);
-            let (directive, loss) = situation.decide(layer, &mut caches);
-            self.count_layer(directive.work, directive.rows, loss);
+            let (directive, shortfall) = context.decide(layer, &mut caches);
+            self.count_layer(directive.work, directive.rows, shortfall);
             layers.push(Slot::new(directive, caches));
         }
-        if decision.mode == Mode::Planned && !situation.halves && self.program.batch_has_halves() {
-            let row = &self.program.plan().steps[situation.step];
+        if decision.mode == Mode::Planned
+            && !context.halves
+            && self.compiled_plan.batch_has_halves()
+        {
+            let row = &self.compiled_plan.plan().steps[context.step];
             if row.iter().any(|action| action.uses_halves()) {
                 notices.push(Notice::OddRows { rows: call.rows });
             }
         }
         if decision.mode == Mode::Planned && decision.sharing == Sharing::Unlike {
-            let row = &self.program.plan().steps[situation.step];
+            let row = &self.compiled_plan.plan().steps[context.step];
             if row.iter().any(|action| action.uses_halves()) {
                 notices.push(Notice::UnlikeRuns);
             }
@@ -193,31 +200,31 @@ impl<T: Cached> Session<T> {
             self.process.new_ticket(),
             Arc::clone(&self.process),
             Arc::downgrade(self),
-            Arc::clone(&self.program),
-            situation.branch,
+            Arc::clone(&self.compiled_plan),
+            context.branch,
             layers,
             home,
             evict_before,
             now,
-            Claim {
+            RunContext {
                 request: call.request,
-                title: decision.title,
+                ownership: decision.ownership,
                 at: decision.at,
+                shapes: call.shapes,
                 signature: call.signature,
-                evidence: call.evidence,
                 end: call.end,
                 recapturing: decision.mode == Mode::Recapture,
             },
         ));
         self.process.enter(&run)?;
         inner.runs.insert(run.ticket[0], Arc::clone(&run));
-        if matches!(run.claim.title, Title::Owner)
+        if matches!(run.context.ownership, Ownership::Owner)
             && let Some(request) = inner.requests.get_mut(&call.request)
         {
             request.in_flight = Some(Arc::clone(&run));
         }
         drop(inner);
-        drop(graveyard);
+        drop(deferred);
         if self.counters.over_budget.load(Ordering::Relaxed) > 0 {
             notices.push(Notice::OverBudget);
         }
@@ -233,7 +240,7 @@ impl<T: Cached> Session<T> {
         call: &Call,
         now: u64,
         notices: &mut Vec<Notice>,
-        graveyard: &mut Graveyard<T>,
+        deferred: &mut DeferredDrop<T>,
     ) -> Decision<T> {
         let unplanned = |notices: &mut Vec<Notice>| {
             self.count(|c| &c.unplanned, 1);
@@ -243,32 +250,31 @@ impl<T: Cached> Session<T> {
         let Some(value) = call.timestep.filter(|value| value.is_finite()) else {
             return unplanned(notices);
         };
-        self.make_room(inner, call.request, graveyard);
-        let request = inner
-            .requests
-            .entry(call.request)
-            .or_insert_with(|| Request::new(now, Guard::new(Arc::clone(&self.schedule))));
+        self.make_room(inner, call.request, deferred);
+        let request = inner.requests.entry(call.request).or_insert_with(|| {
+            Request::new(now, ContinuityTracker::new(Arc::clone(&self.schedule)))
+        });
         request.last_used = now;
 
         // Two runs of one step have the same latents; others cannot be the second run.
         let second = call
-            .evidence
+            .signature
             .as_ref()
-            .is_none_or(|evidence| request.guard.same_step(evidence));
-        let Place::At(place) = self
-            .schedule
-            .locate(value, &request.trail, call.start, second)
+            .is_none_or(|signature| request.continuity.same_step(signature));
+        let PlanPosition::At(place) =
+            self.schedule
+                .locate(value, &request.progress, call.start, second)
         else {
             // Not of the generation at hand, but seen: a start over is recognised by what came before.
             if !self.schedule.is_certain() {
-                request.trail.observe(value);
+                request.progress.observe(value);
             }
             return unplanned(notices);
         };
         let at = At { place, value };
         if !self
             .schedule
-            .lists(place / self.program.runs_per_step(), value)
+            .lists(place / self.compiled_plan.runs_per_step(), value)
         {
             self.count(|c| &c.off_schedule, 1);
         }
@@ -276,37 +282,37 @@ impl<T: Cached> Session<T> {
         if let Some(other) = request.in_flight.clone() {
             if call.start && call.request != ANONYMOUS {
                 // The caller says that whatever ran under this id is over.
-                other.disown();
+                other.revoke();
                 request.in_flight = None;
             } else {
                 return self.collide(request, call, &other, at);
             }
         }
         if call.request == ANONYMOUS {
-            return self.decide_anonymous(request, call, at, notices, graveyard);
+            return self.decide_anonymous(request, call, at, notices, deferred);
         }
         if call.start
-            || self.schedule.begins(place, value, &request.trail)
-            || request.trail.place.is_none()
+            || self.schedule.begins(place, value, &request.progress)
+            || request.progress.place.is_none()
         {
-            return self.start(request, at, graveyard);
+            return self.start(request, at, deferred);
         }
         let same_shapes = self.same_shapes(request, call, at);
-        if !self.schedule.follows(place, value, &request.trail) || !same_shapes {
+        if !self.schedule.follows(place, value, &request.progress) || !same_shapes {
             if !same_shapes {
                 self.count(|c| &c.shape_changes, 1);
             }
-            return self.catch_up(request, at, graveyard);
+            return self.catch_up(request, at, deferred);
         }
         self.go_on(request, call, at, true)
     }
 
     /// Whether a run is fed what the last one of its branch was fed, as far as shapes and types go.
     pub(super) fn same_shapes(&self, request: &Request<T>, call: &Call, at: At) -> bool {
-        let branch = at.place % self.program.runs_per_step();
-        request.signature[branch]
+        let branch = at.place % self.compiled_plan.runs_per_step();
+        request.shapes[branch]
             .as_ref()
-            .is_none_or(|signature| *signature == call.signature)
+            .is_none_or(|shapes| *shapes == call.shapes)
     }
 
     /// A generation begins, at the first step as planned, elsewhere with everything captured anew.
@@ -314,11 +320,11 @@ impl<T: Cached> Session<T> {
         &self,
         request: &mut Request<T>,
         at: At,
-        graveyard: &mut Graveyard<T>,
+        deferred: &mut DeferredDrop<T>,
     ) -> Decision<T> {
         self.count(|c| &c.generations, 1);
-        request.trail = Trail::default();
-        let mut decision = self.recapture(request, at, graveyard);
+        request.progress = Progress::default();
+        let mut decision = self.recapture(request, at, deferred);
         if at.place == 0 {
             decision.mode = Mode::Planned;
         }
@@ -330,10 +336,10 @@ impl<T: Cached> Session<T> {
         &self,
         request: &mut Request<T>,
         at: At,
-        graveyard: &mut Graveyard<T>,
+        deferred: &mut DeferredDrop<T>,
     ) -> Decision<T> {
         self.count(|c| &c.discontinuities, 1);
-        self.recapture(request, at, graveyard)
+        self.recapture(request, at, deferred)
     }
 
     /// The caches are of no use: full attention everywhere, capturing what later steps read.
@@ -341,13 +347,13 @@ impl<T: Cached> Session<T> {
         &self,
         request: &mut Request<T>,
         at: At,
-        graveyard: &mut Graveyard<T>,
+        deferred: &mut DeferredDrop<T>,
     ) -> Decision<T> {
-        graveyard.push(std::mem::take(&mut request.caches));
-        request.signature = [None, None];
+        deferred.push(std::mem::take(&mut request.caches));
+        request.shapes = [None, None];
         Decision {
             mode: Mode::Recapture,
-            title: Title::Owner,
+            ownership: Ownership::Owner,
             at: Some(at),
             caches: Vec::new(),
             sharing: Sharing::Allowed,
@@ -362,8 +368,8 @@ impl<T: Cached> Session<T> {
         at: At,
         may_share: bool,
     ) -> Decision<T> {
-        let second = at.place % self.program.runs_per_step() == 1;
-        let alike = || request.signature[0].as_ref() == Some(&call.signature);
+        let second = at.place % self.compiled_plan.runs_per_step() == 1;
+        let alike = || request.shapes[0].as_ref() == Some(&call.shapes);
         let sharing = match may_share {
             false => Sharing::Unknown,
             true if second && !alike() => Sharing::Unlike,
@@ -375,7 +381,7 @@ impl<T: Cached> Session<T> {
             } else {
                 Mode::Planned
             },
-            title: Title::Owner,
+            ownership: Ownership::Owner,
             at: Some(at),
             caches: std::mem::take(&mut request.caches),
             sharing,
@@ -393,9 +399,9 @@ impl<T: Cached> Session<T> {
     ) -> Decision<T> {
         self.count(|c| &c.collisions, 1);
         if call.request == ANONYMOUS {
-            if let Some(evidence) = &call.evidence {
-                let in_flight = other.claim.evidence.as_ref();
-                request.guard.note(at, evidence, in_flight);
+            if let Some(signature) = &call.signature {
+                let in_flight = other.context.signature.as_ref();
+                request.continuity.note(at, signature, in_flight);
             }
             if at.place != 0 && !call.start {
                 return Decision::dense();
@@ -403,9 +409,9 @@ impl<T: Cached> Session<T> {
         }
         Decision {
             mode: Mode::Recapture,
-            title: Title::Heir {
+            ownership: Ownership::Successor {
                 of: Arc::downgrade(other),
-                progress: other.progress(),
+                activity: other.activity(),
             },
             at: Some(at),
             caches: Vec::new(),
@@ -416,72 +422,72 @@ impl<T: Cached> Session<T> {
     /// All layers of `run` have finished.
     pub(super) fn complete(&self, run: &Run<T>) {
         let now = self.process.now();
-        let claim = &run.claim;
-        let mut graveyard = Graveyard::new();
+        let context = &run.context;
+        let mut deferred = DeferredDrop::new();
         let mut caches = run.take_caches();
         let mut others = Vec::new();
         let mut inner = self.lock();
         inner.runs.remove(&run.ticket[0]);
-        if let Some(request) = inner.requests.get_mut(&claim.request) {
-            let rightful = match &claim.title {
-                Title::Owner => request.owned_by(run),
-                Title::Heir { of, progress } => match (of.upgrade(), &request.in_flight) {
+        if let Some(request) = inner.requests.get_mut(&context.request) {
+            let owns_request = match &context.ownership {
+                Ownership::Owner => request.owned_by(run),
+                Ownership::Successor { of, activity } => match (of.upgrade(), &request.in_flight) {
                     (Some(other), Some(owner)) if Arc::ptr_eq(&other, owner) => {
-                        let dead = !other.is_finished() && other.progress() == *progress;
+                        let dead = !other.is_finished() && other.activity() == *activity;
                         if dead {
-                            other.disown();
+                            other.revoke();
                             others.extend(other.give_up_residuals());
                             self.count(|c| &c.aborted, 1);
-                            request.guard.begin();
-                            // The heir's generation is in the slot now. The dead run's client may not know, and go on,
-                            // unless it was the heir that tried again.
-                            if let Some(own) = &claim.evidence {
-                                request.guard.recall(own);
-                                if let (Some(at), Some(evidence)) =
-                                    (other.claim.at, &other.claim.evidence)
-                                    && evidence != own
+                            request.continuity.begin();
+                            // The successor's generation is in the slot now. The dead run's client may not know, and go on,
+                            // unless it was the successor that tried again.
+                            if let Some(own) = &context.signature {
+                                request.continuity.restore(own);
+                                if let (Some(at), Some(signature)) =
+                                    (other.context.at, &other.context.signature)
+                                    && signature != own
                                 {
-                                    request.guard.note(at, evidence, Some(own));
+                                    request.continuity.note(at, signature, Some(own));
                                 }
                             }
                             // Where it began and which way it goes stays known, unless it begins here.
-                            if claim.at.is_none_or(|at| at.place == 0) {
-                                request.trail = Trail::default();
+                            if context.at.is_none_or(|at| at.place == 0) {
+                                request.progress = Progress::default();
                             }
-                            request.signature = [None, None];
+                            request.shapes = [None, None];
                         }
                         dead
                     }
                     _ => false,
                 },
-                Title::Nobody => false,
+                Ownership::None => false,
             };
-            if rightful {
+            if owns_request {
                 request.in_flight = None;
                 request.last_used = now;
-                request.recapturing = claim.recapturing;
+                request.recapturing = context.recapturing;
                 std::mem::swap(&mut request.caches, &mut caches);
-                if let Some(at) = claim.at {
-                    let branch = at.place % self.program.runs_per_step();
-                    request.trail.advance(at.place, at.value);
-                    request.signature[branch] = Some(claim.signature.clone());
-                    if let Some(evidence) = &claim.evidence {
-                        let first = request.trail.first_place.unwrap_or(at.place);
-                        request.guard.advance(at, first, evidence.clone());
+                if let Some(at) = context.at {
+                    let branch = at.place % self.compiled_plan.runs_per_step();
+                    request.progress.advance(at.place, at.value);
+                    request.shapes[branch] = Some(context.shapes.clone());
+                    if let Some(signature) = &context.signature {
+                        let first = request.progress.first_place.unwrap_or(at.place);
+                        request.continuity.advance(at, first, signature.clone());
                     }
                 }
             }
-            if claim.end && request.in_flight.is_none() {
-                if claim.request != ANONYMOUS {
-                    let removed = inner.requests.remove(&claim.request);
-                    graveyard.extend(removed.map(|request| request.caches));
-                } else if rightful {
-                    graveyard.push(request.retire());
+            if context.end && request.in_flight.is_none() {
+                if context.request != ANONYMOUS {
+                    let removed = inner.requests.remove(&context.request);
+                    deferred.extend(removed.map(|request| request.caches));
+                } else if owns_request {
+                    deferred.push(request.retire());
                 }
             }
         }
         drop(inner);
-        drop((graveyard, caches, others));
+        drop((deferred, caches, others));
     }
 
     /// `run` will not finish.
@@ -491,7 +497,7 @@ impl<T: Cached> Session<T> {
             return;
         }
         self.count(|c| &c.aborted, 1);
-        if let Some(request) = inner.requests.get_mut(&run.claim.request)
+        if let Some(request) = inner.requests.get_mut(&run.context.request)
             && request.owned_by(run)
         {
             request.in_flight = None;
@@ -499,30 +505,30 @@ impl<T: Cached> Session<T> {
     }
 
     /// Forgets requests that have been idle for too long and runs that are dead.
-    fn reclaim_idle(&self, inner: &mut Inner<T>, now: u64, graveyard: &mut Graveyard<T>) {
+    fn reclaim_idle(&self, inner: &mut Inner<T>, now: u64, deferred: &mut DeferredDrop<T>) {
         let limit = self.process.limits.idle_ms;
         let Inner { requests, runs } = inner;
         let dead = runs.extract_if(|_, run| {
-            let patience = if run.is_disowned() {
-                DEAD_DISOWNED_RUN_MS
+            let timeout = if run.is_revoked() {
+                DEAD_REVOKED_RUN_MS
             } else {
                 limit.max(DEAD_RUN_MS)
             };
-            now.saturating_sub(run.touched()) > patience
+            now.saturating_sub(run.touched()) > timeout
         });
         for (id, run) in dead {
             self.process.forget(id);
             // One that another run took over was counted then.
-            if !run.is_disowned() {
+            if !run.is_revoked() {
                 self.count(|c| &c.aborted, 1);
             }
-            run.disown();
+            run.revoke();
             for request in requests.values_mut() {
                 if request.owned_by(&run) {
                     request.in_flight = None;
                 }
             }
-            graveyard.push(run.take_caches());
+            deferred.push(run.take_caches());
         }
         requests.retain(|id, request| {
             let idle = now.saturating_sub(request.last_used) > limit;
@@ -530,14 +536,14 @@ impl<T: Cached> Session<T> {
                 return true;
             }
             self.count(|c| &c.idle_reclaims, 1);
-            graveyard.push(request.retire());
-            request.guard.forget();
+            deferred.push(request.retire());
+            request.continuity.forget();
             *id == ANONYMOUS
         });
     }
 
     /// Makes room for the bookkeeping of one more request.
-    fn make_room(&self, inner: &mut Inner<T>, coming: i64, graveyard: &mut Graveyard<T>) {
+    fn make_room(&self, inner: &mut Inner<T>, coming: i64, deferred: &mut DeferredDrop<T>) {
         if inner.requests.len() < MAX_REQUESTS || inner.requests.contains_key(&coming) {
             return;
         }
@@ -549,7 +555,7 @@ impl<T: Cached> Session<T> {
             .map(|(id, _)| *id);
         if let Some(mut request) = oldest.and_then(|id| inner.requests.remove(&id)) {
             self.count(|c| &c.evictions, 1);
-            graveyard.push(std::mem::take(&mut request.caches));
+            deferred.push(std::mem::take(&mut request.caches));
         }
     }
 
@@ -588,7 +594,7 @@ impl<T: Cached> Session<T> {
         which(&self.process.counters).fetch_add(by, Ordering::Relaxed);
     }
 
-    fn count_layer(&self, work: Work, rows: Rows, loss: Loss) {
+    fn count_layer(&self, work: Work, rows: Rows, shortfall: Shortfall) {
         match work {
             Work::Full => self.count(|c| &c.layers_full, 1),
             Work::Window => self.count(|c| &c.layers_window, 1),
@@ -597,10 +603,10 @@ impl<T: Cached> Session<T> {
         if rows == Rows::Half {
             self.count(|c| &c.layers_halved, 1);
         }
-        if loss.missing {
+        if shortfall.missing {
             self.count(|c| &c.misses, 1);
         }
-        if loss.recompute {
+        if shortfall.recompute {
             self.count(|c| &c.recomputes, 1);
         }
     }

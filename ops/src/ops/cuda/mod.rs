@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 mod attention;
-mod place;
+mod device_context;
 mod reuse;
 mod select;
 mod share;

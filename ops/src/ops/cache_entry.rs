@@ -7,30 +7,30 @@ use ditfastattn_kernels::cuda::{Buffer, Device, Stream};
 use ditfastattn_kernels::{DType, Element};
 use half::{bf16, f16};
 
-use crate::abi::memory;
+use crate::abi::allocator;
 use crate::abi::status::Error;
 use crate::abi::tensor::{Scalar, Tensor};
 use crate::state::{Cached, Lease, Rows, Run};
 
 use super::aligned::Aligned;
-use super::spare;
+use super::buffer_pool;
 
 /// A cached tensor: a cheap handle on immutable numbers.
-pub type CachedTensor = Arc<Stored>;
+pub type CachedTensor = Arc<CacheEntry>;
 
 impl Cached for CachedTensor {
     fn is_sound(&self) -> bool {
         match &self.data {
             Data::Device(_, buffer) => buffer.is_finite(),
             // Looked at before they were stored.
-            Data::F32(_) | Data::F16(_) | Data::BF16(_) | Data::Nothing => true,
+            Data::F32(_) | Data::F16(_) | Data::BF16(_) | Data::Zero => true,
         }
     }
 }
 
 /// The numbers, their shape, and the part of the budget that they hold.
 #[derive(Debug)]
-pub struct Stored {
+pub struct CacheEntry {
     dims: Vec<usize>,
     /// `Half`: the rows of one half of guidance, which stand for those of the other half too.
     rows: Rows,
@@ -48,7 +48,7 @@ pub(super) enum Data {
     /// In a CUDA device's memory.
     Device(DType, Buffer),
     /// Zeros, of which nobody wants to read any.
-    Nothing,
+    Zero,
 }
 
 impl Data {
@@ -58,7 +58,7 @@ impl Data {
             Data::F32(values) => size_of_val(&values[..]),
             Data::F16(values) => size_of_val(&values[..]),
             Data::BF16(values) => size_of_val(&values[..]),
-            Data::Device(..) | Data::Nothing => 0,
+            Data::Device(..) | Data::Zero => 0,
         };
         bytes as u64
     }
@@ -98,7 +98,7 @@ macro_rules! real {
 }
 real!(f32 F32, f16 F16, bf16 BF16);
 
-impl Stored {
+impl CacheEntry {
     pub fn dims(&self) -> &[usize] {
         &self.dims
     }
@@ -121,46 +121,49 @@ impl Stored {
     }
 }
 
-/// Room for a tensor that a run wants to keep; `None` if the budget or the machine has none.
-pub(super) fn allocate<T: Real>(run: &Run<CachedTensor>, len: usize) -> Option<Room<T>> {
+/// Memory for a tensor that a run wants to keep; `None` if the budget or the machine has none.
+pub(super) fn allocate<T: Real>(
+    run: &Run<CachedTensor>,
+    len: usize,
+) -> Option<UninitCacheEntry<T>> {
     let lease = run.reserve(len.checked_mul(size_of::<T>())?)?;
-    if let Some(values) = spare::take(len) {
-        return Some(Room { values, lease });
+    if let Some(values) = buffer_pool::acquire(len) {
+        return Some(UninitCacheEntry { values, lease });
     }
     // The tensor is only a cache: where the system has no memory for it, the layer goes without.
     let values = Aligned::new(len)?;
-    if memory::is_reserved(&values) {
+    if allocator::is_reserved(&values) {
         return None;
     }
-    Some(Room { values, lease })
+    Some(UninitCacheEntry { values, lease })
 }
 
-/// Room in device memory for a tensor that a run wants to keep; `None` if the budget or the device has none.
+/// Device memory for a tensor that a run wants to keep; `None` if the budget or the device has none.
 pub(super) fn allocate_on_device(
     run: &Run<CachedTensor>,
     device: &'static Device,
     stream: Stream,
     bytes: usize,
-) -> Option<DeviceRoom> {
+) -> Option<UninitDeviceEntry> {
     let lease = run.reserve(bytes)?;
     let buffer = Buffer::allocate(device, stream, bytes)?;
-    Some(DeviceRoom { buffer, lease })
+    Some(UninitDeviceEntry { buffer, lease })
 }
 
 /// Device memory for a cached tensor that is still being written.
-pub(super) struct DeviceRoom {
+pub(super) struct UninitDeviceEntry {
     pub buffer: Buffer,
     lease: Lease,
 }
 
-impl DeviceRoom {
+impl UninitDeviceEntry {
     /// The tensor, whose writing has been enqueued.
     pub fn store(self, dtype: DType, dims: &[usize], rows: Rows) -> CachedTensor {
         debug_assert_eq!(
             self.buffer.bytes(),
             dims.iter().product::<usize>() * dtype.size()
         );
-        Arc::new(Stored {
+        Arc::new(CacheEntry {
             dims: dims.to_vec(),
             rows,
             data: Data::Device(dtype, self.buffer),
@@ -169,39 +172,39 @@ impl DeviceRoom {
     }
 }
 
-impl Drop for Stored {
+impl Drop for CacheEntry {
     fn drop(&mut self) {
-        let mut data = std::mem::replace(&mut self.data, Data::Nothing);
+        let mut data = std::mem::replace(&mut self.data, Data::Zero);
         if matches!(data, Data::Device(..)) {
             // It goes back to the device's pool before its part of the budget does.
-            data = Data::Nothing;
+            data = Data::Zero;
         }
-        spare::give(data, self.lease.take());
+        buffer_pool::release(data, self.lease.take());
     }
 }
 
 /// Stands for a residual that is known to be zero, and takes no memory; `None` if the run may not keep anything.
-pub(super) fn nothing(run: &Run<CachedTensor>, rows: Rows) -> Option<CachedTensor> {
-    Some(Arc::new(Stored {
+pub(super) fn zero_entry(run: &Run<CachedTensor>, rows: Rows) -> Option<CachedTensor> {
+    Some(Arc::new(CacheEntry {
         dims: Vec::new(),
         rows,
-        data: Data::Nothing,
+        data: Data::Zero,
         lease: Some(run.reserve(0)?),
     }))
 }
 
 /// Memory for a cached tensor that is still being written.
-pub(super) struct Room<T> {
+pub(super) struct UninitCacheEntry<T> {
     /// As long as the tensor; what is in it is left from earlier.
     pub values: Aligned<T>,
     lease: Lease,
 }
 
-impl<T: Real> Room<T> {
+impl<T: Real> UninitCacheEntry<T> {
     /// The finished tensor. The caller has written all of `values`, as many numbers as `dims` say.
     pub fn store(self, dims: &[usize], rows: Rows) -> CachedTensor {
         debug_assert_eq!(self.values.len(), dims.iter().product::<usize>());
-        Arc::new(Stored {
+        Arc::new(CacheEntry {
             dims: dims.to_vec(),
             rows,
             data: T::wrap(self.values),
