@@ -1,11 +1,12 @@
 //! What a run without a request id gets, by what the continuity tracker knows of it.
 
 use super::Cached;
-use super::continuity::{At, Origin};
+use super::call::Call;
+use super::continuity::Origin;
 use super::notice::Notice;
 use super::request::Request;
-use super::schedule::Progress;
-use super::session::{Call, Decision, DeferredDrop, Session};
+use super::schedule::{At, Progress};
+use super::session::{Decision, DeferredDrop, Session};
 
 impl<T: Cached> Session<T> {
     /// How an anonymous run relates to the slot. `continuity` says why each answer is safe.

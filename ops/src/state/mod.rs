@@ -7,13 +7,18 @@
 //! |---|---|
 //! | `compiled_plan` | a plan and what it keeps alive |
 //! | `schedule` | which place in the plan a timestep means |
-//! | `directive` | what one layer does in one run, given what is cached |
+//! | `directive` | what one layer is told to do in one run |
+//! | `layer_decision` | what that is, given the plan and what is cached |
 //! | `caches` | the cached tensors of one layer and when they die |
 //! | `continuity` | whether an anonymous run continues the generation that was seen last |
 //! | `request` | one generation between its runs |
+//! | `call` | what a run is called with |
 //! | `run` | one run from its step op to its last layer |
-//! | `session` | the requests of one session: begin, complete, fail |
-//! | `anonymous` | what a run without a request id gets |
+//! | `session` | the requests of one session, and how runs of theirs begin |
+//! | `run_decision` | how a run that begins relates to its request |
+//! | `anonymous` | the same for a run without a request id |
+//! | `completion` | how runs end |
+//! | `eviction` | what a session forgets |
 //! | `notice` | what is worth a line in the log |
 //! | `process` | what sessions share: tickets, the memory budget, counters |
 #![forbid(unsafe_code)]
@@ -21,14 +26,19 @@
 mod anonymous;
 mod budget;
 mod caches;
+mod call;
 mod compiled_plan;
+mod completion;
 mod continuity;
 mod counters;
 mod directive;
+mod eviction;
+mod layer_decision;
 mod notice;
 mod process;
 mod request;
 mod run;
+mod run_decision;
 mod schedule;
 mod session;
 #[cfg(test)]
@@ -36,6 +46,7 @@ mod tests;
 
 pub use budget::Lease;
 pub use caches::Residual;
+pub use call::{Call, FeedShapes};
 pub use compiled_plan::CompiledPlan;
 pub use continuity::{Feed, InputDigest, LatentSample, RunSignature, Values};
 pub use counters::Counters;
@@ -44,7 +55,7 @@ pub use notice::Notice;
 pub use process::{Limits, Process};
 pub use run::Run;
 pub use schedule::SchedulePolicy;
-pub use session::{Call, FeedShapes, Session};
+pub use session::Session;
 
 /// A cached tensor: a cheap handle, such as an `Arc`.
 pub trait Cached: Clone + Send + Sync + 'static {

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::Cached;
 use super::caches::LayerCaches;
+use super::call::FeedShapes;
 use super::continuity::ContinuityTracker;
 use super::run::Run;
 use super::schedule::Progress;
-use super::session::FeedShapes;
 
 /// The state of one request id, or of the slot that anonymous runs share.
 #[derive(Debug)]

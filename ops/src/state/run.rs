@@ -8,12 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::budget::Lease;
 use super::caches::{LayerCaches, Residual};
+use super::call::FeedShapes;
 use super::compiled_plan::CompiledPlan;
-use super::continuity::{At, RunSignature};
+use super::continuity::RunSignature;
 use super::counters::Counters;
 use super::directive::{Directive, Rows, Work};
 use super::process::Process;
-use super::session::{FeedShapes, Session};
+use super::schedule::At;
+use super::session::Session;
 use super::{Cached, StateError, list};
 
 /// One run in flight. Reached through its ticket.
@@ -37,6 +39,22 @@ pub struct Run<T> {
     /// When the request's previous run ended; other requests that were used before may be evicted.
     evict_before: u64,
     pub(super) context: RunContext<T>,
+}
+
+/// What a run begins with; see [`Run`].
+pub(super) struct RunParts<T> {
+    pub ticket: [i64; 2],
+    pub process: Arc<Process<T>>,
+    pub session: Weak<Session<T>>,
+    pub compiled_plan: Arc<CompiledPlan>,
+    pub branch: usize,
+    pub layers: Vec<Slot<T>>,
+    /// Empty, with room for as many as there are layers.
+    pub home: Vec<LayerCaches<T>>,
+    pub evict_before: u64,
+    /// In milliseconds.
+    pub now: u64,
+    pub context: RunContext<T>,
 }
 
 /// What a run may do to its request when it completes.
@@ -96,33 +114,21 @@ struct Layer<T> {
 }
 
 impl<T: Cached> Run<T> {
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn new(
-        ticket: [i64; 2],
-        process: Arc<Process<T>>,
-        session: Weak<Session<T>>,
-        compiled_plan: Arc<CompiledPlan>,
-        branch: usize,
-        layers: Vec<Slot<T>>,
-        home: Vec<LayerCaches<T>>,
-        evict_before: u64,
-        now: u64,
-        context: RunContext<T>,
-    ) -> Self {
+    pub(super) fn new(parts: RunParts<T>) -> Self {
         Run {
-            ticket,
-            process,
-            session,
-            compiled_plan,
-            branch,
-            unfinished: AtomicUsize::new(layers.len()),
-            layers,
-            home: Mutex::new(home),
+            ticket: parts.ticket,
+            process: parts.process,
+            session: parts.session,
+            compiled_plan: parts.compiled_plan,
+            branch: parts.branch,
+            unfinished: AtomicUsize::new(parts.layers.len()),
+            layers: parts.layers,
+            home: Mutex::new(parts.home),
             activity: AtomicUsize::new(0),
-            touched: AtomicU64::new(now),
+            touched: AtomicU64::new(parts.now),
             revoked: AtomicBool::new(false),
-            evict_before,
-            context,
+            evict_before: parts.evict_before,
+            context: parts.context,
         }
     }
 

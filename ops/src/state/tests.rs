@@ -14,9 +14,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ditfastattn_plans::{Action, Cfg, Plan};
 use proptest::prelude::*;
 
+use super::call::{Call, FeedShapes};
 use super::continuity::{Feed, RunSignature, Values};
 use super::schedule::SchedulePolicy;
-use super::session::{Call, FeedShapes, Session};
+use super::session::Session;
 use super::{Cached, CompiledPlan, Lease, Limits, Process, Rows, Run, Work};
 
 /// A tensor that only knows where it comes from.

@@ -1,10 +1,14 @@
-//! Sketches: how far apart the latents of two runs are.
+//! Latents: how far apart the latents of two runs are.
 
 use std::sync::Arc;
 
 use super::digest::{Digest, digest};
 use super::feed::Feed;
 use crate::state::{StateError, list};
+
+/// Latents whose relative distance to the last ones is at least this do not continue them. Independent noise is at
+/// √2 ≈ 1.41; one step of a 10-step schedule moves about 0.13, a whole generation about 1.
+pub(super) const CONTINUES: f64 = 0.9;
 
 /// Elements of the latents that are compared.
 const SAMPLES: usize = 4096;

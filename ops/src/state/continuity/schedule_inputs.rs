@@ -10,9 +10,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::digest::Digest;
+use super::latents::CONTINUES;
 use super::run_signature::{InputDigest, RunSignature};
-use super::{At, CONTINUES};
-use crate::state::schedule::{Schedule, Side};
+use crate::state::schedule::{At, Schedule, Side};
 
 /// After this many changes in a row an input that moves every step is no conditioning.
 const CHANGES_TO_DETECT: u32 = 2;

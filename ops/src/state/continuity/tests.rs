@@ -1,5 +1,7 @@
+use std::sync::Arc;
+
 use super::*;
-use crate::state::schedule::SchedulePolicy;
+use crate::state::schedule::{At, Schedule, SchedulePolicy};
 
 /// A plan of 20 steps, from 1000 down to 50.
 fn tracker() -> ContinuityTracker {
