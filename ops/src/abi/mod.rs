@@ -1,6 +1,6 @@
 //! A thin, safe layer over ONNX Runtime's C interface for custom operators.
 //!
-//! Everything unsafe of this crate is here. The layer knows nothing of diffusion: kernels implement
+//! All that is unsafe about that interface is here, and so is the allocator. The layer knows nothing of diffusion: kernels implement
 //! [`op::Kernel`], get their node as [`kernel_info::KernelInfo`] and each call as [`kernel_context::KernelContext`], and
 //! return errors or panic as they like; nothing unwinds into the host.
 #![allow(unsafe_code)]

@@ -231,23 +231,6 @@ impl DiTFastAttn {
             ),
         )
     }
-
-    /// A layer that is served from the cache must not get here, unless it serves itself.
-    pub(super) fn refuse_if_served(
-        &self,
-        state: &StateSource<'_>,
-        directive: Directive,
-    ) -> Result<(), Error> {
-        let serves_itself = self.core && matches!(state, StateSource::Session(_));
-        if directive.work == Work::Reuse && !serves_itself {
-            return Err(Error::graph(format!(
-                "layer {} is served from the cache in this run, yet it was computed; \
-                 the If around it must take its condition from the skip output of the same run",
-                self.layer
-            )));
-        }
-        Ok(())
-    }
 }
 
 /// R of an earlier step.

@@ -11,7 +11,7 @@ use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::status::{Code, Error, caught};
 use crate::abi::tensor::{ElementType, Tensor};
-use crate::state::{Directive, Run, StateError};
+use crate::state::{Directive, Run, StateError, Work};
 
 use super::PROCESS;
 use super::cache_entry::{CachedTensor, Real};
@@ -87,6 +87,17 @@ pub(super) fn in_run(
         run.fail();
     }
     result
+}
+
+/// A layer that is served from the cache is not to be computed.
+pub(super) fn refuse_if_served(layer: usize, directive: Directive) -> Result<(), Error> {
+    if directive.work == Work::Reuse {
+        return Err(Error::graph(format!(
+            "layer {layer} is served from the cache in this run, yet it was computed; \
+             the If around it must take its condition from the skip output of the same run"
+        )));
+    }
+    Ok(())
 }
 
 /// Calls the generic operator for the element type of its input.

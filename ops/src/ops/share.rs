@@ -8,11 +8,13 @@ use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
 use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
-use crate::state::{Directive, Rows, Run, Work};
+use crate::state::{Directive, Rows, Run};
 
 use super::cache_entry::{CachedTensor, Real, allocate, values};
 use super::io::{self, Io};
-use super::op_common::{ByType, Sink, by_type, copy, copy_finite, in_run, layer_of};
+use super::op_common::{
+    ByType, Sink, by_type, copy, copy_finite, in_run, layer_of, refuse_if_served,
+};
 
 /// y' `[B', …]`, ticket → y `[B, …]`: both halves the computed one under ASC, else a copy. Finishes the layer.
 #[derive(Debug)]
@@ -43,20 +45,6 @@ impl Kernel for Share {
     }
 }
 
-impl Share {
-    /// A layer that is served from the cache must not get here.
-    pub(super) fn refuse_if_served(&self, directive: Directive) -> Result<(), Error> {
-        if directive.work == Work::Reuse {
-            return Err(Error::graph(format!(
-                "layer {} is served from the cache in this run, yet it was computed; \
-                 the If around it must take its condition from the skip output of the same run",
-                self.layer
-            )));
-        }
-        Ok(())
-    }
-}
-
 struct Call<'a> {
     share: &'a Share,
     context: &'a KernelContext<'a>,
@@ -80,7 +68,7 @@ impl ByType for Call<'_> {
 
 impl Call<'_> {
     fn all_rows<T: Real>(&self, y: &Tensor<'_>, directive: Directive) -> Result<(), Error> {
-        self.share.refuse_if_served(directive)?;
+        refuse_if_served(self.share.layer, directive)?;
         let from = values::<T>(y, "y'")?;
         let dims = rows_of_both(y.dims(), directive.rows);
         let mut out = self.context.output(0, &dims)?;

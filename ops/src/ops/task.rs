@@ -17,6 +17,7 @@ use super::cache_entry::{CachedTensor, zero_entry};
 use super::io::Io;
 use super::layout::View;
 use super::mask::Scores;
+use super::op_common::refuse_if_served;
 
 /// Who remembers what the layer left at earlier steps.
 #[derive(Clone, Copy)]
@@ -68,7 +69,10 @@ impl<'a> Task<'a> {
         directive: Directive,
         [q, k, v]: [&[usize]; 3],
     ) -> Result<(Task<'a>, Vec<usize>), Error> {
-        op.refuse_if_served(&state, directive)?;
+        let serves_itself = op.core && matches!(state, StateSource::Session(_));
+        if !serves_itself {
+            refuse_if_served(op.layer, directive)?;
+        }
         let views = op.layouts.views(q, k, v)?;
         let text = context.optional_input(TEXT)?;
         let band = op.text.band(state.plan(), text.as_ref(), views[0].tokens)?;

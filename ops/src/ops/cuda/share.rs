@@ -10,7 +10,7 @@ use crate::state::{Directive, Rows, Run};
 
 use super::super::cache_entry::CachedTensor;
 use super::super::io;
-use super::super::op_common::in_run;
+use super::super::op_common::{in_run, refuse_if_served};
 use super::super::share::{Share, rows_of_both};
 use super::device_context::{DeviceContext, DeviceSlice};
 use super::{OnCuda, dtype_of};
@@ -46,7 +46,7 @@ impl OnCuda<Share> {
         run: Option<&Arc<Run<CachedTensor>>>,
         directive: Directive,
     ) -> Result<Option<CachedTensor>, Error> {
-        self.0.refuse_if_served(directive)?;
+        refuse_if_served(self.0.layer, directive)?;
         let y = context.device_input(0)?;
         let from = DeviceSlice {
             address: y.address(),
