@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
-use super::status::{Code, Error};
+use super::error::{Code, Error};
 
 /// Requests are rounded up to this, and aligned to it at most.
 const CELL: usize = 128;

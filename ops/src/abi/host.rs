@@ -7,8 +7,7 @@ use std::ffi::{CStr, CString};
 
 use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatusPtr};
 
-use super::preallocated_status;
-use super::status::{Code, Error};
+use super::error::{Code, Error};
 
 /// The oldest function table that has everything we call (`KernelContext_ParallelFor`).
 pub const MIN_API: u32 = 17;
@@ -108,20 +107,6 @@ impl Host {
             text
         };
         Err(Error::new(Code::Fail, text))
-    }
-
-    /// Makes a status for ONNX Runtime out of an error.
-    pub(crate) fn status(&self, error: &Error) -> OrtStatusPtr {
-        let text = format!("ditfastattn: {}", error.message.replace('\0', " "));
-        let text = CString::new(text).unwrap_or_default();
-        let create = function!(self, CreateStatus);
-        // SAFETY: a valid code and a NUL-terminated string that the host copies.
-        let make = || unsafe { create(error.code.into(), text.as_ptr()) };
-        let status = make();
-        if status.0.is_null() {
-            return preallocated_status::status(self, make);
-        }
-        status
     }
 }
 

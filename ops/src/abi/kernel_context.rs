@@ -9,8 +9,8 @@ use ditfastattn_kernels::Parallel;
 use ort_sys::{OrtKernelContext, OrtLogger, OrtLoggingLevel, OrtValue};
 
 use super::allocator;
+use super::error::Error;
 use super::host::{Host, UNWRITTEN, function, no_reply_error, require_reply};
-use super::status::Error;
 use super::tensor::{DeviceTensor, Tensor, TensorMut};
 
 /// The context of one `Compute` call. Lives only as long as the call.

@@ -5,9 +5,9 @@ use std::ffi::CString;
 
 use ort_sys::{OrtKernelInfo, OrtLogger, OrtLoggingLevel};
 
+use super::error::{Code, Error};
 use super::host::{Host, UNWRITTEN, function, no_reply_error, require_reply};
 use super::kernel_context::log;
-use super::status::{Code, Error};
 
 /// What the host says of its own memory.
 const BAD_ALLOC: &str = "bad_alloc";

@@ -5,10 +5,11 @@ use std::sync::{Mutex, PoisonError};
 
 use ort_sys::{OrtApiBase, OrtCustomOpDomain, OrtSessionOptions, OrtStatusPtr};
 
+use super::error::Error;
 use super::host::{Host, function, no_reply_error};
 use super::op::Op;
 use super::preallocated_status;
-use super::status::{Error, guard};
+use super::status::guard;
 
 /// A session option that marks options which already have our domain. Adding it again, from this library or from a
 /// second copy of it, would make session creation fail with "Domain already set in registry".

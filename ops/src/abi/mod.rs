@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod allocator;
+pub mod error;
 pub mod exports;
 pub mod host;
 pub mod kernel_context;

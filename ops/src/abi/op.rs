@@ -10,11 +10,12 @@ use ort_sys::{
     OrtKernelContext, OrtKernelInfo, OrtMemType, OrtStatusPtr,
 };
 
+use super::error::Error;
 use super::host::Host;
 use super::kernel_context::KernelContext;
 use super::kernel_info::KernelInfo;
 use super::preallocated_status;
-use super::status::{Error, caught, guard};
+use super::status::{caught, guard};
 
 /// What computes a node.
 pub trait Kernel: Send + Sync + Sized + 'static {

@@ -5,8 +5,8 @@
 use half::{bf16, f16};
 use ort_sys::{ONNXTensorElementDataType, OrtTensorTypeAndShapeInfo, OrtValue};
 
+use super::error::Error;
 use super::host::{Host, UNWRITTEN, function, no_reply_error, require_reply};
-use super::status::Error;
 
 /// Element type of a tensor. `Other` keeps the number of a type that we cannot read (strings, 4-bit, complex, …).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

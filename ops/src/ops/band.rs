@@ -3,8 +3,8 @@
 use ditfastattn_kernels::Band;
 use ditfastattn_plans::{Plan, Side};
 
+use crate::abi::error::Error;
 use crate::abi::kernel_info::KernelInfo;
-use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
 
 /// What a node says about text tokens.

@@ -8,9 +8,9 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::state::Lease;
 
-use super::PROCESS;
 use super::aligned::Aligned;
-use super::cache_entry::{Data, Real};
+use super::process::PROCESS;
+use super::tensor_data::{Data, Real};
 
 /// Tensors in the pool at most: one for the next residual, one for the next output.
 const CAPACITY: usize = 2;

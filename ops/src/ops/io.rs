@@ -7,12 +7,12 @@
 use ditfastattn_plans::{Cfg, Plan};
 
 use crate::abi::allocator;
+use crate::abi::error::Error;
 use crate::abi::kernel_info::KernelInfo;
-use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
 
-use super::check_contract;
+use super::contract::check_contract;
 
 /// Added to a directive: R is still read after this step, so attention over all keys leaves it and window attention hands it on.
 const RESIDUAL_LIVE: i64 = 8;

@@ -3,7 +3,7 @@
 use ditfastattn_kernels::{Mask, MaskStrides};
 use half::{bf16, f16};
 
-use crate::abi::status::Error;
+use crate::abi::error::Error;
 use crate::abi::tensor::{ElementType, Tensor};
 
 use super::layout::View;

@@ -15,51 +15,32 @@ mod attention;
 mod band;
 mod buffer_pool;
 mod cache_entry;
+mod contract;
 mod cuda;
 mod environment;
+mod host_attention;
 mod io;
 mod layout;
 mod mask;
 mod op_common;
+mod process;
 mod reuse;
 mod select;
 mod share;
+mod stats;
 mod step;
 mod task;
+mod tensor_data;
 
 use std::ffi::CStr;
-use std::sync::{Arc, LazyLock};
 
 use crate::abi::host::Host;
-use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::{Op, OperatorInput, OperatorOutput, Spec, Type};
-use crate::abi::status::Error;
-use crate::state::Process;
 
-pub use environment::{reset, stats_json};
+pub use stats::{reset, stats_json};
 
 /// The operators' domain. Its opset is 1.
 pub const DOMAIN: &CStr = c"ai.ditfastattn";
-
-/// The version of the contract between rewriter and library, the `contract` attribute of `DiTFastAttnStep` and of nodes with
-/// explicit state. ONNX Runtime ignores versions of custom operators, so the graph carries it.
-const CONTRACT: i64 = 3;
-
-/// Refuses nodes that were written for another version of the contract: attributes that this library does not know could
-/// mean other numbers.
-fn check_contract(info: &KernelInfo<'_>) -> Result<(), Error> {
-    match info.int("contract").unwrap_or(CONTRACT) {
-        1..=CONTRACT => Ok(()),
-        other => Err(Error::graph(format!(
-            "the model was rewritten for version {other} of the operators, this library has version {CONTRACT}; \
-             use the dfa-rewrite and the library of one release"
-        ))),
-    }
-}
-
-/// What all sessions of this process share.
-static PROCESS: LazyLock<Arc<Process<cache_entry::CachedTensor>>> =
-    LazyLock::new(|| Process::new(environment::limits(), environment::clock()));
 
 static STEP: Spec = Spec {
     name: c"DiTFastAttnStep",

@@ -7,14 +7,16 @@ use ditfastattn_kernels::Parallel;
 use half::{bf16, f16};
 
 use crate::abi::allocator;
+use crate::abi::error::{Code, Error};
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
-use crate::abi::status::{Code, Error, caught};
+use crate::abi::status::caught;
 use crate::abi::tensor::{ElementType, Tensor};
 use crate::state::{Directive, Run, StateError, Work};
 
-use super::PROCESS;
-use super::cache_entry::{CachedTensor, Real};
+use super::cache_entry::CachedTensor;
+use super::process::PROCESS;
+use super::tensor_data::Real;
 
 impl From<StateError> for Error {
     fn from(error: StateError) -> Self {

@@ -1,15 +1,16 @@
 //! `DiTFastAttnReuse`: the kept output of a layer, in place of computing it.
 
+use crate::abi::error::{Code, Error};
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::{Code, Error};
 use crate::state::{Directive, Run, Work};
 
-use super::cache_entry::{CachedTensor, Real, values};
+use super::cache_entry::CachedTensor;
 use super::io::Io;
 use super::op_common::{ByType, Sink, by_type, copy, in_run, layer_of};
 use super::share::{read_cached, rows_of_both};
+use super::tensor_data::{Real, values};
 
 /// x (the region's input: gives the element type and the batch), ticket, past? → y. Finishes the layer. The past output is an
 /// input where the graph carries the state.

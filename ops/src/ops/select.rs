@@ -1,15 +1,15 @@
 //! `DiTFastAttnSelect`: the rows of its input that the layer computes in this run.
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
 
-use super::cache_entry::{Real, values};
 use super::io::{self, Io};
 use super::op_common::{ByType, by_type, copy, in_run, layer_of};
+use super::tensor_data::{Real, values};
 
 /// x `[B, …]`, ticket → x' `[B, …]`, or `[B/2, …]` (the conditional half) under ASC.
 #[derive(Debug)]

@@ -3,18 +3,19 @@
 
 use std::sync::Arc;
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Run};
 
-use super::cache_entry::{CachedTensor, Real, allocate, values};
+use super::cache_entry::{CachedTensor, allocate};
 use super::io::{self, Io};
 use super::op_common::{
     ByType, Sink, by_type, copy, copy_finite, in_run, layer_of, refuse_if_served,
 };
+use super::tensor_data::{Real, values};
 
 /// y' `[B', …]`, ticket → y `[B, …]`: both halves the computed one under ASC, else a copy. Finishes the layer.
 #[derive(Debug)]

@@ -8,17 +8,19 @@ use ditfastattn_plans::Plan;
 use half::{bf16, f16};
 
 use crate::abi::allocator;
+use crate::abi::error::{Code, Error};
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::{KernelInfo, Logger};
 use crate::abi::op::Kernel;
-use crate::abi::status::{Code, Error};
 use crate::abi::tensor::{ElementType, Tensor};
 use crate::state::{
     Call, CompiledPlan, Feed, FeedShapes, Run, RunSignature, SchedulePolicy, Session, Values,
 };
 
 use super::cache_entry::CachedTensor;
-use super::{PROCESS, check_contract, environment};
+use super::contract::check_contract;
+use super::process::PROCESS;
+use super::stats;
 
 const TIMESTEP: usize = 0;
 const REQUEST: usize = 1;
@@ -213,7 +215,7 @@ impl Drop for Step {
                 .map(|(name, value)| format!(" {name}={value}"))
                 .collect::<String>()
         ));
-        lines.extend(environment::write_stats().err());
+        lines.extend(stats::write_stats().err());
         if let Some(logger) = &self.logger {
             lines.iter().for_each(|line| logger.info(line));
         }

@@ -1,15 +1,15 @@
 //! What a directive asks of the attention of one layer in one run, wherever its tensors are.
 //!
 //! Owns the decisions: full or window, which R, what is captured, what stands in for what is missing. Touches no number:
-//! [`AttentionBackend`] is implemented for the host's memory (`attention`) and for a CUDA device's (`cuda::attention`).
+//! [`AttentionBackend`] is implemented for the host's memory (`host_attention`) and for a CUDA device's (`cuda::attention`).
 
 use std::sync::Arc;
 
 use ditfastattn_kernels::{Band, Shape, Strides};
 use ditfastattn_plans::Plan;
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
-use crate::abi::status::Error;
 use crate::state::{Directive, Rows, Run, Work};
 
 use super::attention::{DiTFastAttn, PRESENT, TEXT};

@@ -1,12 +1,11 @@
 //! What a run without a request id gets, by what the continuity tracker knows of it.
 
-use super::Cached;
+use super::cached::Cached;
 use super::call::Call;
 use super::continuity::Origin;
 use super::notice::Notice;
-use super::request::Request;
 use super::schedule::{At, Progress};
-use super::session::{Decision, DeferredDrop, Session};
+use super::session::{Decision, DeferredDrop, Request, Session};
 
 impl<T: Cached> Session<T> {
     /// How an anonymous run relates to the slot. `continuity` says why each answer is safe.

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use super::Cached;
+use super::cached::Cached;
 use super::caches::Residual;
 use super::call::ANONYMOUS;
-use super::request::Request;
 use super::run::{Ownership, Run, RunContext};
 use super::schedule::Progress;
-use super::session::{DeferredDrop, Session};
+use super::session::{DeferredDrop, Request, Session};
 
 impl<T: Cached> Session<T> {
     /// All layers of `run` have finished.

@@ -1,6 +1,6 @@
 //! What a session forgets: requests that are idle, runs that are dead, and whatever others need the room of.
 
-use super::Cached;
+use super::cached::Cached;
 use super::caches::LayerCaches;
 use super::call::ANONYMOUS;
 use super::session::{DeferredDrop, Inner, Session};

@@ -4,7 +4,7 @@
 
 use ditfastattn_plans::Action;
 
-use super::Cached;
+use super::cached::Cached;
 use super::caches::LayerCaches;
 use super::compiled_plan::CompiledPlan;
 use super::directive::{Directive, Rows, Work};

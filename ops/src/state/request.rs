@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use super::Cached;
+use super::cached::Cached;
 use super::caches::LayerCaches;
 use super::call::FeedShapes;
 use super::continuity::ContinuityTracker;
-use super::run::Run;
 use super::schedule::Progress;
 
-/// The state of one request id, or of the slot that anonymous runs share.
+/// The state of one request id, or of the slot that anonymous runs share. `R` is a run; all that is asked of one here is
+/// whether it is the same.
 #[derive(Debug)]
-pub(super) struct Request<T> {
+pub(super) struct Request<T, R> {
     pub progress: Progress,
     /// Per layer; empty while a run has them.
     pub caches: Vec<LayerCaches<T>>,
@@ -20,13 +20,13 @@ pub(super) struct Request<T> {
     /// The first run of the step at hand was computed in full because caches were lost; so is the second.
     pub recapturing: bool,
     /// The run that owns the caches now.
-    pub in_flight: Option<Arc<Run<T>>>,
+    pub in_flight: Option<Arc<R>>,
     /// When a run last began or completed, in milliseconds.
     pub last_used: u64,
     pub continuity: ContinuityTracker,
 }
 
-impl<T: Cached> Request<T> {
+impl<T: Cached, R> Request<T, R> {
     pub fn new(now: u64, continuity: ContinuityTracker) -> Self {
         Request {
             progress: Progress::default(),
@@ -40,7 +40,7 @@ impl<T: Cached> Request<T> {
     }
 
     /// Whether `run` owns this request's caches.
-    pub fn owned_by(&self, run: &Run<T>) -> bool {
+    pub fn owned_by(&self, run: &R) -> bool {
         self.in_flight
             .as_ref()
             .is_some_and(|owner| std::ptr::eq(Arc::as_ptr(owner), run))

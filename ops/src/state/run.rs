@@ -7,16 +7,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::budget::Lease;
+use super::cached::Cached;
 use super::caches::{LayerCaches, Residual};
 use super::call::FeedShapes;
 use super::compiled_plan::CompiledPlan;
 use super::continuity::RunSignature;
 use super::counters::Counters;
 use super::directive::{Directive, Rows, Work};
+use super::error::{StateError, list};
 use super::process::Process;
 use super::schedule::At;
 use super::session::Session;
-use super::{Cached, StateError, list};
 
 /// One run in flight. Reached through its ticket.
 #[derive(Debug)]

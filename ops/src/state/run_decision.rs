@@ -3,15 +3,14 @@
 
 use std::sync::Arc;
 
-use super::Cached;
+use super::cached::Cached;
 use super::call::{ANONYMOUS, Call};
 use super::continuity::ContinuityTracker;
 use super::layer_decision::{Mode, Sharing};
 use super::notice::Notice;
-use super::request::Request;
 use super::run::{Ownership, Run};
 use super::schedule::{At, PlanPosition, Progress};
-use super::session::{Decision, DeferredDrop, Inner, Session};
+use super::session::{Decision, DeferredDrop, Inner, Request, Session};
 
 impl<T: Cached> Session<T> {
     /// How the run of `call` relates to its request, and what of the request's it gets.

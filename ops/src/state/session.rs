@@ -8,18 +8,19 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::cached::Cached;
 use super::caches::LayerCaches;
 use super::call::Call;
 use super::compiled_plan::CompiledPlan;
 use super::counters::Counters;
 use super::directive::{Rows, Work};
+use super::error::{StateError, list};
 use super::layer_decision::{DecisionContext, Mode, Sharing, Shortfall};
 use super::notice::Notice;
 use super::process::{Process, room_for_one};
-use super::request::Request;
+use super::request;
 use super::run::{Ownership, Run, RunContext, RunParts, Slot};
 use super::schedule::{At, Schedule, SchedulePolicy};
-use super::{Cached, StateError, list};
 
 /// The requests of one session.
 #[derive(Debug)]
@@ -38,6 +39,9 @@ pub(super) struct Inner<T> {
     /// Runs in flight, dead ones included.
     pub runs: HashMap<i64, Arc<Run<T>>>,
 }
+
+/// One generation of this session, between its runs.
+pub(super) type Request<T> = request::Request<T, Run<T>>;
 
 /// What is to be freed once no lock is held. Lists of caches rather than caches, so that it hardly takes memory.
 pub(super) type DeferredDrop<T> = Vec<Vec<LayerCaches<T>>>;

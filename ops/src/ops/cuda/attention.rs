@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use ditfastattn_kernels::{Attention, DType, Input, Mask, MaskStrides, MaskType, Mode, Output};
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::abi::tensor::{DeviceTensor, ElementType};
 use crate::state::{Directive, Residual, Rows, Run, Work};
 

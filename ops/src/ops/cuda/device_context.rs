@@ -7,8 +7,8 @@ use std::sync::Arc;
 use ditfastattn_kernels::DType;
 use ditfastattn_kernels::cuda::{self, Device, Stream};
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
-use crate::abi::status::Error;
 use crate::state::{Directive, Rows, Run};
 
 use super::super::cache_entry::{CachedTensor, allocate_on_device};

@@ -1,9 +1,9 @@
 //! `DiTFastAttnReuse` on CUDA: copies on the stream.
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 
 use super::super::op_common::in_run;
 use super::super::reuse::{CHANGED_BATCH, Reuse, UNFIT_PAST};

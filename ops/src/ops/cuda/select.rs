@@ -1,9 +1,9 @@
 //! `DiTFastAttnSelect` on CUDA: a copy on the stream.
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::state::{Directive, Rows};
 
 use super::super::select::{Select, halve};

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use crate::abi::error::Error;
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::state::{Directive, Rows, Run};
 
 use super::super::cache_entry::CachedTensor;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::digest::{Digest, digest};
 use super::feed::Feed;
-use crate::state::{StateError, list};
+use crate::state::error::{StateError, list};
 
 /// Latents whose relative distance to the last ones is at least this do not continue them. Independent noise is at
 /// √2 ≈ 1.41; one step of a 10-step schedule moves about 0.13, a whole generation about 1.

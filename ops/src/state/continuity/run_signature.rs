@@ -3,7 +3,7 @@
 use super::digest::{Digest, digest, digest_of};
 use super::feed::Feed;
 use super::latents::LatentSample;
-use crate::state::StateError;
+use crate::state::error::StateError;
 
 /// What one run shows of the generation it belongs to: everything that it is fed.
 #[derive(Clone, Debug, PartialEq)]
