@@ -7,8 +7,7 @@ use std::ffi::{CStr, CString};
 
 use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatusPtr};
 
-use super::last_resort;
-use super::status::{Code, Error};
+use super::error::{Code, Error};
 
 /// The oldest function table that has everything we call (`KernelContext_ParallelFor`).
 pub const MIN_API: u32 = 17;
@@ -92,7 +91,7 @@ impl Host {
     /// Turns a status of the host into a result and releases it.
     ///
     /// A host without memory for a status says that all is well. So whoever asks it for something looks whether that
-    /// came, and else says [`unanswered`].
+    /// came, and else says [`no_reply_error`].
     pub(crate) fn check(&self, status: OrtStatusPtr) -> Result<(), Error> {
         if status.0.is_null() {
             return Ok(());
@@ -109,24 +108,10 @@ impl Host {
         };
         Err(Error::new(Code::Fail, text))
     }
-
-    /// Makes a status for ONNX Runtime out of an error.
-    pub(crate) fn status(&self, error: &Error) -> OrtStatusPtr {
-        let text = format!("ditfastattn: {}", error.message.replace('\0', " "));
-        let text = CString::new(text).unwrap_or_default();
-        let create = function!(self, CreateStatus);
-        // SAFETY: a valid code and a NUL-terminated string that the host copies.
-        let make = || unsafe { create(error.code.into(), text.as_ptr()) };
-        let status = make();
-        if status.0.is_null() {
-            return last_resort::status(self, make);
-        }
-        status
-    }
 }
 
 /// A call that the host neither did nor reported.
-pub(crate) fn unanswered(what: &str) -> Error {
+pub(crate) fn no_reply_error(what: &str) -> Error {
     Error::new(
         Code::RuntimeException,
         format!("ONNX Runtime did not give {what}, and had no memory to say why"),
@@ -134,9 +119,9 @@ pub(crate) fn unanswered(what: &str) -> Error {
 }
 
 /// What the host wrote, if it wrote anything.
-pub(crate) fn answered(count: usize, what: &str) -> Result<usize, Error> {
+pub(crate) fn require_reply(count: usize, what: &str) -> Result<usize, Error> {
     match count {
-        UNWRITTEN => Err(unanswered(what)),
+        UNWRITTEN => Err(no_reply_error(what)),
         count => Ok(count),
     }
 }

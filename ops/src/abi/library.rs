@@ -5,10 +5,11 @@ use std::sync::{Mutex, PoisonError};
 
 use ort_sys::{OrtApiBase, OrtCustomOpDomain, OrtSessionOptions, OrtStatusPtr};
 
-use super::host::{Host, function, unanswered};
-use super::last_resort;
+use super::error::Error;
+use super::host::{Host, function, no_reply_error};
 use super::op::Op;
-use super::status::{Error, guard};
+use super::preallocated_status;
+use super::status::guard;
 
 /// A session option that marks options which already have our domain. Adding it again, from this library or from a
 /// second copy of it, would make session creation fail with "Domain already set in registry".
@@ -46,7 +47,7 @@ pub(crate) unsafe fn register(
         Ok(host) => host,
         Err(status) => return status,
     };
-    last_resort::fill(&host);
+    preallocated_status::fill(&host);
     guard(&host, || {
         let mut already = 0;
         // SAFETY: live options, a NUL-terminated key.
@@ -81,7 +82,7 @@ fn domain(
     // SAFETY: a NUL-terminated name, a place for the answer.
     host.check(unsafe { function!(host, CreateCustomOpDomain)(name.as_ptr(), &mut raw) })?;
     if raw.is_null() {
-        return Err(unanswered("a domain for operators"));
+        return Err(no_reply_error("a domain for operators"));
     }
     for op in ops(*host) {
         // SAFETY: a live domain; the op is never freed.

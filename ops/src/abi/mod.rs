@@ -1,17 +1,18 @@
 //! A thin, safe layer over ONNX Runtime's C interface for custom operators.
 //!
-//! Everything unsafe of this crate is here. The layer knows nothing of diffusion: kernels implement
-//! [`op::Kernel`], get their node as [`info::Info`] and each call as [`context::Context`], and return errors or
-//! panic as they like; nothing unwinds into the host.
+//! All that is unsafe about that interface is here, and so is the allocator. The layer knows nothing of diffusion: kernels implement
+//! [`op::Kernel`], get their node as [`kernel_info::KernelInfo`] and each call as [`kernel_context::KernelContext`], and
+//! return errors or panic as they like; nothing unwinds into the host.
 #![allow(unsafe_code)]
 
-pub mod context;
+pub(crate) mod allocator;
+pub mod error;
 pub mod exports;
 pub mod host;
-pub mod info;
-mod last_resort;
+pub mod kernel_context;
+pub mod kernel_info;
 pub mod library;
-pub(crate) mod memory;
 pub mod op;
+mod preallocated_status;
 pub mod status;
 pub mod tensor;

@@ -10,22 +10,23 @@ use ort_sys::{
     OrtKernelContext, OrtKernelInfo, OrtMemType, OrtStatusPtr,
 };
 
-use super::context::Context;
+use super::error::Error;
 use super::host::Host;
-use super::info::Info;
-use super::last_resort;
-use super::status::{Error, caught, guard};
+use super::kernel_context::KernelContext;
+use super::kernel_info::KernelInfo;
+use super::preallocated_status;
+use super::status::{caught, guard};
 
 /// What computes a node.
 pub trait Kernel: Send + Sync + Sized + 'static {
     /// Reads and checks the node's attributes.
-    fn create(info: &Info<'_>) -> Result<Self, Error>;
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error>;
 
     /// Computes the node once. Runs concurrently with itself.
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error>;
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error>;
 }
 
-/// Type of a port. `Any` accepts every tensor type.
+/// Type of an input or output. `Any` accepts every tensor type.
 #[derive(Clone, Copy, Debug)]
 pub enum Type {
     F32,
@@ -50,68 +51,108 @@ impl Type {
     }
 }
 
-/// How often a port occurs.
+/// How often an input or output occurs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arity {
-    One,
+pub enum Characteristic {
+    Required,
     Optional,
-    /// Any number from one on, each of its own type; must be the last port.
+    /// Any number from one on, each of its own type; must be the last one.
     Variadic,
+}
+
+impl Characteristic {
+    fn raw(self) -> OrtCustomOpInputOutputCharacteristic {
+        use OrtCustomOpInputOutputCharacteristic as C;
+        match self {
+            Characteristic::Required => C::INPUT_OUTPUT_REQUIRED,
+            Characteristic::Optional => C::INPUT_OUTPUT_OPTIONAL,
+            Characteristic::Variadic => C::INPUT_OUTPUT_VARIADIC,
+        }
+    }
 }
 
 /// Where an input lies when the kernel gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Memory {
+pub enum MemType {
     /// The provider's: host memory for the CPU provider, device memory for CUDA.
-    Provider,
+    Default,
     /// Host memory, whatever the provider.
-    Host,
+    CpuInput,
 }
 
-/// One input or output.
+impl MemType {
+    fn raw(self) -> OrtMemType {
+        match self {
+            MemType::Default => OrtMemType::OrtMemTypeDefault,
+            MemType::CpuInput => OrtMemType::OrtMemTypeCPUInput,
+        }
+    }
+}
+
+/// One input of an operator.
 #[derive(Clone, Copy, Debug)]
-pub struct Port {
-    pub ty: Type,
-    pub arity: Arity,
-    /// Of no meaning for outputs, which are always the provider's.
-    pub memory: Memory,
+pub struct OperatorInput {
+    ty: Type,
+    characteristic: Characteristic,
+    memory: MemType,
 }
 
-impl Port {
-    pub const fn one(ty: Type) -> Port {
-        Port::of(ty, Arity::One)
+impl OperatorInput {
+    pub const fn required(ty: Type) -> Self {
+        OperatorInput::of(ty, Characteristic::Required)
     }
 
-    pub const fn optional(ty: Type) -> Port {
-        Port::of(ty, Arity::Optional)
+    pub const fn optional(ty: Type) -> Self {
+        OperatorInput::of(ty, Characteristic::Optional)
     }
 
-    pub const fn variadic(ty: Type) -> Port {
-        Port::of(ty, Arity::Variadic)
+    pub const fn variadic(ty: Type) -> Self {
+        OperatorInput::of(ty, Characteristic::Variadic)
     }
 
-    const fn of(ty: Type, arity: Arity) -> Port {
-        Port {
+    const fn of(ty: Type, characteristic: Characteristic) -> Self {
+        OperatorInput {
             ty,
-            arity,
-            memory: Memory::Provider,
+            characteristic,
+            memory: MemType::Default,
         }
     }
 
-    /// The same port, read in host memory.
-    pub const fn on_host(self) -> Port {
-        Port {
-            memory: Memory::Host,
+    /// The same input, read in host memory.
+    pub const fn on_host(self) -> Self {
+        OperatorInput {
+            memory: MemType::CpuInput,
             ..self
         }
     }
+}
 
-    fn characteristic(self) -> OrtCustomOpInputOutputCharacteristic {
-        use OrtCustomOpInputOutputCharacteristic as C;
-        match self.arity {
-            Arity::One => C::INPUT_OUTPUT_REQUIRED,
-            Arity::Optional => C::INPUT_OUTPUT_OPTIONAL,
-            Arity::Variadic => C::INPUT_OUTPUT_VARIADIC,
+/// One output of an operator, always in the provider's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct OperatorOutput {
+    ty: Type,
+    characteristic: Characteristic,
+}
+
+impl OperatorOutput {
+    pub const fn required(ty: Type) -> Self {
+        OperatorOutput {
+            ty,
+            characteristic: Characteristic::Required,
+        }
+    }
+
+    pub const fn optional(ty: Type) -> Self {
+        OperatorOutput {
+            ty,
+            characteristic: Characteristic::Optional,
+        }
+    }
+
+    pub const fn variadic(ty: Type) -> Self {
+        OperatorOutput {
+            ty,
+            characteristic: Characteristic::Variadic,
         }
     }
 }
@@ -120,8 +161,8 @@ impl Port {
 #[derive(Debug)]
 pub struct Spec {
     pub name: &'static CStr,
-    pub inputs: &'static [Port],
-    pub outputs: &'static [Port],
+    pub inputs: &'static [OperatorInput],
+    pub outputs: &'static [OperatorOutput],
     /// The execution provider that the kernels run on; `None` is the CPU provider.
     pub provider: Option<&'static CStr>,
 }
@@ -224,8 +265,22 @@ unsafe extern "system" fn output_count(raw: *const OrtCustomOp) -> usize {
     unsafe { op(raw) }.spec.outputs.len()
 }
 
-fn port(ports: &[Port], index: usize) -> Port {
-    ports.get(index).copied().unwrap_or(Port::one(Type::Any))
+/// # Safety
+/// As [`op`].
+unsafe fn input(raw: *const OrtCustomOp, index: usize) -> OperatorInput {
+    // SAFETY: the caller's promise.
+    let inputs = unsafe { op(raw) }.spec.inputs;
+    let any = OperatorInput::required(Type::Any);
+    inputs.get(index).copied().unwrap_or(any)
+}
+
+/// # Safety
+/// As [`op`].
+unsafe fn output(raw: *const OrtCustomOp, index: usize) -> OperatorOutput {
+    // SAFETY: the caller's promise.
+    let outputs = unsafe { op(raw) }.spec.outputs;
+    let any = OperatorOutput::required(Type::Any);
+    outputs.get(index).copied().unwrap_or(any)
 }
 
 unsafe extern "system" fn input_type(
@@ -233,7 +288,7 @@ unsafe extern "system" fn input_type(
     index: usize,
 ) -> ONNXTensorElementDataType {
     // SAFETY: the host hands back our pointer.
-    port(unsafe { op(raw) }.spec.inputs, index).ty.raw()
+    unsafe { input(raw, index) }.ty.raw()
 }
 
 unsafe extern "system" fn output_type(
@@ -241,7 +296,7 @@ unsafe extern "system" fn output_type(
     index: usize,
 ) -> ONNXTensorElementDataType {
     // SAFETY: the host hands back our pointer.
-    port(unsafe { op(raw) }.spec.outputs, index).ty.raw()
+    unsafe { output(raw, index) }.ty.raw()
 }
 
 unsafe extern "system" fn input_characteristic(
@@ -249,7 +304,7 @@ unsafe extern "system" fn input_characteristic(
     index: usize,
 ) -> OrtCustomOpInputOutputCharacteristic {
     // SAFETY: the host hands back our pointer.
-    port(unsafe { op(raw) }.spec.inputs, index).characteristic()
+    unsafe { input(raw, index) }.characteristic.raw()
 }
 
 unsafe extern "system" fn output_characteristic(
@@ -257,15 +312,12 @@ unsafe extern "system" fn output_characteristic(
     index: usize,
 ) -> OrtCustomOpInputOutputCharacteristic {
     // SAFETY: the host hands back our pointer.
-    port(unsafe { op(raw) }.spec.outputs, index).characteristic()
+    unsafe { output(raw, index) }.characteristic.raw()
 }
 
 unsafe extern "system" fn input_memory(raw: *const OrtCustomOp, index: usize) -> OrtMemType {
     // SAFETY: the host hands back our pointer.
-    match port(unsafe { op(raw) }.spec.inputs, index).memory {
-        Memory::Provider => OrtMemType::OrtMemTypeDefault,
-        Memory::Host => OrtMemType::OrtMemTypeCPUInput,
-    }
+    unsafe { input(raw, index) }.memory.raw()
 }
 
 unsafe extern "system" fn min_arity(_: *const OrtCustomOp) -> c_int {
@@ -294,7 +346,7 @@ unsafe extern "system" fn create<K: Kernel>(
     let op = unsafe { op(raw) };
     guard(&op.host, || {
         // SAFETY: the info lives during this call.
-        let info = unsafe { Info::new(&op.host, info) };
+        let info = unsafe { KernelInfo::new(&op.host, info) };
         let node = info.node_name();
         let name = op.spec.display_name();
         let made = caught(|| {
@@ -321,10 +373,10 @@ unsafe extern "system" fn compute<K: Kernel>(
 ) -> OrtStatusPtr {
     // SAFETY: made by `create::<K>`, alive until `destroy::<K>`; shared by threads, hence only `&`.
     let instance = unsafe { &*kernel.cast_const().cast::<Instance<K>>() };
-    last_resort::refill(&instance.host);
+    preallocated_status::refill(&instance.host);
     guard(&instance.host, || {
         // SAFETY: the context lives during this call.
-        let context = unsafe { Context::new(&instance.host, context) };
+        let context = unsafe { KernelContext::new(&instance.host, context) };
         caught(|| instance.kernel.compute(&context))
             .map_err(|error| error.at(instance.op, &instance.node))
     })

@@ -1,72 +1,34 @@
-//! Errors that cross into ONNX Runtime, and the guard that keeps panics from crossing.
+//! Statuses of the host, made of errors, and the guard that keeps panics from crossing into it.
 
 use std::any::Any;
+use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use ort_sys::{OrtErrorCode, OrtStatusPtr};
+use ort_sys::OrtStatusPtr;
 
-use super::host::Host;
+use super::error::{Code, Error};
+use super::host::{Host, function};
+use super::preallocated_status;
 
-/// What kind of failure ONNX Runtime should report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Code {
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    NotImplemented,
-    RuntimeException,
-}
-
-impl From<Code> for OrtErrorCode {
-    fn from(code: Code) -> Self {
-        match code {
-            Code::Fail => OrtErrorCode::ORT_FAIL,
-            Code::InvalidArgument => OrtErrorCode::ORT_INVALID_ARGUMENT,
-            Code::InvalidGraph => OrtErrorCode::ORT_INVALID_GRAPH,
-            Code::NotImplemented => OrtErrorCode::ORT_NOT_IMPLEMENTED,
-            Code::RuntimeException => OrtErrorCode::ORT_RUNTIME_EXCEPTION,
-        }
+/// Makes a status for ONNX Runtime out of an error.
+fn to_status(host: &Host, error: &Error) -> OrtStatusPtr {
+    let text = format!("ditfastattn: {}", error.message.replace('\0', " "));
+    let text = CString::new(text).unwrap_or_default();
+    let create = function!(host, CreateStatus);
+    // SAFETY: a valid code and a NUL-terminated string that the host copies.
+    let make = || unsafe { create(error.code.into(), text.as_ptr()) };
+    let status = make();
+    if status.0.is_null() {
+        return preallocated_status::status(host, make);
     }
-}
-
-/// An error on its way to becoming an `OrtStatus`.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct Error {
-    pub code: Code,
-    pub message: String,
-}
-
-impl Error {
-    pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Error {
-            code,
-            message: message.into(),
-        }
-    }
-
-    /// A value that does not fit: shapes, types, feeds.
-    pub fn invalid(message: impl Into<String>) -> Self {
-        Error::new(Code::InvalidArgument, message)
-    }
-
-    /// A graph that was not made by our rewriter, or by another version of it.
-    pub fn graph(message: impl Into<String>) -> Self {
-        Error::new(Code::InvalidGraph, message)
-    }
-
-    /// Says which node failed.
-    pub fn at(mut self, op: &str, node: &str) -> Self {
-        self.message = format!("{op} node `{node}`: {}", self.message);
-        self
-    }
+    status
 }
 
 /// Runs `body`; errors and panics become a status of the host, success becomes null.
 pub(crate) fn guard(host: &Host, body: impl FnOnce() -> Result<(), Error>) -> OrtStatusPtr {
     match caught(body) {
         Ok(()) => OrtStatusPtr(std::ptr::null_mut()),
-        Err(error) => host.status(&error),
+        Err(error) => to_status(host, &error),
     }
 }
 

@@ -5,8 +5,8 @@
 use half::{bf16, f16};
 use ort_sys::{ONNXTensorElementDataType, OrtTensorTypeAndShapeInfo, OrtValue};
 
-use super::host::{Host, UNWRITTEN, answered, function, unanswered};
-use super::status::Error;
+use super::error::Error;
+use super::host::{Host, UNWRITTEN, function, no_reply_error, require_reply};
 
 /// Element type of a tensor. `Other` keeps the number of a type that we cannot read (strings, 4-bit, complex, …).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -271,7 +271,7 @@ unsafe fn describe(host: &Host, value: *const OrtValue) -> Result<Described, Err
     // SAFETY: a live tensor, and a place for the answer.
     host.check(unsafe { function!(host, GetTensorTypeAndShape)(value, &mut info) })?;
     if info.is_null() {
-        return Err(unanswered("a tensor's type and shape"));
+        return Err(no_reply_error("a tensor's type and shape"));
     }
     // SAFETY: `info` was just made by the host.
     let described = unsafe { dims_and_element(host, info) };
@@ -315,7 +315,7 @@ pub(crate) unsafe fn dims_and_element(
     let mut rank = UNWRITTEN;
     // SAFETY: live info, place for the answer.
     host.check(unsafe { function!(host, GetDimensionsCount)(info, &mut rank) })?;
-    let rank = answered(rank, "a tensor's rank")?;
+    let rank = require_reply(rank, "a tensor's rank")?;
     // −1 is refused below.
     let mut dims = vec![-1i64; rank];
     // SAFETY: room for `rank` numbers.

@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut, Range};
 
 use bytemuck::Zeroable;
 
-use crate::abi::memory;
+use crate::abi::allocator;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -25,7 +25,7 @@ impl<T: Zeroable> Aligned<T> {
     pub fn new(len: usize) -> Option<Self> {
         let room = len.checked_add(LINE / size_of::<T>())?;
         let memory = bytemuck::allocation::try_zeroed_slice_box::<T>(room).ok()?;
-        memory::in_large_pages(&memory);
+        allocator::in_large_pages(&memory);
         let start = memory.as_ptr().align_offset(LINE);
         Some(Aligned {
             memory,

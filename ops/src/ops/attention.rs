@@ -1,26 +1,17 @@
 //! `DiTFastAttn`: the attention of one layer in one run.
 //!
-//! Owns the operator's attributes, and the calls in the host's memory; `task` has what is decided before. In the core form
-//! it also does what select, share and reuse do around a whole region.
+//! Owns the operator's attributes and the numbers of its inputs and outputs. `task` has what is decided before anything is
+//! computed, `host_attention` and `cuda::attention` what is computed then.
 
-use ditfastattn_kernels::{self as kernels, Computed, Input, Mode, Output};
+use crate::abi::error::{Code, Error};
+use crate::abi::kernel_info::KernelInfo;
+use crate::state::Run;
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
-use crate::abi::op::Kernel;
-use crate::abi::status::{Code, Error};
-use crate::abi::tensor::Tensor;
-use crate::state::{Directive, Residual, Rows, Run, Work};
-
-use super::band::Text;
-use super::environment;
-use super::io::{self, Io};
-use super::layer::{ByType, all_finite, by_type, in_run, layer_of};
+use super::band::TextTokens;
+use super::cache_entry::CachedTensor;
+use super::io::Io;
 use super::layout::{Layout, View};
-use super::mask::MaskInput;
-use super::share::{keep, serve};
-use super::storage::{CachedTensor, Real, allocate, values};
-use super::task::{Attend, Memory, Stored, Task};
+use super::op_common::layer_of;
 
 /// q, k, v, ticket, mask?, text?, past? → softmax(scale · q kᵀ + mask) v, as the run's directive says, and present?.
 ///
@@ -36,7 +27,7 @@ pub(crate) struct DiTFastAttn {
     scale: f32,
     pub(super) core: bool,
     pub(super) layouts: Layouts,
-    pub(super) text: Text,
+    pub(super) text: TextTokens,
     /// Rows that the mask hides everything from give 0.
     pub(super) guarded: bool,
     pub(super) io: Option<Io>,
@@ -103,8 +94,12 @@ pub(super) const PAST: usize = 6;
 /// The output that holds R where the graph carries the state.
 pub(super) const PRESENT: usize = 1;
 
-impl Kernel for DiTFastAttn {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+impl DiTFastAttn {
+    /// From the node's attributes.
+    ///
+    /// # Errors
+    /// If they are none of ours.
+    pub(super) fn of(info: &KernelInfo<'_>) -> Result<Self, Error> {
         let layout = |name: &str| {
             let text = info.string(name);
             Layout::parse(text.as_deref().unwrap_or(DEFAULT_LAYOUT))
@@ -135,63 +130,12 @@ impl Kernel for DiTFastAttn {
             scale: info.float("scale").unwrap_or(0.0),
             core,
             layouts,
-            text: Text::of(info)?,
+            text: TextTokens::of(info)?,
             guarded: info.int("mask_guard").unwrap_or(0) != 0,
             io: Io::of(info)?,
         })
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
-        let q = context.input(0)?;
-        by_type(q.element(), Call { op: self, context })
-    }
-}
-
-struct Call<'a> {
-    op: &'a DiTFastAttn,
-    context: &'a Context<'a>,
-}
-
-impl ByType for Call<'_> {
-    fn call<T: Real>(self) -> Result<(), Error> {
-        let (op, context) = (self.op, self.context);
-        let ticket = context.input(TICKET)?;
-        match &op.io {
-            Some(io) => self.attend::<T>(Memory::Graph(io), io::directive(&ticket, op.layer)?),
-            None => in_run(&ticket, op.layer, |run, directive| {
-                self.attend::<T>(Memory::Run(run), directive)
-            }),
-        }
-    }
-}
-
-impl Call<'_> {
-    fn attend<T: Real>(&self, memory: Memory<'_>, directive: Directive) -> Result<(), Error> {
-        let (op, context) = (self.op, self.context);
-        let [q, k, v] = [context.input(0)?, context.input(1)?, context.input(2)?];
-        let shapes = [q.dims(), k.dims(), v.dims()];
-        let (task, o_dims) = Task::new(op, context, memory, directive, shapes)?;
-        let mask = context
-            .optional_input(MASK)?
-            .map(|mask| MaskInput::read(&mask, &task.scores(), op.guarded))
-            .transpose()?;
-        let operands = [values(&q, "q")?, values(&k, "k")?, values(&v, "v")?];
-        let mut out = context.output(0, &o_dims)?;
-        let out = out.as_mut_slice::<T>().unwrap_or_default();
-        let layer = Layer {
-            task,
-            operands,
-            mask,
-        };
-        if op.core {
-            layer.whole_batch(out, &o_dims)
-        } else {
-            layer.compute(0, layer.task.views[0].batch, out)
-        }
-    }
-}
-
-impl DiTFastAttn {
     /// What scores are multiplied by.
     pub(super) fn scale_of(&self, channels: usize) -> f32 {
         if self.scale == 0.0 {
@@ -231,258 +175,4 @@ impl DiTFastAttn {
             ),
         )
     }
-
-    /// A layer that is served from the cache must not get here, unless it serves itself.
-    pub(super) fn refuse_if_served(
-        &self,
-        memory: &Memory<'_>,
-        directive: Directive,
-    ) -> Result<(), Error> {
-        let serves_itself = self.core && matches!(memory, Memory::Run(_));
-        if directive.work == Work::Reuse && !serves_itself {
-            return Err(Error::graph(format!(
-                "layer {} is served from the cache in this run, yet it was computed; \
-                 the If around it must take its condition from the skip output of the same run",
-                self.layer
-            )));
-        }
-        Ok(())
-    }
-}
-
-/// R of an earlier step.
-enum Earlier<'a> {
-    Cached(Residual<CachedTensor>),
-    Given(Tensor<'a>),
-}
-
-impl Earlier<'_> {
-    fn dims(&self) -> &[usize] {
-        match self {
-            Earlier::Cached(residual) => residual.tensor.dims(),
-            Earlier::Given(tensor) => tensor.dims(),
-        }
-    }
-
-    fn values<T: Real>(&self) -> Option<&[T]> {
-        match self {
-            Earlier::Cached(residual) => residual.tensor.values::<T>(),
-            Earlier::Given(tensor) => tensor.as_slice::<T>(),
-        }
-    }
-}
-
-/// One layer in one run, in the host's memory.
-struct Layer<'a, T> {
-    task: Task<'a>,
-    /// q, k, v.
-    operands: [&'a [T]; 3],
-    mask: Option<MaskInput<'a>>,
-}
-
-impl<T: Real> Layer<'_, T> {
-    /// The core form: selects, computes, shares, keeps, reuses.
-    fn whole_batch(&self, out: &mut [T], o_dims: &[usize]) -> Result<(), Error> {
-        let batch = self.task.views[0].batch;
-        if self.task.directive.work == Work::Reuse {
-            return self.serve_kept(out, o_dims);
-        }
-        match self.task.directive.rows {
-            Rows::All => {
-                self.compute(0, batch, out)?;
-                self.finish(out, o_dims);
-            }
-            Rows::Half => {
-                let mut half_dims = o_dims.to_vec();
-                super::select::halve(&mut half_dims)?;
-                let (first, second) = out.split_at_mut(out.len() / 2);
-                let (from, to, start) = if self.task.memory.conditional_first() {
-                    (first, second, 0)
-                } else {
-                    (second, first, batch / 2)
-                };
-                self.compute(start, batch / 2, from)?;
-                super::layer::copy(self.task.context, from, to);
-                self.finish(from, &half_dims);
-            }
-        }
-        Ok(())
-    }
-
-    fn serve_kept(&self, out: &mut [T], o_dims: &[usize]) -> Result<(), Error> {
-        let Task { op, context, .. } = self.task;
-        let Memory::Run(run) = self.task.memory else {
-            return Ok(());
-        };
-        let kept = op.kept(run, o_dims)?;
-        serve(context, &kept, out).ok_or_else(|| op.does_not_fit(&kept, o_dims))?;
-        run.finish(op.layer, 0, 1, None);
-        Ok(())
-    }
-
-    /// The core form's end: what `DiTFastAttnShare` does around a module.
-    fn finish(&self, computed: &[T], dims: &[usize]) {
-        let Task {
-            op,
-            context,
-            directive,
-            ..
-        } = self.task;
-        if let Memory::Run(run) = self.task.memory {
-            let kept = keep(context, run, directive, computed, dims);
-            run.finish(op.layer, 0, 1, kept);
-        }
-    }
-
-    fn attend_and_capture(
-        &self,
-        start: usize,
-        rows: usize,
-        out: &mut [T],
-        residual: &mut [T],
-    ) -> Result<Computed, Error> {
-        let mode = Mode::FullCapture {
-            band: self.task.band,
-            residual: Output::from_slice(residual, self.task.residual_strides()),
-        };
-        self.attention(start, rows, out, mode)
-    }
-
-    fn attention(
-        &self,
-        start: usize,
-        rows: usize,
-        out: &mut [T],
-        mode: Mode<'_>,
-    ) -> Result<Computed, Error> {
-        let task = &self.task;
-        let operand = |i: usize| from_row(self.operands[i], &task.views[i], start);
-        kernels::attention_in(
-            &kernels::Attention {
-                shape: task.shape(rows),
-                scale: task.scale(),
-                q: operand(0),
-                k: operand(1),
-                v: operand(2),
-                mask: self.mask.map(|mask| mask.starting_at(start)),
-                out: Output::from_slice(out, task.o.strides),
-                mode,
-            },
-            task.context,
-            environment::products(),
-        )
-        .map_err(|error| Error::invalid(error.to_string()))
-    }
-}
-
-impl<'a, T: Real> Attend for Layer<'a, T> {
-    type Out = [T];
-    type Earlier = Earlier<'a>;
-
-    fn task(&self) -> &Task<'_> {
-        &self.task
-    }
-
-    fn full(&self, start: usize, rows: usize, out: &mut [T]) -> Result<(), Error> {
-        self.attention(start, rows, out, Mode::Full).map(|_| ())
-    }
-
-    fn capture(&self, start: usize, rows: usize, out: &mut [T]) -> Result<(), Error> {
-        let Task {
-            op,
-            context,
-            directive,
-            ..
-        } = self.task;
-        let dims = self.task.residual_dims(rows);
-        let len = dims.iter().product();
-        let run = match self.task.memory {
-            Memory::Run(run) => run,
-            Memory::Graph(_) if self.task.wants_present()? => {
-                let mut present = context.output(PRESENT, &dims)?;
-                let residual = present.as_mut_slice::<T>().unwrap_or_default();
-                self.attend_and_capture(start, rows, out, residual)?;
-                return Ok(());
-            }
-            Memory::Graph(_) => return self.full(start, rows, out),
-        };
-        let Some(mut room) = allocate::<T>(run, len) else {
-            return self.full(start, rows, out);
-        };
-        let computed = self.attend_and_capture(start, rows, out, &mut room.values)?;
-        if computed.residual_is_finite {
-            let tensor = room.store(&dims, directive.rows);
-            run.capture(op.layer, tensor, directive.rows);
-        } else {
-            run.refuse_non_finite();
-        }
-        Ok(())
-    }
-
-    fn residual(&self, rows: usize) -> Result<Option<(Earlier<'a>, Stored)>, Error> {
-        let Task { op, context, .. } = self.task;
-        let residual = match self.task.memory {
-            Memory::Run(run) => run.residual(op.layer).map(Earlier::Cached),
-            Memory::Graph(_) => context.optional_input(PAST)?.map(Earlier::Given),
-        };
-        let Some(residual) = residual else {
-            return Ok(None);
-        };
-        let (covers, looked_at) = match &residual {
-            Earlier::Cached(residual) => (Some(residual.rows), true),
-            Earlier::Given(_) => (None, false),
-        };
-        // What is not finite would poison every step that adds it. Cached ones were looked at before they were stored.
-        let sound = |values: &[T]| looked_at || all_finite(context, values);
-        let found = self.task.find(rows, residual.dims(), covers);
-        Ok(found
-            .filter(|_| residual.values::<T>().is_some_and(sound))
-            .map(|found| (residual, found)))
-    }
-
-    /// A residual of half the rows is used twice.
-    fn window(
-        &self,
-        start: usize,
-        rows: usize,
-        out: &mut [T],
-        residual: &Earlier<'a>,
-        found: Stored,
-    ) -> Result<(), Error> {
-        let strides = self.task.residual_strides();
-        let values = residual.values::<T>().unwrap_or_default();
-        let values = values
-            .get(found.offset * strides.batch.unsigned_abs()..)
-            .unwrap_or_default();
-        let mode = || Mode::Window {
-            band: self.task.band,
-            residual: Some(Input::from_slice(values, strides)),
-        };
-        if found.twice {
-            self.attention(start, rows / 2, out, mode())?;
-            let row = self.task.o.strides.batch.unsigned_abs();
-            let second = out.get_mut(rows / 2 * row..).unwrap_or_default();
-            self.attention(start + rows / 2, rows / 2, second, mode())?;
-        } else {
-            self.attention(start, rows, out, mode())?;
-        }
-        Ok(())
-    }
-
-    fn pass_on(&self, residual: &Earlier<'a>) -> Result<(), Error> {
-        if matches!(residual, Earlier::Cached(_)) || !self.task.wants_present()? {
-            return Ok(());
-        }
-        let mut present = self.task.context.output(PRESENT, residual.dims())?;
-        let to = present.as_mut_slice::<T>().unwrap_or_default();
-        let from = residual.values::<T>().unwrap_or_default();
-        super::layer::copy(self.task.context, from, to);
-        Ok(())
-    }
-}
-
-/// An operand from row `start` on; the kernel checks that what it needs is there.
-fn from_row<'a, T: Real>(values: &'a [T], view: &View, start: usize) -> Input<'a> {
-    let first = (start * view.strides.batch.unsigned_abs()).min(values.len());
-    Input::from_slice(&values[first..], view.strides)
 }

@@ -3,13 +3,13 @@
 use ditfastattn_kernels::Band;
 use ditfastattn_plans::{Plan, Side};
 
-use crate::abi::info::Info;
-use crate::abi::status::Error;
+use crate::abi::error::Error;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::tensor::Tensor;
 
 /// What a node says about text tokens.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Text {
+pub(super) struct TextTokens {
     /// The attribute `text`: how many there are, if the graph shows it.
     tokens: Option<i64>,
     /// The attribute `text_side`: where those of the graph are.
@@ -18,9 +18,9 @@ pub(super) struct Text {
     joint: bool,
 }
 
-impl Text {
+impl TextTokens {
     /// From the optional attributes `text`, `text_side` (`end`, the default, or `start`) and `joint` (default 1).
-    pub fn of(info: &Info<'_>) -> Result<Text, Error> {
+    pub fn of(info: &KernelInfo<'_>) -> Result<TextTokens, Error> {
         let side = match info.string("text_side").as_deref() {
             None | Some("end") => Side::End,
             Some("start") => Side::Start,
@@ -30,7 +30,7 @@ impl Text {
                 )));
             }
         };
-        Ok(Text {
+        Ok(TextTokens {
             tokens: info.int("text"),
             side,
             joint: info.int("joint").unwrap_or(1) != 0,

@@ -6,13 +6,13 @@
 
 use ditfastattn_plans::{Cfg, Plan};
 
-use crate::abi::info::Info;
-use crate::abi::memory;
-use crate::abi::status::Error;
+use crate::abi::allocator;
+use crate::abi::error::Error;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
 
-use super::check_contract;
+use super::contract::check_contract;
 
 /// Added to a directive: R is still read after this step, so attention over all keys leaves it and window attention hands it on.
 const RESIDUAL_LIVE: i64 = 8;
@@ -30,7 +30,7 @@ impl Io {
     ///
     /// # Errors
     /// Another `state` than `io`; another contract; a `window` or `cfg` that no plan has.
-    pub fn of(info: &Info<'_>) -> Result<Option<Io>, Error> {
+    pub fn of(info: &KernelInfo<'_>) -> Result<Option<Io>, Error> {
         match info.string("state").as_deref() {
             None => return Ok(None),
             Some("io") => {}
@@ -90,7 +90,7 @@ impl Io {
 /// # Errors
 /// If they are no int64 vector that has the layer, or the number means nothing; and while memory is short.
 pub(super) fn directive(directives: &Tensor<'_>, layer: usize) -> Result<Directive, Error> {
-    memory::check()?;
+    allocator::check()?;
     let all = directives.as_slice::<i64>().unwrap_or_default();
     let code = *all.get(layer).ok_or_else(|| {
         Error::invalid(format!(

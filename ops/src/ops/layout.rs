@@ -2,7 +2,7 @@
 
 use ditfastattn_kernels::Strides;
 
-use crate::abi::status::Error;
+use crate::abi::error::Error;
 
 /// The order of a tensor's axes: `B` batch, `H` heads, `S` sequence, `D` channels of a head. In rank 3 batch and heads
 /// are folded into the leading axis, batch first.

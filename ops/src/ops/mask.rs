@@ -3,7 +3,7 @@
 use ditfastattn_kernels::{Mask, MaskStrides};
 use half::{bf16, f16};
 
-use crate::abi::status::Error;
+use crate::abi::error::Error;
 use crate::abi::tensor::{ElementType, Tensor};
 
 use super::layout::View;
@@ -11,7 +11,7 @@ use super::layout::View;
 /// A mask seen as `[batch, heads, queries, keys]`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct MaskInput<'a> {
-    values: Values<'a>,
+    values: MaskValues<'a>,
     strides: MaskStrides,
     /// The row of the mask at which the rows at hand start.
     row: usize,
@@ -19,7 +19,7 @@ pub(super) struct MaskInput<'a> {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Values<'a> {
+enum MaskValues<'a> {
     Bool(&'a [u8]),
     F32(&'a [f32]),
     F16(&'a [f16]),
@@ -117,10 +117,10 @@ impl<'a> MaskInput<'a> {
     /// If the mask's type is none of float, float16, bfloat16 and bool, or its shape does not broadcast.
     pub fn read(tensor: &Tensor<'a>, scores: &Scores, guarded: bool) -> Result<Self, Error> {
         let values = match tensor.element() {
-            ElementType::Bool => tensor.bytes().map(Values::Bool),
-            ElementType::F32 => tensor.as_slice().map(Values::F32),
-            ElementType::F16 => tensor.as_slice().map(Values::F16),
-            ElementType::BF16 => tensor.as_slice().map(Values::BF16),
+            ElementType::Bool => tensor.bytes().map(MaskValues::Bool),
+            ElementType::F32 => tensor.as_slice().map(MaskValues::F32),
+            ElementType::F16 => tensor.as_slice().map(MaskValues::F16),
+            ElementType::BF16 => tensor.as_slice().map(MaskValues::BF16),
             _ => None,
         };
         let values = values.ok_or_else(|| unknown_type(tensor.element()))?;
@@ -138,10 +138,10 @@ impl<'a> MaskInput<'a> {
         let first = (self.row + start) * self.strides.batch.unsigned_abs();
         let strides = self.strides;
         let mask = match self.values {
-            Values::Bool(values) => Mask::boolean(rest(values, first), strides),
-            Values::F32(values) => Mask::additive(rest(values, first), strides),
-            Values::F16(values) => Mask::additive(rest(values, first), strides),
-            Values::BF16(values) => Mask::additive(rest(values, first), strides),
+            MaskValues::Bool(values) => Mask::boolean(rest(values, first), strides),
+            MaskValues::F32(values) => Mask::additive(rest(values, first), strides),
+            MaskValues::F16(values) => Mask::additive(rest(values, first), strides),
+            MaskValues::BF16(values) => Mask::additive(rest(values, first), strides),
         };
         mask.guarded(self.guarded)
     }

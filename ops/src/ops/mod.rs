@@ -13,64 +13,48 @@
 mod aligned;
 mod attention;
 mod band;
+mod buffer_pool;
+mod cache_entry;
+mod contract;
 mod cuda;
 mod environment;
+mod host_attention;
 mod io;
-mod layer;
 mod layout;
 mod mask;
+mod op_common;
+mod process;
 mod reuse;
 mod select;
 mod share;
-mod spare;
+mod stats;
 mod step;
-mod storage;
 mod task;
+mod tensor_data;
 
 use std::ffi::CStr;
-use std::sync::{Arc, LazyLock};
 
 use crate::abi::host::Host;
-use crate::abi::info::Info;
-use crate::abi::op::{Op, Port, Spec, Type};
-use crate::abi::status::Error;
-use crate::state::Process;
+use crate::abi::op::{Op, OperatorInput, OperatorOutput, Spec, Type};
 
-pub use environment::{reset, stats_json};
+pub use stats::{reset, stats_json};
 
 /// The operators' domain. Its opset is 1.
 pub const DOMAIN: &CStr = c"ai.ditfastattn";
 
-/// The version of the contract between rewriter and library, the `contract` attribute of `DiTFastAttnStep` and of nodes with
-/// explicit state. ONNX Runtime ignores versions of custom operators, so the graph carries it.
-const CONTRACT: i64 = 3;
-
-/// Refuses nodes that were written for another version of the contract: attributes that this library does not know could
-/// mean other numbers.
-fn check_contract(info: &Info<'_>) -> Result<(), Error> {
-    match info.int("contract").unwrap_or(CONTRACT) {
-        1..=CONTRACT => Ok(()),
-        other => Err(Error::graph(format!(
-            "the model was rewritten for version {other} of the operators, this library has version {CONTRACT}; \
-             use the dfa-rewrite and the library of one release"
-        ))),
-    }
-}
-
-/// What all sessions of this process share.
-static PROCESS: LazyLock<Arc<Process<storage::CachedTensor>>> =
-    LazyLock::new(|| Process::new(environment::limits(), environment::clock()));
-
 static STEP: Spec = Spec {
     name: c"DiTFastAttnStep",
     inputs: &[
-        Port::one(Type::Any),
-        Port::one(Type::I64),
-        Port::one(Type::Bool),
-        Port::one(Type::Bool),
-        Port::variadic(Type::Any),
+        OperatorInput::required(Type::Any),
+        OperatorInput::required(Type::I64),
+        OperatorInput::required(Type::Bool),
+        OperatorInput::required(Type::Bool),
+        OperatorInput::variadic(Type::Any),
     ],
-    outputs: &[Port::one(Type::I64), Port::variadic(Type::Bool)],
+    outputs: &[
+        OperatorOutput::required(Type::I64),
+        OperatorOutput::variadic(Type::Bool),
+    ],
     // On CUDA its outputs would be in device memory, and every layer's `If` would wait for its own copy back.
     provider: None,
 };
@@ -105,14 +89,14 @@ macro_rules! typed {
     (@ $provider:expr, $ty:expr, $op:literal, [$($input:expr),*], [$($output:expr),*]) => {
         Spec {
             name: $op,
-            inputs: &[$($input.port($ty)),*],
-            outputs: &[$($output.port($ty)),*],
+            inputs: &[$($input.input($ty)),*],
+            outputs: &[$($output.output($ty)),*],
             provider: $provider.name(),
         }
     };
 }
 
-/// A port of a typed operator.
+/// An input of an operator that is registered per element type.
 enum In {
     Typed,
     Ticket,
@@ -123,23 +107,38 @@ enum In {
 
 impl In {
     /// What decides is read on the host; what is computed with stays where the provider has it.
-    const fn port(self, ty: Type) -> Port {
+    const fn input(self, ty: Type) -> OperatorInput {
         match self {
-            In::Typed => Port::one(ty),
-            In::Ticket => Port::one(Type::I64).on_host(),
-            In::OptionalTyped => Port::optional(ty),
-            In::OptionalAny => Port::optional(Type::Any),
-            In::OptionalI64 => Port::optional(Type::I64).on_host(),
+            In::Typed => OperatorInput::required(ty),
+            In::Ticket => OperatorInput::required(Type::I64).on_host(),
+            In::OptionalTyped => OperatorInput::optional(ty),
+            In::OptionalAny => OperatorInput::optional(Type::Any),
+            In::OptionalI64 => OperatorInput::optional(Type::I64).on_host(),
+        }
+    }
+}
+
+/// An output of such an operator.
+enum Out {
+    Typed,
+    OptionalTyped,
+}
+
+impl Out {
+    const fn output(self, ty: Type) -> OperatorOutput {
+        match self {
+            Out::Typed => OperatorOutput::required(ty),
+            Out::OptionalTyped => OperatorOutput::optional(ty),
         }
     }
 }
 
 typed! {
-    SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket) -> (In::Typed);
+    SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket) -> (Out::Typed);
     ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalAny, In::OptionalI64, In::OptionalTyped)
-        -> (In::Typed, In::OptionalTyped);
-    SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket) -> (In::Typed);
-    REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket, In::OptionalTyped) -> (In::Typed);
+        -> (Out::Typed, Out::OptionalTyped);
+    SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket) -> (Out::Typed);
+    REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket, In::OptionalTyped) -> (Out::Typed);
 }
 
 /// The operators as registered with one host.

@@ -1,15 +1,16 @@
 //! `DiTFastAttnReuse`: the kept output of a layer, in place of computing it.
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
+use crate::abi::error::{Code, Error};
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::{Code, Error};
 use crate::state::{Directive, Run, Work};
 
+use super::cache_entry::CachedTensor;
 use super::io::Io;
-use super::layer::{ByType, Sink, by_type, copy, in_run, layer_of};
-use super::share::{rows_of_both, serve};
-use super::storage::{CachedTensor, Real, values};
+use super::op_common::{ByType, Sink, by_type, copy, in_run, layer_of};
+use super::share::{read_cached, rows_of_both};
+use super::tensor_data::{Real, values};
 
 /// x (the region's input: gives the element type and the batch), ticket, past? → y. Finishes the layer. The past output is an
 /// input where the graph carries the state.
@@ -24,7 +25,7 @@ pub(crate) struct Reuse {
 }
 
 impl Kernel for Reuse {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         Ok(Reuse {
             layer: layer_of(info)?,
             sink: Sink::of(info)?,
@@ -33,7 +34,7 @@ impl Kernel for Reuse {
         })
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
         let x = context.input(0)?;
         by_type(
             x.element(),
@@ -47,7 +48,7 @@ impl Kernel for Reuse {
 
 struct Call<'a> {
     reuse: &'a Reuse,
-    context: &'a Context<'a>,
+    context: &'a KernelContext<'a>,
 }
 
 impl ByType for Call<'_> {
@@ -64,7 +65,7 @@ impl ByType for Call<'_> {
             self.reuse.check_rows(x.dims(), &dims, CHANGED_BATCH)?;
             let mut out = context.output(0, &dims)?;
             let to = out.as_mut_slice::<T>().unwrap_or_default();
-            serve(context, &kept, to).ok_or_else(|| self.reuse.of_another_type())?;
+            read_cached(context, &kept, to).ok_or_else(|| self.reuse.of_another_type())?;
             run.finish(*layer, sink.index, sink.count, None);
             Ok(())
         })

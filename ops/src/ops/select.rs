@@ -1,15 +1,15 @@
 //! `DiTFastAttnSelect`: the rows of its input that the layer computes in this run.
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
+use crate::abi::error::Error;
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
 
 use super::io::{self, Io};
-use super::layer::{ByType, by_type, copy, in_run, layer_of};
-use super::storage::{Real, values};
+use super::op_common::{ByType, by_type, copy, in_run, layer_of};
+use super::tensor_data::{Real, values};
 
 /// x `[B, …]`, ticket → x' `[B, …]`, or `[B/2, …]` (the conditional half) under ASC.
 #[derive(Debug)]
@@ -19,14 +19,14 @@ pub(crate) struct Select {
 }
 
 impl Kernel for Select {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         Ok(Select {
             layer: layer_of(info)?,
             io: Io::of(info)?,
         })
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
         let x = context.input(0)?;
         by_type(
             x.element(),
@@ -40,7 +40,7 @@ impl Kernel for Select {
 
 struct Call<'a> {
     select: &'a Select,
-    context: &'a Context<'a>,
+    context: &'a KernelContext<'a>,
 }
 
 impl ByType for Call<'_> {
@@ -65,13 +65,13 @@ impl Select {
             return body(io::directive(ticket, layer)?, io.conditional_first());
         }
         in_run(ticket, layer, |run, directive| {
-            if directive.work == Work::Reuse && !run.program().is_core(layer) {
+            if directive.work == Work::Reuse && !run.compiled_plan().is_core(layer) {
                 return Err(Error::graph(format!(
                     "layer {layer} is served from the cache in this run, yet its inputs are selected; \
                      the If around it must take its condition from the skip output of the same run"
                 )));
             }
-            body(directive, run.program().conditional_first())
+            body(directive, run.compiled_plan().conditional_first())
         })
     }
 }

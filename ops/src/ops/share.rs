@@ -3,16 +3,19 @@
 
 use std::sync::Arc;
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
+use crate::abi::error::Error;
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::abi::tensor::Tensor;
-use crate::state::{Directive, Rows, Run, Work};
+use crate::state::{Directive, Rows, Run};
 
+use super::cache_entry::{CachedTensor, allocate};
 use super::io::{self, Io};
-use super::layer::{ByType, Sink, by_type, copy, copy_finite, in_run, layer_of};
-use super::storage::{CachedTensor, Real, allocate, values};
+use super::op_common::{
+    ByType, Sink, by_type, copy, copy_finite, in_run, layer_of, refuse_if_served,
+};
+use super::tensor_data::{Real, values};
 
 /// y' `[B', …]`, ticket → y `[B, …]`: both halves the computed one under ASC, else a copy. Finishes the layer.
 #[derive(Debug)]
@@ -23,7 +26,7 @@ pub(crate) struct Share {
 }
 
 impl Kernel for Share {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         Ok(Share {
             layer: layer_of(info)?,
             sink: Sink::of(info)?,
@@ -31,7 +34,7 @@ impl Kernel for Share {
         })
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
         let y = context.input(0)?;
         by_type(
             y.element(),
@@ -43,23 +46,9 @@ impl Kernel for Share {
     }
 }
 
-impl Share {
-    /// A layer that is served from the cache must not get here.
-    pub(super) fn refuse_if_served(&self, directive: Directive) -> Result<(), Error> {
-        if directive.work == Work::Reuse {
-            return Err(Error::graph(format!(
-                "layer {} is served from the cache in this run, yet it was computed; \
-                 the If around it must take its condition from the skip output of the same run",
-                self.layer
-            )));
-        }
-        Ok(())
-    }
-}
-
 struct Call<'a> {
     share: &'a Share,
-    context: &'a Context<'a>,
+    context: &'a KernelContext<'a>,
 }
 
 impl ByType for Call<'_> {
@@ -71,7 +60,7 @@ impl ByType for Call<'_> {
         }
         in_run(&ticket, *layer, |run, directive| {
             self.all_rows::<T>(&y, directive)?;
-            let kept = keep(context, run, directive, values::<T>(&y, "y'")?, y.dims());
+            let kept = store_output(context, run, directive, values::<T>(&y, "y'")?, y.dims());
             run.finish(*layer, sink.index, sink.count, kept);
             Ok(())
         })
@@ -80,7 +69,7 @@ impl ByType for Call<'_> {
 
 impl Call<'_> {
     fn all_rows<T: Real>(&self, y: &Tensor<'_>, directive: Directive) -> Result<(), Error> {
-        self.share.refuse_if_served(directive)?;
+        refuse_if_served(self.share.layer, directive)?;
         let from = values::<T>(y, "y'")?;
         let dims = rows_of_both(y.dims(), directive.rows);
         let mut out = self.context.output(0, &dims)?;
@@ -96,8 +85,8 @@ impl Call<'_> {
 /// A copy of what a layer computed, if the directive asks for one and it can be had.
 ///
 /// `computed` are the rows that the directive names, shaped `dims`.
-pub(super) fn keep<T: Real>(
-    context: &Context<'_>,
+pub(super) fn store_output<T: Real>(
+    context: &KernelContext<'_>,
     run: &Arc<Run<CachedTensor>>,
     directive: Directive,
     computed: &[T],
@@ -106,17 +95,17 @@ pub(super) fn keep<T: Real>(
     if !directive.keep {
         return None;
     }
-    let mut room = allocate::<T>(run, computed.len())?;
-    if !copy_finite(context, computed, &mut room.values) {
+    let mut entry = allocate::<T>(run, computed.len())?;
+    if !copy_finite(context, computed, &mut entry.values) {
         run.refuse_non_finite();
         return None;
     }
-    Some(room.store(dims, directive.rows))
+    Some(entry.store(dims, directive.rows))
 }
 
 /// Writes a kept output for all rows. `to` has the shape [`rows_of_both`] of the kept one.
-pub(super) fn serve<T: Real>(
-    context: &Context<'_>,
+pub(super) fn read_cached<T: Real>(
+    context: &KernelContext<'_>,
     kept: &CachedTensor,
     to: &mut [T],
 ) -> Option<()> {
@@ -138,7 +127,7 @@ pub(super) fn rows_of_both(dims: &[usize], rows: Rows) -> Vec<usize> {
 }
 
 /// Both halves of `to` become `half`.
-fn double<T: Copy + Send + Sync>(context: &Context<'_>, half: &[T], to: &mut [T]) {
+fn double<T: Copy + Send + Sync>(context: &KernelContext<'_>, half: &[T], to: &mut [T]) {
     let (first, second) = to.split_at_mut(half.len());
     copy(context, half, first);
     copy(context, half, second);

@@ -7,16 +7,20 @@ use std::sync::Arc;
 use ditfastattn_plans::Plan;
 use half::{bf16, f16};
 
-use crate::abi::context::Context;
-use crate::abi::info::{Info, Logger};
-use crate::abi::memory;
+use crate::abi::allocator;
+use crate::abi::error::{Code, Error};
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::{KernelInfo, Logger};
 use crate::abi::op::Kernel;
-use crate::abi::status::{Code, Error};
 use crate::abi::tensor::{ElementType, Tensor};
-use crate::state::{Call, Evidence, Fed, Feed, Program, Run, Session, Signature, Values};
+use crate::state::{
+    Call, CompiledPlan, Feed, FeedShapes, Run, RunSignature, SchedulePolicy, Session, Values,
+};
 
-use super::storage::CachedTensor;
-use super::{PROCESS, check_contract, environment};
+use super::cache_entry::CachedTensor;
+use super::contract::check_contract;
+use super::process::PROCESS;
+use super::stats;
 
 const TIMESTEP: usize = 0;
 const REQUEST: usize = 1;
@@ -45,7 +49,7 @@ pub(crate) struct Step {
 }
 
 impl Kernel for Step {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         check_contract(info)?;
         let text = info
             .string("plan")
@@ -73,7 +77,7 @@ impl Kernel for Step {
         Ok(Step {
             session: Session::new(
                 Arc::clone(&PROCESS),
-                Program::new(plan, &core)
+                CompiledPlan::new(plan, &core)
                     .with_halves_in_graph(info.int("halves_in_graph").unwrap_or(0) != 0),
                 fed,
             ),
@@ -84,8 +88,8 @@ impl Kernel for Step {
         })
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
-        memory::check()?;
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
+        allocator::check()?;
         let call = self.read_call(context)?;
         let (run, notices) = self.session.begin(call)?;
         for notice in notices {
@@ -100,7 +104,7 @@ impl Kernel for Step {
 }
 
 impl Step {
-    fn read_call(&self, context: &Context<'_>) -> Result<Call, Error> {
+    fn read_call(&self, context: &KernelContext<'_>) -> Result<Call, Error> {
         let request = context.input(REQUEST)?;
         let request = match request.as_slice::<i64>() {
             Some(&[id]) => id,
@@ -123,14 +127,14 @@ impl Step {
             .unwrap_or(1);
         let time = context.input(TIMESTEP)?;
         let feeds: Vec<Feed<'_>> = fed.iter().map(feed).collect();
-        let evidence = match feeds.split_first() {
+        let signature = match feeds.split_first() {
             Some((latents, conditioning)) if request == 0 && !self.blind => {
-                let evidence = Evidence::new(*latents, conditioning, rows)?;
-                Some(evidence.with_timestep(&feed(&time)))
+                let signature = RunSignature::new(*latents, conditioning, rows)?;
+                Some(signature.with_timestep(&feed(&time)))
             }
             // The latents tell the second run of a step from another first one; whose it is, the id says.
-            Some((latents, _)) if request != 0 && self.session.needs_evidence() => {
-                Some(Evidence::new(*latents, &[], rows)?)
+            Some((latents, _)) if request != 0 && self.session.needs_signature() => {
+                Some(RunSignature::new(*latents, &[], rows)?)
             }
             _ => None,
         };
@@ -140,16 +144,16 @@ impl Step {
             start,
             end,
             rows,
-            signature: Signature(
+            shapes: FeedShapes(
                 fed.iter()
                     .map(|tensor| (tag(tensor.element()), tensor.dims().to_vec()))
                     .collect(),
             ),
-            evidence,
+            signature,
         })
     }
 
-    fn write(&self, context: &Context<'_>, run: &Run<CachedTensor>) -> Result<(), Error> {
+    fn write(&self, context: &KernelContext<'_>, run: &Run<CachedTensor>) -> Result<(), Error> {
         let mut ticket = context.output(0, &[2])?;
         ticket
             .as_mut_slice::<i64>()
@@ -167,11 +171,11 @@ impl Step {
 }
 
 /// Which timesteps the plan serves, by the attribute `schedule`.
-fn fed(info: &Info<'_>, plan: &Plan) -> Result<Fed, Error> {
+fn fed(info: &KernelInfo<'_>, plan: &Plan) -> Result<SchedulePolicy, Error> {
     match info.string("schedule").as_deref() {
-        None | Some("planned") => Ok(Fed::Planned),
+        None | Some("planned") => Ok(SchedulePolicy::Planned),
         Some("any") => match plan.one_way() {
-            Ok(()) => Ok(Fed::Any),
+            Ok(()) => Ok(SchedulePolicy::Any),
             Err(why) => Err(Error::graph(format!(
                 "the attribute `schedule` is any, but {why}"
             ))),
@@ -183,7 +187,11 @@ fn fed(info: &Info<'_>, plan: &Plan) -> Result<Fed, Error> {
 }
 
 /// The layers that an attribute lists.
-fn layers_named(info: &Info<'_>, attribute: &str, layers: usize) -> Result<Vec<usize>, Error> {
+fn layers_named(
+    info: &KernelInfo<'_>,
+    attribute: &str,
+    layers: usize,
+) -> Result<Vec<usize>, Error> {
     let listed = info.ints(attribute).unwrap_or_default();
     let known = |layer: i64| usize::try_from(layer).ok().filter(|&l| l < layers);
     let check = |layer| {
@@ -207,7 +215,7 @@ impl Drop for Step {
                 .map(|(name, value)| format!(" {name}={value}"))
                 .collect::<String>()
         ));
-        lines.extend(environment::write_stats().err());
+        lines.extend(stats::write_stats().err());
         if let Some(logger) = &self.logger {
             lines.iter().for_each(|line| logger.info(line));
         }

@@ -1,44 +1,45 @@
 //! What a directive asks of the attention of one layer in one run, wherever its tensors are.
 //!
 //! Owns the decisions: full or window, which R, what is captured, what stands in for what is missing. Touches no number:
-//! [`Attend`] is implemented for the host's memory (`attention`) and for a CUDA device's (`cuda::attention`).
+//! [`AttentionBackend`] is implemented for the host's memory (`host_attention`) and for a CUDA device's (`cuda::attention`).
 
 use std::sync::Arc;
 
 use ditfastattn_kernels::{Band, Shape, Strides};
 use ditfastattn_plans::Plan;
 
-use crate::abi::context::Context;
-use crate::abi::status::Error;
+use crate::abi::error::Error;
+use crate::abi::kernel_context::KernelContext;
 use crate::state::{Directive, Rows, Run, Work};
 
 use super::attention::{DiTFastAttn, PRESENT, TEXT};
+use super::cache_entry::{CachedTensor, zero_entry};
 use super::io::Io;
 use super::layout::View;
 use super::mask::Scores;
-use super::storage::{CachedTensor, nothing};
+use super::op_common::refuse_if_served;
 
 /// Who remembers what the layer left at earlier steps.
 #[derive(Clone, Copy)]
-pub(super) enum Memory<'a> {
+pub(super) enum StateSource<'a> {
     /// The run's request.
-    Run(&'a Arc<Run<CachedTensor>>),
+    Session(&'a Arc<Run<CachedTensor>>),
     /// The graph: R is an input and an output.
     Graph(&'a Io),
 }
 
-impl<'a> Memory<'a> {
+impl<'a> StateSource<'a> {
     pub fn plan(&self) -> &'a Plan {
         match self {
-            Memory::Run(run) => run.program().plan(),
-            Memory::Graph(io) => io.plan(),
+            StateSource::Session(run) => run.compiled_plan().plan(),
+            StateSource::Graph(io) => io.plan(),
         }
     }
 
     pub fn conditional_first(&self) -> bool {
         match self {
-            Memory::Run(run) => run.program().conditional_first(),
-            Memory::Graph(io) => io.conditional_first(),
+            StateSource::Session(run) => run.compiled_plan().conditional_first(),
+            StateSource::Graph(io) => io.conditional_first(),
         }
     }
 }
@@ -46,8 +47,8 @@ impl<'a> Memory<'a> {
 /// One layer in one run.
 pub(super) struct Task<'a> {
     pub op: &'a DiTFastAttn,
-    pub context: &'a Context<'a>,
-    pub memory: Memory<'a>,
+    pub context: &'a KernelContext<'a>,
+    pub state: StateSource<'a>,
     pub directive: Directive,
     /// q, k and v as batch, heads, tokens and channels.
     pub views: [View; 3],
@@ -63,23 +64,24 @@ impl<'a> Task<'a> {
     /// If the shapes do not belong together, or the layer must not be computed in this run.
     pub fn new(
         op: &'a DiTFastAttn,
-        context: &'a Context<'a>,
-        memory: Memory<'a>,
+        context: &'a KernelContext<'a>,
+        state: StateSource<'a>,
         directive: Directive,
         [q, k, v]: [&[usize]; 3],
     ) -> Result<(Task<'a>, Vec<usize>), Error> {
-        op.refuse_if_served(&memory, directive)?;
+        let serves_itself = op.core && matches!(state, StateSource::Session(_));
+        if !serves_itself {
+            refuse_if_served(op.layer, directive)?;
+        }
         let views = op.layouts.views(q, k, v)?;
         let text = context.optional_input(TEXT)?;
-        let band = op
-            .text
-            .band(memory.plan(), text.as_ref(), views[0].tokens)?;
+        let band = op.text.band(state.plan(), text.as_ref(), views[0].tokens)?;
         let o_dims = op.layouts.output_dims(&views[0], &views[2])?;
         let o = op.layouts.o.view(&o_dims, views[0].heads, "the output")?;
         let task = Task {
             op,
             context,
-            memory,
+            state,
             directive,
             views,
             o,
@@ -95,7 +97,7 @@ impl<'a> Task<'a> {
             &self.views[0],
             &self.views[1],
             self.op.layouts.q.is_folded(),
-            halved.then(|| self.memory.conditional_first()),
+            halved.then(|| self.state.conditional_first()),
         )
     }
 
@@ -131,14 +133,14 @@ impl<'a> Task<'a> {
 
     /// Where the `rows` rows at hand are in an R of shape `dims`; `None` if it does not fit. `covers`: which rows of the batch R
     /// is of, where that is known; else its shape says.
-    pub fn find(&self, rows: usize, dims: &[usize], covers: Option<Rows>) -> Option<Stored> {
+    pub fn find(&self, rows: usize, dims: &[usize], covers: Option<Rows>) -> Option<ResidualSlice> {
         let whole = match self.directive.rows {
             Rows::All => rows,
             Rows::Half => rows * 2,
         };
         let all = covers.map_or(dims.first() == Some(&whole), |covers| covers == Rows::All);
-        let first = self.memory.conditional_first();
-        Stored::find(self.directive.rows, all, rows, first)
+        let first = self.state.conditional_first();
+        ResidualSlice::find(self.directive.rows, all, rows, first)
             .filter(|found| dims == self.residual_dims(found.rows))
     }
 
@@ -149,7 +151,7 @@ impl<'a> Task<'a> {
 
     /// Explicit state: there is no R after this step.
     fn no_present(&self) -> Result<(), Error> {
-        if matches!(self.memory, Memory::Graph(_)) && self.wants_present()? {
+        if matches!(self.state, StateSource::Graph(_)) && self.wants_present()? {
             // Without rows there is nothing to write, in whatever memory.
             self.context
                 .device_output(PRESENT, &self.residual_dims(0))?;
@@ -159,10 +161,10 @@ impl<'a> Task<'a> {
 
     /// R is known to be zero and nobody will read it.
     fn capture_nothing(&self) -> Result<(), Error> {
-        let Memory::Run(run) = self.memory else {
+        let StateSource::Session(run) = self.state else {
             return self.no_present();
         };
-        if let Some(zero) = nothing(run, self.directive.rows) {
+        if let Some(zero) = zero_entry(run, self.directive.rows) {
             run.capture(self.op.layer, zero, self.directive.rows);
         }
         Ok(())
@@ -170,11 +172,11 @@ impl<'a> Task<'a> {
 }
 
 /// A [`Task`] with its tensors. `start` and `rows` are rows of the operands; `out` holds just those rows of the output.
-pub(super) trait Attend {
+pub(super) trait AttentionBackend {
     /// A part of the output.
     type Out: ?Sized;
     /// R of an earlier step.
-    type Earlier;
+    type PastResidual;
 
     fn task(&self) -> &Task<'_>;
 
@@ -185,7 +187,7 @@ pub(super) trait Attend {
     fn capture(&self, start: usize, rows: usize, out: &mut Self::Out) -> Result<(), Error>;
 
     /// R for the `rows` rows at hand and where they are in it; `None` if there is none that fits.
-    fn residual(&self, rows: usize) -> Result<Option<(Self::Earlier, Stored)>, Error>;
+    fn residual(&self, rows: usize) -> Result<Option<(Self::PastResidual, ResidualSlice)>, Error>;
 
     /// Window attention plus residual.
     fn window(
@@ -193,12 +195,12 @@ pub(super) trait Attend {
         start: usize,
         rows: usize,
         out: &mut Self::Out,
-        residual: &Self::Earlier,
-        found: Stored,
+        residual: &Self::PastResidual,
+        found: ResidualSlice,
     ) -> Result<(), Error>;
 
     /// Explicit state: R is after this step what it was before. Nothing to do for a run's.
-    fn pass_on(&self, residual: &Self::Earlier) -> Result<(), Error>;
+    fn pass_on(&self, residual: &Self::PastResidual) -> Result<(), Error>;
 
     /// Does what the directive says.
     fn compute(&self, start: usize, rows: usize, out: &mut Self::Out) -> Result<(), Error> {
@@ -211,7 +213,7 @@ pub(super) trait Attend {
             }
             Work::Full if task.directive.capture => self.capture(start, rows, out),
             Work::Window if whole => {
-                if let Memory::Run(run) = task.memory {
+                if let StateSource::Session(run) = task.state {
                     run.count_window_as_full();
                 }
                 self.full(start, rows, out)?;
@@ -242,13 +244,13 @@ pub(super) trait Attend {
         out: &mut Self::Out,
     ) -> Result<(), Error> {
         let task = self.task();
-        match task.memory {
-            Memory::Run(run) => {
+        match task.state {
+            StateSource::Session(run) => {
                 run.discard_residual(task.op.layer);
                 self.full(start, rows, out)
             }
-            Memory::Graph(_) if task.directive.capture => self.capture(start, rows, out),
-            Memory::Graph(_) => {
+            StateSource::Graph(_) if task.directive.capture => self.capture(start, rows, out),
+            StateSource::Graph(_) => {
                 self.full(start, rows, out)?;
                 task.no_present()
             }
@@ -258,7 +260,7 @@ pub(super) trait Attend {
 
 /// Where the rows at hand are in a stored R.
 #[derive(Clone, Copy)]
-pub(super) struct Stored {
+pub(super) struct ResidualSlice {
     /// Rows that R must have.
     pub rows: usize,
     /// The row at which those at hand start.
@@ -267,25 +269,30 @@ pub(super) struct Stored {
     pub twice: bool,
 }
 
-impl Stored {
+impl ResidualSlice {
     /// Where `rows` rows at hand, which are all or the conditional half, are in an R of `all` rows or of half of them; `None`
     /// if it has nothing to say about them.
-    pub fn find(at_hand: Rows, all: bool, rows: usize, conditional_first: bool) -> Option<Stored> {
+    pub fn find(
+        at_hand: Rows,
+        all: bool,
+        rows: usize,
+        conditional_first: bool,
+    ) -> Option<ResidualSlice> {
         match (at_hand, all) {
-            (Rows::All, true) | (Rows::Half, false) => Some(Stored::at(rows, 0)),
+            (Rows::All, true) | (Rows::Half, false) => Some(ResidualSlice::at(rows, 0)),
             // R of the conditional half stands for both halves.
-            (Rows::All, false) if rows.is_multiple_of(2) => Some(Stored {
+            (Rows::All, false) if rows.is_multiple_of(2) => Some(ResidualSlice {
                 twice: true,
-                ..Stored::at(rows / 2, 0)
+                ..ResidualSlice::at(rows / 2, 0)
             }),
             (Rows::All, false) => None,
-            (Rows::Half, true) if conditional_first => Some(Stored::at(rows * 2, 0)),
-            (Rows::Half, true) => Some(Stored::at(rows * 2, rows)),
+            (Rows::Half, true) if conditional_first => Some(ResidualSlice::at(rows * 2, 0)),
+            (Rows::Half, true) => Some(ResidualSlice::at(rows * 2, rows)),
         }
     }
 
     fn at(rows: usize, offset: usize) -> Self {
-        Stored {
+        ResidualSlice {
             rows,
             offset,
             twice: false,

@@ -1,6 +1,6 @@
 //! The cached tensors of one layer, per branch of guidance, and when they die.
 
-use super::Cached;
+use super::cached::Cached;
 use super::directive::{Directive, Rows, Work};
 
 /// A residual R = O − W and the rows it covers.

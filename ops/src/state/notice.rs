@@ -6,7 +6,7 @@ pub enum Notice {
     OddRows {
         rows: usize,
     },
-    Contested,
+    Ambiguous,
     Unplanned,
     OverBudget,
     /// `cfg: separate`: the two runs of a step are of different shapes.
@@ -17,7 +17,7 @@ impl Notice {
     pub(super) fn bit(self) -> u32 {
         match self {
             Notice::OddRows { .. } => 1,
-            Notice::Contested => 2,
+            Notice::Ambiguous => 2,
             Notice::Unplanned => 4,
             Notice::OverBudget => 8,
             Notice::UnlikeRuns => 16,
@@ -33,7 +33,7 @@ impl std::fmt::Display for Notice {
                 "the plan shares attention between the halves of guidance, but a batch of {rows} has no halves: \
                  computed for all rows"
             ),
-            Notice::Contested => f.write_str(
+            Notice::Ambiguous => f.write_str(
                 "runs without a request id do not continue one another: computed in full until one clearly does; \
                  feed dfa_request_id to run several generations at once",
             ),

@@ -5,10 +5,10 @@ use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
-use super::Cached;
-use super::StateError;
 use super::budget::{Budget, Lease};
+use super::cached::Cached;
 use super::counters::Counters;
+use super::error::StateError;
 use super::run::Run;
 use super::session::Session;
 

@@ -7,14 +7,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::budget::Lease;
+use super::cached::Cached;
 use super::caches::{LayerCaches, Residual};
+use super::call::FeedShapes;
+use super::compiled_plan::CompiledPlan;
+use super::continuity::RunSignature;
 use super::counters::Counters;
 use super::directive::{Directive, Rows, Work};
-use super::guard::{At, Evidence};
+use super::error::{StateError, list};
 use super::process::Process;
-use super::program::Program;
-use super::session::{Session, Signature};
-use super::{Cached, StateError, list};
+use super::schedule::At;
+use super::session::Session;
 
 /// One run in flight. Reached through its ticket.
 #[derive(Debug)]
@@ -22,32 +25,48 @@ pub struct Run<T> {
     pub(super) ticket: [i64; 2],
     pub(super) process: Arc<Process<T>>,
     pub(super) session: Weak<Session<T>>,
-    program: Arc<Program>,
+    compiled_plan: Arc<CompiledPlan>,
     branch: usize,
     layers: Vec<Slot<T>>,
     /// Where the caches go when the run ends; room for all, so that ending takes no memory.
     home: Mutex<Vec<LayerCaches<T>>>,
     unfinished: AtomicUsize,
-    /// Grows whenever a layer does anything: a run whose progress stands still while another one completes is dead.
-    progress: AtomicUsize,
+    /// Grows whenever a layer does anything: a run whose activity stands still while another one completes is dead.
+    activity: AtomicUsize,
     /// When a layer last did anything, in milliseconds.
     touched: AtomicU64,
     /// Another run owns the request now: nothing of this one is kept.
-    disowned: AtomicBool,
+    revoked: AtomicBool,
     /// When the request's previous run ended; other requests that were used before may be evicted.
     evict_before: u64,
-    pub(super) claim: Claim<T>,
+    pub(super) context: RunContext<T>,
+}
+
+/// What a run begins with; see [`Run`].
+pub(super) struct RunParts<T> {
+    pub ticket: [i64; 2],
+    pub process: Arc<Process<T>>,
+    pub session: Weak<Session<T>>,
+    pub compiled_plan: Arc<CompiledPlan>,
+    pub branch: usize,
+    pub layers: Vec<Slot<T>>,
+    /// Empty, with room for as many as there are layers.
+    pub home: Vec<LayerCaches<T>>,
+    pub evict_before: u64,
+    /// In milliseconds.
+    pub now: u64,
+    pub context: RunContext<T>,
 }
 
 /// What a run may do to its request when it completes.
 #[derive(Debug)]
-pub(super) struct Claim<T> {
+pub(super) struct RunContext<T> {
     pub request: i64,
-    pub title: Title<T>,
-    /// Place and timestep; `None` if the run is outside the plan.
+    pub ownership: Ownership<T>,
+    /// Place and timestep; `None` if the run is off the plan.
     pub at: Option<At>,
-    pub signature: Signature,
-    pub evidence: Option<Evidence>,
+    pub shapes: FeedShapes,
+    pub signature: Option<RunSignature>,
     /// The caller says that this is the last run of its request.
     pub end: bool,
     pub recapturing: bool,
@@ -55,13 +74,13 @@ pub(super) struct Claim<T> {
 
 /// By what right a run has caches.
 #[derive(Debug)]
-pub(super) enum Title<T> {
+pub(super) enum Ownership<T> {
     /// It took them from its request and gives them back.
     Owner,
     /// Another run was in flight. If that one turns out to be dead, this run's caches become the request's.
-    Heir { of: Weak<Run<T>>, progress: usize },
+    Successor { of: Weak<Run<T>>, activity: usize },
     /// It has none.
-    Nobody,
+    None,
 }
 
 /// One layer of a run.
@@ -96,33 +115,21 @@ struct Layer<T> {
 }
 
 impl<T: Cached> Run<T> {
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn new(
-        ticket: [i64; 2],
-        process: Arc<Process<T>>,
-        session: Weak<Session<T>>,
-        program: Arc<Program>,
-        branch: usize,
-        layers: Vec<Slot<T>>,
-        home: Vec<LayerCaches<T>>,
-        evict_before: u64,
-        now: u64,
-        claim: Claim<T>,
-    ) -> Self {
+    pub(super) fn new(parts: RunParts<T>) -> Self {
         Run {
-            ticket,
-            process,
-            session,
-            program,
-            branch,
-            unfinished: AtomicUsize::new(layers.len()),
-            layers,
-            home: Mutex::new(home),
-            progress: AtomicUsize::new(0),
-            touched: AtomicU64::new(now),
-            disowned: AtomicBool::new(false),
-            evict_before,
-            claim,
+            ticket: parts.ticket,
+            process: parts.process,
+            session: parts.session,
+            compiled_plan: parts.compiled_plan,
+            branch: parts.branch,
+            unfinished: AtomicUsize::new(parts.layers.len()),
+            layers: parts.layers,
+            home: Mutex::new(parts.home),
+            activity: AtomicUsize::new(0),
+            touched: AtomicU64::new(parts.now),
+            revoked: AtomicBool::new(false),
+            evict_before: parts.evict_before,
+            context: parts.context,
         }
     }
 
@@ -131,8 +138,8 @@ impl<T: Cached> Run<T> {
         self.ticket
     }
 
-    pub fn program(&self) -> &Program {
-        &self.program
+    pub fn compiled_plan(&self) -> &CompiledPlan {
+        &self.compiled_plan
     }
 
     /// What `layer` does in this run.
@@ -151,7 +158,7 @@ impl<T: Cached> Run<T> {
     pub fn skips(&self, layer: usize) -> bool {
         self.directive(layer)
             .is_ok_and(|directive| directive.work == Work::Reuse)
-            && !self.program.is_core(layer)
+            && !self.compiled_plan.is_core(layer)
     }
 
     /// Leaves the attention of `layer` to the host, with the exporter's nodes, if it may, and says whether: over all rows and all
@@ -161,7 +168,7 @@ impl<T: Cached> Run<T> {
         let Ok(directive) = self.directive(layer) else {
             return false;
         };
-        let core = self.program.is_core(layer);
+        let core = self.compiled_plan.is_core(layer);
         let leaves = directive.work == Work::Full
             && directive.rows == Rows::All
             && !directive.capture
@@ -245,12 +252,12 @@ impl<T: Cached> Run<T> {
         let captured = state.captured.take();
         state.caches.settle(
             self.branch,
-            self.claim.at.map_or(f64::NAN, |at| at.value),
+            self.context.at.map_or(f64::NAN, |at| at.value),
             &directive,
             captured,
             outputs.unwrap_or_default(),
         );
-        if self.disowned.load(Ordering::Acquire) {
+        if self.revoked.load(Ordering::Acquire) {
             state.caches = LayerCaches::default();
         }
         drop(state);
@@ -265,7 +272,7 @@ impl<T: Cached> Run<T> {
     /// Something went wrong in an op: the run will not finish, and what it holds is not to be used again.
     pub fn fail(&self) {
         self.process.forget(self.ticket[0]);
-        self.disown();
+        self.revoke();
         if let Some(session) = self.session.upgrade() {
             session.failed(self);
         }
@@ -275,7 +282,7 @@ impl<T: Cached> Run<T> {
     ///
     /// May evict requests that have been idle for longer than this one.
     pub fn reserve(&self, bytes: usize) -> Option<Lease> {
-        if self.disowned.load(Ordering::Acquire) {
+        if self.revoked.load(Ordering::Acquire) {
             return None;
         }
         let now = self.touched.load(Ordering::Relaxed);
@@ -291,12 +298,12 @@ impl<T: Cached> Run<T> {
         self.count(|c| &c.non_finite, 1);
     }
 
-    pub(super) fn disown(&self) {
-        self.disowned.store(true, Ordering::Release);
+    pub(super) fn revoke(&self) {
+        self.revoked.store(true, Ordering::Release);
     }
 
-    pub(super) fn is_disowned(&self) -> bool {
-        self.disowned.load(Ordering::Acquire)
+    pub(super) fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Acquire)
     }
 
     /// Frees what this run, which seems dead, can do without if it is not: window attention without its residual is
@@ -317,8 +324,8 @@ impl<T: Cached> Run<T> {
         freed
     }
 
-    pub(super) fn progress(&self) -> usize {
-        self.progress.load(Ordering::Acquire)
+    pub(super) fn activity(&self) -> usize {
+        self.activity.load(Ordering::Acquire)
     }
 
     pub(super) fn touched(&self) -> u64 {
@@ -344,7 +351,7 @@ impl<T: Cached> Run<T> {
     }
 
     fn touch(&self) {
-        self.progress.fetch_add(1, Ordering::AcqRel);
+        self.activity.fetch_add(1, Ordering::AcqRel);
         self.touched.store(self.process.now(), Ordering::Relaxed);
     }
 

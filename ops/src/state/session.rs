@@ -1,92 +1,65 @@
-//! The requests of one session: how runs begin, complete and fail.
+//! The requests of one session, and how a run of one of them begins.
 //!
-//! One lock, held for decisions only; hashing happens before it, attention after it.
+//! One lock, held for decisions only; hashing happens before it, attention after it. What is done under it is in three more
+//! files: `run_decision` (how a run that begins relates to its request), `completion` (how it ends) and `eviction` (what is
+//! forgotten).
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::cached::Cached;
 use super::caches::LayerCaches;
+use super::call::Call;
+use super::compiled_plan::CompiledPlan;
 use super::counters::Counters;
-use super::directive::{Loss, Mode, Rows, Sharing, Situation, Work};
-use super::guard::{At, Evidence, Guard};
+use super::directive::{Rows, Work};
+use super::error::{StateError, list};
+use super::layer_decision::{DecisionContext, Mode, Sharing, Shortfall};
 use super::notice::Notice;
 use super::process::{Process, room_for_one};
-use super::program::Program;
-use super::request::Request;
-use super::run::{Claim, Run, Slot, Title};
-use super::schedule::{Fed, Place, Schedule, Trail};
-use super::{Cached, StateError, list};
-
-/// The request id of runs that do not name one.
-const ANONYMOUS: i64 = 0;
-
-/// Requests a session remembers. What they cache is bounded by the budget; this bounds the bookkeeping, which is a few
-/// hundred bytes per layer.
-const MAX_REQUESTS: usize = 4096;
-
-/// A run in flight that has shown no sign of life for so long is dead, whatever the idle limit says.
-const DEAD_RUN_MS: u64 = 600_000;
-
-/// The same for a run whose request another run has taken over.
-const DEAD_DISOWNED_RUN_MS: u64 = 60_000;
-
-/// Everything the state machine wants to know of a run that begins.
-#[derive(Clone, Debug)]
-pub struct Call {
-    /// `None` if the elements of the timestep tensor differ, or there are none.
-    pub timestep: Option<f64>,
-    /// 0: anonymous.
-    pub request: i64,
-    pub start: bool,
-    pub end: bool,
-    /// Rows of the batch.
-    pub rows: usize,
-    pub signature: Signature,
-    /// Needed if `request` is 0: without it an anonymous run is never served from a cache. Of use with
-    /// `cfg: separate` too, where it tells the second run of a step from another first one.
-    pub evidence: Option<Evidence>,
-}
-
-/// Shapes and types of what the model is fed. Two runs of one generation have the same.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Signature(pub Vec<(u32, Vec<usize>)>);
+use super::request;
+use super::run::{Ownership, Run, RunContext, RunParts, Slot};
+use super::schedule::{At, Schedule, SchedulePolicy};
 
 /// The requests of one session.
 #[derive(Debug)]
 pub struct Session<T> {
-    process: Arc<Process<T>>,
-    pub(super) program: Arc<Program>,
+    pub(super) process: Arc<Process<T>>,
+    pub(super) compiled_plan: Arc<CompiledPlan>,
     pub(super) schedule: Arc<Schedule>,
     pub counters: Counters,
-    noticed: AtomicU32,
-    inner: Mutex<Inner<T>>,
+    pub(super) noticed: AtomicU32,
+    pub(super) inner: Mutex<Inner<T>>,
 }
 
 #[derive(Debug)]
-struct Inner<T> {
-    requests: HashMap<i64, Request<T>>,
+pub(super) struct Inner<T> {
+    pub requests: HashMap<i64, Request<T>>,
     /// Runs in flight, dead ones included.
-    runs: HashMap<i64, Arc<Run<T>>>,
+    pub runs: HashMap<i64, Arc<Run<T>>>,
 }
 
+/// One generation of this session, between its runs.
+pub(super) type Request<T> = request::Request<T, Run<T>>;
+
 /// What is to be freed once no lock is held. Lists of caches rather than caches, so that it hardly takes memory.
-pub(super) type Graveyard<T> = Vec<Vec<LayerCaches<T>>>;
+pub(super) type DeferredDrop<T> = Vec<Vec<LayerCaches<T>>>;
 
 /// How a run relates to its request, decided under the lock.
 pub(super) struct Decision<T> {
-    mode: Mode,
-    title: Title<T>,
-    at: Option<At>,
-    caches: Vec<LayerCaches<T>>,
-    sharing: Sharing,
+    pub mode: Mode,
+    pub ownership: Ownership<T>,
+    pub at: Option<At>,
+    pub caches: Vec<LayerCaches<T>>,
+    pub sharing: Sharing,
 }
 
 impl<T> Decision<T> {
     pub(super) fn dense() -> Self {
         Decision {
             mode: Mode::Dense,
-            title: Title::Nobody,
+            ownership: Ownership::None,
             at: None,
             caches: Vec::new(),
             sharing: Sharing::Unknown,
@@ -95,18 +68,22 @@ impl<T> Decision<T> {
 }
 
 impl<T: Cached> Session<T> {
-    pub fn new(process: Arc<Process<T>>, program: Program, fed: Fed) -> Arc<Self> {
-        let plan = program.plan();
+    pub fn new(
+        process: Arc<Process<T>>,
+        compiled_plan: CompiledPlan,
+        fed: SchedulePolicy,
+    ) -> Arc<Self> {
+        let plan = compiled_plan.plan();
         let schedule = Arc::new(Schedule::new(
             plan.timesteps.as_deref(),
             plan.step_count(),
-            program.runs_per_step(),
+            compiled_plan.runs_per_step(),
             fed,
         ));
         let session = Arc::new(Session {
             process: Arc::clone(&process),
             schedule,
-            program: Arc::new(program),
+            compiled_plan: Arc::new(compiled_plan),
             counters: Counters::default(),
             noticed: AtomicU32::new(0),
             inner: Mutex::new(Inner {
@@ -118,9 +95,9 @@ impl<T: Cached> Session<T> {
         session
     }
 
-    /// Whether [`Call::evidence`] is of use even if the run has a request id.
-    pub fn needs_evidence(&self) -> bool {
-        self.program.runs_per_step() > 1
+    /// Whether [`Call::signature`] is of use even if the run has a request id.
+    pub fn needs_signature(&self) -> bool {
+        self.compiled_plan.runs_per_step() > 1
     }
 
     /// Requests that the session remembers.
@@ -135,14 +112,14 @@ impl<T: Cached> Session<T> {
     /// If there is no memory for its bookkeeping. Nothing has happened then, or at worst the request has lost its caches.
     pub fn begin(self: &Arc<Self>, call: Call) -> Result<(Arc<Run<T>>, Vec<Notice>), StateError> {
         let now = self.process.now();
-        let layer_count = self.program.layers();
+        let layer_count = self.compiled_plan.layers();
         let mut layers = list("the layers of a run", layer_count)?;
         let home = list("the caches of a run", layer_count)?;
         let mut notices = Vec::new();
         // Declared before the lock so that what dies is freed after it.
-        let mut graveyard = Vec::new();
+        let mut deferred = Vec::new();
         let mut inner = self.lock();
-        self.reclaim_idle(&mut inner, now, &mut graveyard);
+        self.reclaim_idle(&mut inner, now, &mut deferred);
         room_for_one(&mut inner.runs, "runs in flight")?;
         room_for_one(&mut inner.requests, "requests")?;
 
@@ -151,73 +128,44 @@ impl<T: Cached> Session<T> {
             .requests
             .get(&call.request)
             .map_or(0, |request| request.last_used);
-        let decision = self.decide(&mut inner, &call, now, &mut notices, &mut graveyard);
+        let decision = self.decide(&mut inner, &call, now, &mut notices, &mut deferred);
         if decision.mode != Mode::Planned {
             self.count(|c| &c.dense_steps, 1);
         }
 
-        let runs_per_step = self.program.runs_per_step();
-        let place = decision.at.map_or(0, |at| at.place);
-        let situation = Situation {
-            program: &self.program,
-            schedule: &self.schedule,
-            now: decision.at.map_or(f64::NAN, |at| at.value),
-            mode: decision.mode,
-            step: place / runs_per_step,
-            branch: place % runs_per_step,
-            halves: self.program.has_halves(call.rows),
-            sharing: decision.sharing,
-        };
-        let mut cached = decision.caches.into_iter();
-        for layer in 0..layer_count {
-            let mut caches = cached.next().unwrap_or_default();
-            self.count(|c| &c.non_finite, caches.drop_unsound() as u64);
-            let (directive, loss) = situation.decide(layer, &mut caches);
-            self.count_layer(directive.work, directive.rows, loss);
-            layers.push(Slot::new(directive, caches));
-        }
-        if decision.mode == Mode::Planned && !situation.halves && self.program.batch_has_halves() {
-            let row = &self.program.plan().steps[situation.step];
-            if row.iter().any(|action| action.uses_halves()) {
-                notices.push(Notice::OddRows { rows: call.rows });
-            }
-        }
-        if decision.mode == Mode::Planned && decision.sharing == Sharing::Unlike {
-            let row = &self.program.plan().steps[situation.step];
-            if row.iter().any(|action| action.uses_halves()) {
-                notices.push(Notice::UnlikeRuns);
-            }
-        }
+        let context = self.decision_context(&decision, call.rows);
+        self.decide_layers(&context, decision.caches, &mut layers);
+        self.notice_lost_sharing(&context, call.rows, &mut notices);
 
-        let run = Arc::new(Run::new(
-            self.process.new_ticket(),
-            Arc::clone(&self.process),
-            Arc::downgrade(self),
-            Arc::clone(&self.program),
-            situation.branch,
+        let run = Arc::new(Run::new(RunParts {
+            ticket: self.process.new_ticket(),
+            process: Arc::clone(&self.process),
+            session: Arc::downgrade(self),
+            compiled_plan: Arc::clone(&self.compiled_plan),
+            branch: context.branch,
             layers,
             home,
             evict_before,
             now,
-            Claim {
+            context: RunContext {
                 request: call.request,
-                title: decision.title,
+                ownership: decision.ownership,
                 at: decision.at,
+                shapes: call.shapes,
                 signature: call.signature,
-                evidence: call.evidence,
                 end: call.end,
                 recapturing: decision.mode == Mode::Recapture,
             },
-        ));
+        }));
         self.process.enter(&run)?;
         inner.runs.insert(run.ticket[0], Arc::clone(&run));
-        if matches!(run.claim.title, Title::Owner)
+        if matches!(run.context.ownership, Ownership::Owner)
             && let Some(request) = inner.requests.get_mut(&call.request)
         {
             request.in_flight = Some(Arc::clone(&run));
         }
         drop(inner);
-        drop(graveyard);
+        drop(deferred);
         if self.counters.over_budget.load(Ordering::Relaxed) > 0 {
             notices.push(Notice::OverBudget);
         }
@@ -227,359 +175,62 @@ impl<T: Cached> Session<T> {
         Ok((run, notices))
     }
 
-    fn decide(
+    /// The run as far as decisions about its layers go.
+    fn decision_context(&self, decision: &Decision<T>, rows: usize) -> DecisionContext<'_> {
+        let runs_per_step = self.compiled_plan.runs_per_step();
+        let place = decision.at.map_or(0, |at| at.place);
+        DecisionContext {
+            compiled_plan: &self.compiled_plan,
+            schedule: &self.schedule,
+            now: decision.at.map_or(f64::NAN, |at| at.value),
+            mode: decision.mode,
+            step: place / runs_per_step,
+            branch: place % runs_per_step,
+            halves: self.compiled_plan.has_halves(rows),
+            sharing: decision.sharing,
+        }
+    }
+
+    /// What each layer does, and the caches it is given.
+    fn decide_layers(
         &self,
-        inner: &mut Inner<T>,
-        call: &Call,
-        now: u64,
+        context: &DecisionContext<'_>,
+        caches: Vec<LayerCaches<T>>,
+        layers: &mut Vec<Slot<T>>,
+    ) {
+        let mut cached = caches.into_iter();
+        for layer in 0..self.compiled_plan.layers() {
+            let mut caches = cached.next().unwrap_or_default();
+            self.count(|c| &c.non_finite, caches.drop_unsound() as u64);
+            let (directive, shortfall) = context.decide(layer, &mut caches);
+            self.count_layer(directive.work, directive.rows, shortfall);
+            layers.push(Slot::new(directive, caches));
+        }
+    }
+
+    /// Says so where the plan shares between halves of guidance and this run cannot.
+    fn notice_lost_sharing(
+        &self,
+        context: &DecisionContext<'_>,
+        rows: usize,
         notices: &mut Vec<Notice>,
-        graveyard: &mut Graveyard<T>,
-    ) -> Decision<T> {
-        let unplanned = |notices: &mut Vec<Notice>| {
-            self.count(|c| &c.unplanned, 1);
-            notices.push(Notice::Unplanned);
-            Decision::dense()
-        };
-        let Some(value) = call.timestep.filter(|value| value.is_finite()) else {
-            return unplanned(notices);
-        };
-        self.make_room(inner, call.request, graveyard);
-        let request = inner
-            .requests
-            .entry(call.request)
-            .or_insert_with(|| Request::new(now, Guard::new(Arc::clone(&self.schedule))));
-        request.last_used = now;
-
-        // Two runs of one step have the same latents; others cannot be the second run.
-        let second = call
-            .evidence
-            .as_ref()
-            .is_none_or(|evidence| request.guard.same_step(evidence));
-        let Place::At(place) = self
-            .schedule
-            .locate(value, &request.trail, call.start, second)
-        else {
-            // Not of the generation at hand, but seen: a start over is recognised by what came before.
-            if !self.schedule.is_certain() {
-                request.trail.observe(value);
-            }
-            return unplanned(notices);
-        };
-        let at = At { place, value };
-        if !self
-            .schedule
-            .lists(place / self.program.runs_per_step(), value)
-        {
-            self.count(|c| &c.off_schedule, 1);
-        }
-
-        if let Some(other) = request.in_flight.clone() {
-            if call.start && call.request != ANONYMOUS {
-                // The caller says that whatever ran under this id is over.
-                other.disown();
-                request.in_flight = None;
-            } else {
-                return self.collide(request, call, &other, at);
-            }
-        }
-        if call.request == ANONYMOUS {
-            return self.decide_anonymous(request, call, at, notices, graveyard);
-        }
-        if call.start
-            || self.schedule.begins(place, value, &request.trail)
-            || request.trail.place.is_none()
-        {
-            return self.start(request, at, graveyard);
-        }
-        let same_shapes = self.same_shapes(request, call, at);
-        if !self.schedule.follows(place, value, &request.trail) || !same_shapes {
-            if !same_shapes {
-                self.count(|c| &c.shape_changes, 1);
-            }
-            return self.catch_up(request, at, graveyard);
-        }
-        self.go_on(request, call, at, true)
-    }
-
-    /// Whether a run is fed what the last one of its branch was fed, as far as shapes and types go.
-    pub(super) fn same_shapes(&self, request: &Request<T>, call: &Call, at: At) -> bool {
-        let branch = at.place % self.program.runs_per_step();
-        request.signature[branch]
-            .as_ref()
-            .is_none_or(|signature| *signature == call.signature)
-    }
-
-    /// A generation begins, at the first step as planned, elsewhere with everything captured anew.
-    pub(super) fn start(
-        &self,
-        request: &mut Request<T>,
-        at: At,
-        graveyard: &mut Graveyard<T>,
-    ) -> Decision<T> {
-        self.count(|c| &c.generations, 1);
-        request.trail = Trail::default();
-        let mut decision = self.recapture(request, at, graveyard);
-        if at.place == 0 {
-            decision.mode = Mode::Planned;
-        }
-        decision
-    }
-
-    /// A generation goes on elsewhere than where its caches end.
-    pub(super) fn catch_up(
-        &self,
-        request: &mut Request<T>,
-        at: At,
-        graveyard: &mut Graveyard<T>,
-    ) -> Decision<T> {
-        self.count(|c| &c.discontinuities, 1);
-        self.recapture(request, at, graveyard)
-    }
-
-    /// The caches are of no use: full attention everywhere, capturing what later steps read.
-    fn recapture(
-        &self,
-        request: &mut Request<T>,
-        at: At,
-        graveyard: &mut Graveyard<T>,
-    ) -> Decision<T> {
-        graveyard.push(std::mem::take(&mut request.caches));
-        request.signature = [None, None];
-        Decision {
-            mode: Mode::Recapture,
-            title: Title::Owner,
-            at: Some(at),
-            caches: Vec::new(),
-            sharing: Sharing::Allowed,
-        }
-    }
-
-    /// The step that is due. `may_share` says whether a second run may take what the first one left.
-    pub(super) fn go_on(
-        &self,
-        request: &mut Request<T>,
-        call: &Call,
-        at: At,
-        may_share: bool,
-    ) -> Decision<T> {
-        let second = at.place % self.program.runs_per_step() == 1;
-        let alike = || request.signature[0].as_ref() == Some(&call.signature);
-        let sharing = match may_share {
-            false => Sharing::Unknown,
-            true if second && !alike() => Sharing::Unlike,
-            true => Sharing::Allowed,
-        };
-        Decision {
-            mode: if second && request.recapturing {
-                Mode::Recapture
-            } else {
-                Mode::Planned
-            },
-            title: Title::Owner,
-            at: Some(at),
-            caches: std::mem::take(&mut request.caches),
-            sharing,
-        }
-    }
-
-    /// Another run of this request is in flight: this one is computed densely. Where its caches could be of use if
-    /// the other run turns out to be dead, it captures them.
-    fn collide(
-        &self,
-        request: &mut Request<T>,
-        call: &Call,
-        other: &Arc<Run<T>>,
-        at: At,
-    ) -> Decision<T> {
-        self.count(|c| &c.collisions, 1);
-        if call.request == ANONYMOUS {
-            if let Some(evidence) = &call.evidence {
-                let in_flight = other.claim.evidence.as_ref();
-                request.guard.note(at, evidence, in_flight);
-            }
-            if at.place != 0 && !call.start {
-                return Decision::dense();
-            }
-        }
-        Decision {
-            mode: Mode::Recapture,
-            title: Title::Heir {
-                of: Arc::downgrade(other),
-                progress: other.progress(),
-            },
-            at: Some(at),
-            caches: Vec::new(),
-            sharing: Sharing::Unknown,
-        }
-    }
-
-    /// All layers of `run` have finished.
-    pub(super) fn complete(&self, run: &Run<T>) {
-        let now = self.process.now();
-        let claim = &run.claim;
-        let mut graveyard = Graveyard::new();
-        let mut caches = run.take_caches();
-        let mut others = Vec::new();
-        let mut inner = self.lock();
-        inner.runs.remove(&run.ticket[0]);
-        if let Some(request) = inner.requests.get_mut(&claim.request) {
-            let rightful = match &claim.title {
-                Title::Owner => request.owned_by(run),
-                Title::Heir { of, progress } => match (of.upgrade(), &request.in_flight) {
-                    (Some(other), Some(owner)) if Arc::ptr_eq(&other, owner) => {
-                        let dead = !other.is_finished() && other.progress() == *progress;
-                        if dead {
-                            other.disown();
-                            others.extend(other.give_up_residuals());
-                            self.count(|c| &c.aborted, 1);
-                            request.guard.begin();
-                            // The heir's generation is in the slot now. The dead run's client may not know, and go on,
-                            // unless it was the heir that tried again.
-                            if let Some(own) = &claim.evidence {
-                                request.guard.recall(own);
-                                if let (Some(at), Some(evidence)) =
-                                    (other.claim.at, &other.claim.evidence)
-                                    && evidence != own
-                                {
-                                    request.guard.note(at, evidence, Some(own));
-                                }
-                            }
-                            // Where it began and which way it goes stays known, unless it begins here.
-                            if claim.at.is_none_or(|at| at.place == 0) {
-                                request.trail = Trail::default();
-                            }
-                            request.signature = [None, None];
-                        }
-                        dead
-                    }
-                    _ => false,
-                },
-                Title::Nobody => false,
-            };
-            if rightful {
-                request.in_flight = None;
-                request.last_used = now;
-                request.recapturing = claim.recapturing;
-                std::mem::swap(&mut request.caches, &mut caches);
-                if let Some(at) = claim.at {
-                    let branch = at.place % self.program.runs_per_step();
-                    request.trail.advance(at.place, at.value);
-                    request.signature[branch] = Some(claim.signature.clone());
-                    if let Some(evidence) = &claim.evidence {
-                        let first = request.trail.first_place.unwrap_or(at.place);
-                        request.guard.advance(at, first, evidence.clone());
-                    }
-                }
-            }
-            if claim.end && request.in_flight.is_none() {
-                if claim.request != ANONYMOUS {
-                    let removed = inner.requests.remove(&claim.request);
-                    graveyard.extend(removed.map(|request| request.caches));
-                } else if rightful {
-                    graveyard.push(request.retire());
-                }
-            }
-        }
-        drop(inner);
-        drop((graveyard, caches, others));
-    }
-
-    /// `run` will not finish.
-    pub(super) fn failed(&self, run: &Run<T>) {
-        let mut inner = self.lock();
-        if inner.runs.remove(&run.ticket[0]).is_none() {
+    ) {
+        if context.mode != Mode::Planned {
             return;
         }
-        self.count(|c| &c.aborted, 1);
-        if let Some(request) = inner.requests.get_mut(&run.claim.request)
-            && request.owned_by(run)
-        {
-            request.in_flight = None;
-        }
-    }
-
-    /// Forgets requests that have been idle for too long and runs that are dead.
-    fn reclaim_idle(&self, inner: &mut Inner<T>, now: u64, graveyard: &mut Graveyard<T>) {
-        let limit = self.process.limits.idle_ms;
-        let Inner { requests, runs } = inner;
-        let dead = runs.extract_if(|_, run| {
-            let patience = if run.is_disowned() {
-                DEAD_DISOWNED_RUN_MS
-            } else {
-                limit.max(DEAD_RUN_MS)
-            };
-            now.saturating_sub(run.touched()) > patience
-        });
-        for (id, run) in dead {
-            self.process.forget(id);
-            // One that another run took over was counted then.
-            if !run.is_disowned() {
-                self.count(|c| &c.aborted, 1);
-            }
-            run.disown();
-            for request in requests.values_mut() {
-                if request.owned_by(&run) {
-                    request.in_flight = None;
-                }
-            }
-            graveyard.push(run.take_caches());
-        }
-        requests.retain(|id, request| {
-            let idle = now.saturating_sub(request.last_used) > limit;
-            if !idle || request.in_flight.is_some() || request.is_blank() {
-                return true;
-            }
-            self.count(|c| &c.idle_reclaims, 1);
-            graveyard.push(request.retire());
-            request.guard.forget();
-            *id == ANONYMOUS
-        });
-    }
-
-    /// Makes room for the bookkeeping of one more request.
-    fn make_room(&self, inner: &mut Inner<T>, coming: i64, graveyard: &mut Graveyard<T>) {
-        if inner.requests.len() < MAX_REQUESTS || inner.requests.contains_key(&coming) {
+        let row = &self.compiled_plan.plan().steps[context.step];
+        if !row.iter().any(|action| action.uses_halves()) {
             return;
         }
-        let oldest = inner
-            .requests
-            .iter()
-            .filter(|(_, request)| request.in_flight.is_none())
-            .min_by_key(|(_, request)| request.last_used)
-            .map(|(id, _)| *id);
-        if let Some(mut request) = oldest.and_then(|id| inner.requests.remove(&id)) {
-            self.count(|c| &c.evictions, 1);
-            graveyard.push(std::mem::take(&mut request.caches));
+        if !context.halves && self.compiled_plan.batch_has_halves() {
+            notices.push(Notice::OddRows { rows });
+        }
+        if context.sharing == Sharing::Unlike {
+            notices.push(Notice::UnlikeRuns);
         }
     }
 
-    /// The request that caches something and was not used for the longest time: when that was, and its id.
-    pub(super) fn longest_idle(&self) -> Option<(u64, i64)> {
-        let inner = self.lock();
-        inner
-            .requests
-            .iter()
-            .filter(|(_, request)| request.in_flight.is_none() && holds_tensors(&request.caches))
-            .map(|(id, request)| (request.last_used, *id))
-            .min()
-    }
-
-    /// Drops what a request caches; false if a run has taken it meanwhile.
-    pub(super) fn evict(&self, id: i64) -> bool {
-        let mut inner = self.lock();
-        let Some(request) = inner.requests.get_mut(&id) else {
-            return false;
-        };
-        if request.in_flight.is_some() {
-            return false;
-        }
-        let caches = std::mem::take(&mut request.caches);
-        drop(inner);
-        self.count(|c| &c.evictions, 1);
-        holds_tensors(&caches)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Inner<T>> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner<T>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -588,7 +239,7 @@ impl<T: Cached> Session<T> {
         which(&self.process.counters).fetch_add(by, Ordering::Relaxed);
     }
 
-    fn count_layer(&self, work: Work, rows: Rows, loss: Loss) {
+    fn count_layer(&self, work: Work, rows: Rows, shortfall: Shortfall) {
         match work {
             Work::Full => self.count(|c| &c.layers_full, 1),
             Work::Window => self.count(|c| &c.layers_window, 1),
@@ -597,10 +248,10 @@ impl<T: Cached> Session<T> {
         if rows == Rows::Half {
             self.count(|c| &c.layers_halved, 1);
         }
-        if loss.missing {
+        if shortfall.missing {
             self.count(|c| &c.misses, 1);
         }
-        if loss.recompute {
+        if shortfall.recompute {
             self.count(|c| &c.recomputes, 1);
         }
     }
@@ -613,10 +264,4 @@ impl<T> Drop for Session<T> {
             self.process.forget(id);
         }
     }
-}
-
-fn holds_tensors<T>(caches: &[LayerCaches<T>]) -> bool {
-    caches.iter().any(|layer| {
-        layer.residual.iter().any(Option::is_some) || layer.output.iter().any(|o| !o.is_empty())
-    })
 }

@@ -14,10 +14,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ditfastattn_plans::{Action, Cfg, Plan};
 use proptest::prelude::*;
 
-use super::guard::{Evidence, Feed, Values};
-use super::schedule::Fed;
-use super::session::{Call, Session, Signature};
-use super::{Cached, Lease, Limits, Process, Program, Rows, Run, Work};
+use super::call::{Call, FeedShapes};
+use super::continuity::{Feed, RunSignature, Values};
+use super::schedule::SchedulePolicy;
+use super::session::Session;
+use super::{Cached, CompiledPlan, Lease, Limits, Process, Rows, Run, Work};
 
 /// A tensor that only knows where it comes from.
 #[derive(Debug)]
@@ -86,10 +87,10 @@ struct Open {
 
 impl Bench {
     fn new(plan: Plan, bytes: u64) -> Bench {
-        Bench::serving(plan, bytes, Fed::Planned)
+        Bench::serving(plan, bytes, SchedulePolicy::Planned)
     }
 
-    fn serving(plan: Plan, bytes: u64, fed: Fed) -> Bench {
+    fn serving(plan: Plan, bytes: u64, fed: SchedulePolicy) -> Bench {
         let clock = Arc::new(AtomicU64::new(0));
         let reader = Arc::clone(&clock);
         let limits = Limits {
@@ -97,9 +98,9 @@ impl Bench {
             idle_ms: 1_000_000,
         };
         let process = Process::new(limits, move || reader.load(Ordering::Relaxed));
-        let program = Program::new(plan.clone(), &[]);
+        let compiled_plan = CompiledPlan::new(plan.clone(), &[]);
         Bench {
-            session: Session::new(Arc::clone(&process), program, fed),
+            session: Session::new(Arc::clone(&process), compiled_plan, fed),
             process,
             clock,
             plan,
@@ -131,8 +132,8 @@ impl Bench {
             start: false,
             end: false,
             rows: client.rows,
-            signature: Signature(vec![(1, vec![client.rows, 4])]),
-            evidence: None,
+            shapes: FeedShapes(vec![(1, vec![client.rows, 4])]),
+            signature: None,
         };
         call(&mut whole);
         let (run, _) = self.session.begin(whole).expect("memory");
@@ -537,7 +538,7 @@ impl Picture {
         }
     }
 
-    fn evidence(&self, step: usize) -> Evidence {
+    fn signature(&self, step: usize) -> RunSignature {
         let steps = 20;
         let noise_left = 1.0 - step as f32 / steps as f32;
         // Until it has moved, a generation that starts midway has the image it was given.
@@ -561,7 +562,7 @@ impl Picture {
             values,
         };
         let latents = feed(&bytes[..], Values::F32(&latents));
-        Evidence::new(latents, &[feed(&prompt[..], Values::Other)], 2).expect("memory")
+        RunSignature::new(latents, &[feed(&prompt[..], Values::Other)], 2).expect("memory")
     }
 }
 
@@ -581,7 +582,7 @@ fn picture() -> impl Strategy<Value = Picture> {
 }
 
 /// The unconditional run of a step has the same latents and another prompt.
-fn with_branch(mut evidence: Evidence, branch: usize) -> Evidence {
+fn with_branch(mut signature: RunSignature, branch: usize) -> RunSignature {
     if branch == 1 {
         let bytes = [branch as u8];
         let nothing = Feed {
@@ -590,16 +591,16 @@ fn with_branch(mut evidence: Evidence, branch: usize) -> Evidence {
             bytes: Some(&bytes),
             values: Values::Other,
         };
-        let other = Evidence::new(nothing, &[nothing], 1).expect("memory");
-        evidence.conditioning = other.conditioning;
+        let other = RunSignature::new(nothing, &[nothing], 1).expect("memory");
+        signature.conditioning = other.conditioning;
     }
-    evidence
+    signature
 }
 
 /// Two generations whose latents and conditioning are equal at every step so far are one: their caches are equal too.
 /// Unconditional runs (branch 1) have the same conditioning whatever the prompt.
 fn same_so_far(a: &Picture, b: &Picture, step: usize, branch: usize) -> bool {
-    let shown = |picture: &Picture, s| with_branch(picture.evidence(s), branch);
+    let shown = |picture: &Picture, s| with_branch(picture.signature(s), branch);
     a.first == b.first && (a.first..=step).all(|s| shown(a, s) == shown(b, s))
 }
 
@@ -647,8 +648,8 @@ proptest! {
             client.place = place;
             let picture = &pictures[who];
             // The other branch has another prompt.
-            let evidence = with_branch(picture.evidence(place / per_step), place % per_step);
-            let open = bench.begin(&client, |call| call.evidence = Some(evidence));
+            let signature = with_branch(picture.signature(place / per_step), place % per_step);
+            let open = bench.begin(&client, |call| call.signature = Some(signature));
             for layer in 0..if vanish && listed { layers - 1 } else { layers } {
                 let directive = open.run.directive(layer).expect("layer");
                 let served = match directive.work {
@@ -692,9 +693,9 @@ proptest! {
             let picture = Picture { first: 0, ..picture.clone() };
             while client.place < bench.places() {
                 let step = client.place / per_step;
-                let evidence = picture.evidence(step);
-                let evidence = with_branch(evidence, client.place % per_step);
-                bench.complete(&mut client, |call| call.evidence = Some(evidence));
+                let signature = picture.signature(step);
+                let signature = with_branch(signature, client.place % per_step);
+                bench.complete(&mut client, |call| call.signature = Some(signature));
                 client.place += 1;
             }
         }
@@ -818,16 +819,16 @@ fn an_anonymous_generation_that_was_cut_off_does_not_cost_the_next_one() {
         for place in 0..cut {
             client.place = place;
             b.complete(&mut client, |call| {
-                call.evidence = Some(first.evidence(place))
+                call.signature = Some(first.signature(place))
             });
         }
         client.place = cut;
-        b.begin(&client, |call| call.evidence = Some(first.evidence(cut)));
+        b.begin(&client, |call| call.signature = Some(first.signature(cut)));
         client.restart(0);
         for place in 0..rows.len() {
             client.place = place;
             let open = b.complete(&mut client, |call| {
-                call.evidence = Some(second.evidence(place))
+                call.signature = Some(second.signature(place))
             });
             assert_eq!(
                 open.served,
@@ -914,8 +915,12 @@ fn abandoned_requests_make_room_for_working_ones() {
         idle_ms: 1_000_000,
     };
     b.process = Process::new(limits, move || clock.load(Ordering::Relaxed));
-    let program = Program::new(b.plan.clone(), &[]);
-    b.session = Session::new(Arc::clone(&b.process), program, Fed::Planned);
+    let compiled_plan = CompiledPlan::new(b.plan.clone(), &[]);
+    b.session = Session::new(
+        Arc::clone(&b.process),
+        compiled_plan,
+        SchedulePolicy::Planned,
+    );
     // One request fills the budget and is abandoned.
     b.complete(&mut Client::new(1, 0, 2), |_| {});
     assert_eq!(b.process.bytes(), 2 * UNIT as u64);
@@ -946,11 +951,11 @@ fn the_second_run_of_a_first_step_takes_nothing_unless_the_request_has_an_id() {
         let mut b = bench(Cfg::Separate, &[&[Asc], &[WaRsAsc]]);
         let picture = Picture::new(1, 0);
         let mut client = Client::new(id, 0, 1);
-        let first = picture.evidence(0);
-        b.complete(&mut client, |call| call.evidence = Some(first.clone()));
+        let first = picture.signature(0);
+        b.complete(&mut client, |call| call.signature = Some(first.clone()));
         client.place = 1;
         let second = with_branch(first, 1);
-        let open = b.begin(&client, |call| call.evidence = Some(second));
+        let open = b.begin(&client, |call| call.signature = Some(second));
         assert_eq!(works(&open, 1), [expected]);
     }
 }

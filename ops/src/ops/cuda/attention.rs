@@ -5,39 +5,51 @@ use std::sync::Arc;
 
 use ditfastattn_kernels::{Attention, DType, Input, Mask, MaskStrides, MaskType, Mode, Output};
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
+use crate::abi::error::Error;
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::abi::tensor::{DeviceTensor, ElementType};
 use crate::state::{Directive, Residual, Rows, Run, Work};
 
 use super::super::attention::{DiTFastAttn, MASK, PAST, PRESENT, TICKET};
+use super::super::cache_entry::{CachedTensor, allocate_on_device};
 use super::super::io;
-use super::super::layer::in_run;
 use super::super::mask::{Scores, unknown_type};
+use super::super::op_common::in_run;
 use super::super::select::halve;
-use super::super::storage::{CachedTensor, allocate_on_device};
-use super::super::task::{Attend, Memory, Stored, Task};
-use super::place::{Place, Region};
+use super::super::task::{AttentionBackend, ResidualSlice, StateSource, Task};
+use super::device_context::{DeviceContext, DeviceSlice};
 use super::{OnCuda, dtype_of};
 
 impl Kernel for OnCuda<DiTFastAttn> {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         DiTFastAttn::create(info).map(OnCuda)
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
         let op = &self.0;
-        let place = Place::of(context)?;
+        let device_context = DeviceContext::of(context)?;
         let ticket = context.input(TICKET)?;
         match &op.io {
             Some(io) => {
                 let directive = io::directive(&ticket, op.layer)?;
-                attend(op, place, context, Memory::Graph(io), directive)
+                attend(
+                    op,
+                    device_context,
+                    context,
+                    StateSource::Graph(io),
+                    directive,
+                )
             }
             None => in_run(&ticket, op.layer, |run, directive| {
-                attend(op, place, context, Memory::Run(run), directive)
+                attend(
+                    op,
+                    device_context,
+                    context,
+                    StateSource::Session(run),
+                    directive,
+                )
             }),
         }
     }
@@ -45,30 +57,30 @@ impl Kernel for OnCuda<DiTFastAttn> {
 
 fn attend(
     op: &DiTFastAttn,
-    place: Place,
-    context: &Context<'_>,
-    memory: Memory<'_>,
+    device_context: DeviceContext,
+    context: &KernelContext<'_>,
+    state: StateSource<'_>,
     directive: Directive,
 ) -> Result<(), Error> {
     let operands = [0, 1, 2].map(|i| context.device_input(i));
     let [q, k, v] = operands;
     let operands = [q?, k?, v?];
     let shapes = [0, 1, 2].map(|i| operands[i].dims());
-    let (task, o_dims) = Task::new(op, context, memory, directive, shapes)?;
+    let (task, o_dims) = Task::new(op, context, state, directive, shapes)?;
     let mask = context
         .optional_device_input(MASK)?
         .map(|mask| DeviceMask::read(&mask, &task.scores(), op.guarded))
         .transpose()?;
     let dtype = dtype_of(operands[0].element())?;
     let out = context.device_output(0, &o_dims)?;
-    let mut out = Region {
+    let mut out = DeviceSlice {
         address: out.address(),
         dtype,
         len: out.len(),
     };
-    let layer = Layer {
+    let layer = CudaBackend {
         task,
-        place,
+        device_context,
         dtype,
         operands,
         mask,
@@ -118,24 +130,24 @@ impl DeviceMask {
 }
 
 /// R of an earlier step.
-enum Earlier<'a> {
+enum PastResidual<'a> {
     Cached(Residual<CachedTensor>),
     Given(DeviceTensor<'a>),
 }
 
 /// One layer in one run, in a device's memory.
-struct Layer<'a> {
+struct CudaBackend<'a> {
     task: Task<'a>,
-    place: Place,
+    device_context: DeviceContext,
     dtype: DType,
     /// q, k, v.
     operands: [DeviceTensor<'a>; 3],
     mask: Option<DeviceMask>,
 }
 
-impl Layer<'_> {
+impl CudaBackend<'_> {
     /// The core form: selects, computes, shares, keeps, reuses.
-    fn whole_batch(&self, mut out: Region, o_dims: &[usize]) -> Result<(), Error> {
+    fn whole_batch(&self, mut out: DeviceSlice, o_dims: &[usize]) -> Result<(), Error> {
         let batch = self.task.views[0].batch;
         if self.task.directive.work == Work::Reuse {
             return self.serve_kept(out, o_dims);
@@ -148,7 +160,7 @@ impl Layer<'_> {
             Rows::Half => {
                 let mut half_dims = o_dims.to_vec();
                 halve(&mut half_dims)?;
-                let conditional_first = self.task.memory.conditional_first();
+                let conditional_first = self.task.state.conditional_first();
                 let start = if conditional_first { 0 } else { batch / 2 };
                 let [mut from, to] = out.halves(conditional_first);
                 self.compute(start, batch / 2, &mut from)?;
@@ -157,28 +169,33 @@ impl Layer<'_> {
         }
     }
 
-    fn serve_kept(&self, out: Region, o_dims: &[usize]) -> Result<(), Error> {
+    fn serve_kept(&self, out: DeviceSlice, o_dims: &[usize]) -> Result<(), Error> {
         let op = self.task.op;
-        let Memory::Run(run) = self.task.memory else {
+        let StateSource::Session(run) = self.task.state else {
             return Ok(());
         };
         let kept = op.kept(run, o_dims)?;
         // SAFETY: an output of this node, of the shape that `kept` was compared with.
-        let served = unsafe { self.place.serve(&kept, out) }?;
+        let served = unsafe { self.device_context.read_cached(&kept, out) }?;
         served.ok_or_else(|| op.does_not_fit(&kept, o_dims))?;
         run.finish(op.layer, 0, 1, None);
         Ok(())
     }
 
     /// The core form's end: the other half, and what is kept.
-    fn finish(&self, computed: Region, others: &[Region], dims: &[usize]) -> Result<(), Error> {
-        let run = match self.task.memory {
-            Memory::Run(run) => Some(run),
-            Memory::Graph(_) => None,
+    fn finish(
+        &self,
+        computed: DeviceSlice,
+        others: &[DeviceSlice],
+        dims: &[usize],
+    ) -> Result<(), Error> {
+        let run = match self.task.state {
+            StateSource::Session(run) => Some(run),
+            StateSource::Graph(_) => None,
         };
         // SAFETY: parts of the output of this node, ordered on this stream.
         let kept = unsafe {
-            self.place
+            self.device_context
                 .spread(run, self.task.directive, computed, others, dims)?
         };
         if let Some(run) = run {
@@ -192,20 +209,20 @@ impl Layer<'_> {
         run: &Arc<Run<CachedTensor>>,
         start: usize,
         rows: usize,
-        out: Region,
+        out: DeviceSlice,
     ) -> Result<(), Error> {
-        let Place { device, stream } = self.place;
+        let DeviceContext { device, stream } = self.device_context;
         let dims = self.task.residual_dims(rows);
         let bytes = dims.iter().product::<usize>() * self.dtype.size();
-        let Some(room) = allocate_on_device(run, device, stream, bytes) else {
+        let Some(entry) = allocate_on_device(run, device, stream, bytes) else {
             return self.attention(start, rows, out, Mode::Full, null_mut());
         };
-        let flag = room.buffer.non_finite();
-        room.buffer.on(stream, |address| {
+        let flag = entry.buffer.non_finite();
+        entry.buffer.on(stream, |address| {
             self.attend_and_capture(start, rows, out, address.cast(), flag)
         })?;
         let covers = self.task.directive.rows;
-        let tensor = room.store(self.dtype, &dims, covers);
+        let tensor = entry.store(self.dtype, &dims, covers);
         run.capture(self.task.op.layer, tensor, covers);
         Ok(())
     }
@@ -214,7 +231,7 @@ impl Layer<'_> {
         &self,
         start: usize,
         rows: usize,
-        out: Region,
+        out: DeviceSlice,
         residual: *mut u8,
         flag: *mut u32,
     ) -> Result<(), Error> {
@@ -232,15 +249,15 @@ impl Layer<'_> {
         &self,
         start: usize,
         rows: usize,
-        out: Region,
+        out: DeviceSlice,
         residual: *mut u8,
-        found: Stored,
+        found: ResidualSlice,
     ) -> Result<(), Error> {
         let strides = self.task.residual_strides();
         let first = found.offset * strides.batch.unsigned_abs() * self.dtype.size();
         let mode = || Mode::Window {
             band: self.task.band,
-            // SAFETY: R has the rows that `Stored` says, contiguous, and is used in the order of the stream.
+            // SAFETY: R has the rows that `ResidualSlice` says, contiguous, and is used in the order of the stream.
             residual: Some(unsafe {
                 Input::from_raw(residual.wrapping_add(first), self.dtype, strides)
             }),
@@ -250,7 +267,7 @@ impl Layer<'_> {
             self.attention(start, rows / 2, one, mode(), null_mut())?;
             let row = self.task.o.strides.batch.unsigned_abs();
             // Rows may lie in each other's gaps where the batch is not outermost, so the second half begins at its row.
-            let second = Region {
+            let second = DeviceSlice {
                 address: out.address.wrapping_add(rows / 2 * row * self.dtype.size()),
                 ..two
             };
@@ -265,7 +282,7 @@ impl Layer<'_> {
         &self,
         start: usize,
         rows: usize,
-        out: Region,
+        out: DeviceSlice,
         mode: Mode<'_>,
         flag: *mut u32,
     ) -> Result<(), Error> {
@@ -289,49 +306,57 @@ impl Layer<'_> {
             mode,
         };
         // SAFETY: inputs and outputs of this node, which ONNX Runtime orders on this stream; the caller orders R.
-        Ok(unsafe { self.place.device.attention(self.place.stream, &call, flag) }?)
+        Ok(unsafe {
+            self.device_context
+                .device
+                .attention(self.device_context.stream, &call, flag)
+        }?)
     }
 }
 
-impl<'a> Attend for Layer<'a> {
-    type Out = Region;
-    type Earlier = Earlier<'a>;
+impl<'a> AttentionBackend for CudaBackend<'a> {
+    type Out = DeviceSlice;
+    type PastResidual = PastResidual<'a>;
 
     fn task(&self) -> &Task<'_> {
         &self.task
     }
 
-    fn full(&self, start: usize, rows: usize, out: &mut Region) -> Result<(), Error> {
+    fn full(&self, start: usize, rows: usize, out: &mut DeviceSlice) -> Result<(), Error> {
         self.attention(start, rows, *out, Mode::Full, null_mut())
     }
 
-    fn capture(&self, start: usize, rows: usize, out: &mut Region) -> Result<(), Error> {
-        match self.task.memory {
-            Memory::Run(run) => self.capture_for(run, start, rows, *out),
-            Memory::Graph(_) if self.task.wants_present()? => {
+    fn capture(&self, start: usize, rows: usize, out: &mut DeviceSlice) -> Result<(), Error> {
+        match self.task.state {
+            StateSource::Session(run) => self.capture_for(run, start, rows, *out),
+            StateSource::Graph(_) if self.task.wants_present()? => {
                 let dims = self.task.residual_dims(rows);
                 let present = self.task.context.device_output(PRESENT, &dims)?;
                 self.attend_and_capture(start, rows, *out, present.address(), null_mut())
             }
-            Memory::Graph(_) => self.full(start, rows, out),
+            StateSource::Graph(_) => self.full(start, rows, out),
         }
     }
 
-    fn residual(&self, rows: usize) -> Result<Option<(Earlier<'a>, Stored)>, Error> {
+    fn residual(&self, rows: usize) -> Result<Option<(PastResidual<'a>, ResidualSlice)>, Error> {
         let Task { op, context, .. } = self.task;
-        let residual = match self.task.memory {
-            Memory::Run(run) => run.residual(op.layer).map(Earlier::Cached),
-            Memory::Graph(_) => context.optional_device_input(PAST)?.map(Earlier::Given),
+        let residual = match self.task.state {
+            StateSource::Session(run) => run.residual(op.layer).map(PastResidual::Cached),
+            StateSource::Graph(_) => context
+                .optional_device_input(PAST)?
+                .map(PastResidual::Given),
         };
         let Some(residual) = residual else {
             return Ok(None);
         };
         let (dims, covers, typed) = match &residual {
-            Earlier::Cached(Residual { tensor, rows }) => {
+            PastResidual::Cached(Residual { tensor, rows }) => {
                 let here = tensor.on_device(self.dtype).is_some();
                 (tensor.dims(), Some(*rows), here)
             }
-            Earlier::Given(past) => (past.dims(), None, dtype_of(past.element())? == self.dtype),
+            PastResidual::Given(past) => {
+                (past.dims(), None, dtype_of(past.element())? == self.dtype)
+            }
         };
         let found = self.task.find(rows, dims, covers).filter(|_| typed);
         Ok(found.map(|found| (residual, found)))
@@ -341,39 +366,39 @@ impl<'a> Attend for Layer<'a> {
         &self,
         start: usize,
         rows: usize,
-        out: &mut Region,
-        residual: &Earlier<'a>,
-        found: Stored,
+        out: &mut DeviceSlice,
+        residual: &PastResidual<'a>,
+        found: ResidualSlice,
     ) -> Result<(), Error> {
         match residual {
-            Earlier::Cached(residual) => match residual.tensor.on_device(self.dtype) {
-                Some(buffer) => buffer.on(self.place.stream, |address| {
+            PastResidual::Cached(residual) => match residual.tensor.on_device(self.dtype) {
+                Some(buffer) => buffer.on(self.device_context.stream, |address| {
                     self.window_with(start, rows, *out, address.cast(), found)
                 }),
                 None => self.without_residual(start, rows, out),
             },
-            Earlier::Given(past) => self.window_with(start, rows, *out, past.address(), found),
+            PastResidual::Given(past) => self.window_with(start, rows, *out, past.address(), found),
         }
     }
 
-    fn pass_on(&self, residual: &Earlier<'a>) -> Result<(), Error> {
-        let Earlier::Given(past) = residual else {
+    fn pass_on(&self, residual: &PastResidual<'a>) -> Result<(), Error> {
+        let PastResidual::Given(past) = residual else {
             return Ok(());
         };
         if !self.task.wants_present()? {
             return Ok(());
         }
         let present = self.task.context.device_output(PRESENT, past.dims())?;
-        let from = Region {
+        let from = DeviceSlice {
             address: past.address(),
             dtype: self.dtype,
             len: past.len(),
         };
-        let to = Region {
+        let to = DeviceSlice {
             address: present.address(),
             ..from
         };
         // SAFETY: input and output of this node, which ONNX Runtime orders on this stream.
-        unsafe { self.place.copy(from, to) }
+        unsafe { self.device_context.copy(from, to) }
     }
 }

@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 mod attention;
-mod place;
+mod device_context;
 mod reuse;
 mod select;
 mod share;
@@ -17,7 +17,7 @@ mod share;
 use ditfastattn_kernels::DType;
 use ditfastattn_kernels::cuda::{CudaError, Failure};
 
-use crate::abi::status::{Code, Error};
+use crate::abi::error::{Code, Error};
 use crate::abi::tensor::ElementType;
 
 /// An operator that runs on CUDA; it is made of the same attributes as on the CPU.

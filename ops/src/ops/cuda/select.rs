@@ -1,37 +1,37 @@
 //! `DiTFastAttnSelect` on CUDA: a copy on the stream.
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
+use crate::abi::error::Error;
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::state::{Directive, Rows};
 
 use super::super::select::{Select, halve};
-use super::place::{Place, Region};
+use super::device_context::{DeviceContext, DeviceSlice};
 use super::{OnCuda, dtype_of};
 
 impl Kernel for OnCuda<Select> {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         Select::create(info).map(OnCuda)
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
-        let place = Place::of(context)?;
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
+        let device_context = DeviceContext::of(context)?;
         self.0
             .directed(&context.input(1)?, |directive, conditional_first| {
-                select(&place, context, directive, conditional_first)
+                select(&device_context, context, directive, conditional_first)
             })
     }
 }
 
 fn select(
-    place: &Place,
-    context: &Context<'_>,
+    device_context: &DeviceContext,
+    context: &KernelContext<'_>,
     directive: Directive,
     conditional_first: bool,
 ) -> Result<(), Error> {
     let x = context.device_input(0)?;
-    let from = Region {
+    let from = DeviceSlice {
         address: x.address(),
         dtype: dtype_of(x.element())?,
         len: x.len(),
@@ -45,10 +45,10 @@ fn select(
         }
     };
     let out = context.device_output(0, &dims)?;
-    let to = Region {
+    let to = DeviceSlice {
         address: out.address(),
         ..from
     };
     // SAFETY: input and output of this node, which ONNX Runtime orders on this stream.
-    unsafe { place.copy(from, to) }
+    unsafe { device_context.copy(from, to) }
 }

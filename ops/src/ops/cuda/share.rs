@@ -2,34 +2,36 @@
 
 use std::sync::Arc;
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
+use crate::abi::error::Error;
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
 use crate::abi::op::Kernel;
-use crate::abi::status::Error;
 use crate::state::{Directive, Rows, Run};
 
+use super::super::cache_entry::CachedTensor;
 use super::super::io;
-use super::super::layer::in_run;
+use super::super::op_common::{in_run, refuse_if_served};
 use super::super::share::{Share, rows_of_both};
-use super::super::storage::CachedTensor;
-use super::place::{Place, Region};
+use super::device_context::{DeviceContext, DeviceSlice};
 use super::{OnCuda, dtype_of};
 
 impl Kernel for OnCuda<Share> {
-    fn create(info: &Info<'_>) -> Result<Self, Error> {
+    fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         Share::create(info).map(OnCuda)
     }
 
-    fn compute(&self, context: &Context<'_>) -> Result<(), Error> {
+    fn compute(&self, context: &KernelContext<'_>) -> Result<(), Error> {
         let Share { layer, sink, io } = &self.0;
-        let place = Place::of(context)?;
+        let device_context = DeviceContext::of(context)?;
         let ticket = context.input(1)?;
         if io.is_some() {
             let directive = io::directive(&ticket, *layer)?;
-            return self.all_rows(&place, context, None, directive).map(drop);
+            return self
+                .all_rows(&device_context, context, None, directive)
+                .map(drop);
         }
         in_run(&ticket, *layer, |run, directive| {
-            let kept = self.all_rows(&place, context, Some(run), directive)?;
+            let kept = self.all_rows(&device_context, context, Some(run), directive)?;
             run.finish(*layer, sink.index, sink.count, kept);
             Ok(())
         })
@@ -39,29 +41,29 @@ impl Kernel for OnCuda<Share> {
 impl OnCuda<Share> {
     fn all_rows(
         &self,
-        place: &Place,
-        context: &Context<'_>,
+        device_context: &DeviceContext,
+        context: &KernelContext<'_>,
         run: Option<&Arc<Run<CachedTensor>>>,
         directive: Directive,
     ) -> Result<Option<CachedTensor>, Error> {
-        self.0.refuse_if_served(directive)?;
+        refuse_if_served(self.0.layer, directive)?;
         let y = context.device_input(0)?;
-        let from = Region {
+        let from = DeviceSlice {
             address: y.address(),
             dtype: dtype_of(y.element())?,
             len: y.len(),
         };
         let out = context.device_output(0, &rows_of_both(y.dims(), directive.rows))?;
-        let to = Region {
+        let to = DeviceSlice {
             address: out.address(),
             len: out.len(),
             ..from
         };
-        let targets: &[Region] = match directive.rows {
+        let targets: &[DeviceSlice] = match directive.rows {
             Rows::All => &[to],
             Rows::Half => &to.halves(true),
         };
         // SAFETY: input and output of this node, which ONNX Runtime orders on this stream.
-        unsafe { place.spread(run, directive, from, targets, y.dims()) }
+        unsafe { device_context.spread(run, directive, from, targets, y.dims()) }
     }
 }

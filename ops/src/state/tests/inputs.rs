@@ -129,7 +129,7 @@ impl Person {
         plan: &Plan,
         (step, branch, again): (usize, usize, bool),
         timestep: f64,
-    ) -> (Evidence, Signature) {
+    ) -> (RunSignature, FeedShapes) {
         let rows = match self.habit {
             Habit::GuidanceOff(at) if step >= at => 1,
             _ => 2,
@@ -180,12 +180,13 @@ impl Person {
             bytes: Some(bytes),
             values,
         };
-        let evidence = Evidence::new(whole(&latent_bytes, Values::F32(&latents)), &feeds, rows)
-            .expect("memory")
-            .with_timestep(&whole(&time, Values::Other));
+        let signature =
+            RunSignature::new(whole(&latent_bytes, Values::F32(&latents)), &feeds, rows)
+                .expect("memory")
+                .with_timestep(&whole(&time, Values::Other));
         let shapes = fed.iter().map(|one| (one.element, one.dims.clone()));
-        let signature = Signature([(1, vec![rows, 150])].into_iter().chain(shapes).collect());
-        (evidence, signature)
+        let shapes = FeedShapes([(1, vec![rows, 150])].into_iter().chain(shapes).collect());
+        (signature, shapes)
     }
 
     /// The steps of a generation, and which of them are second evaluations.
@@ -262,7 +263,7 @@ struct Fact {
     /// Its number in the test.
     run: usize,
     place: usize,
-    fed: Evidence,
+    fed: RunSignature,
     /// Nothing was served: what it left follows from what it was fed.
     whole: bool,
 }
@@ -311,7 +312,7 @@ proptest! {
             inputs.push(Input::Unreadable);
         }
         let listed = plan.timesteps.is_some();
-        let fed = if any && plan.one_way().is_ok() { Fed::Any } else { Fed::Planned };
+        let fed = if any && plan.one_way().is_ok() { SchedulePolicy::Any } else { SchedulePolicy::Planned };
         let mut bench = Bench::serving(plan.clone(), 1 << 40, fed);
         let per_step = bench.runs_per_step();
         // Places that are counted, and second runs, need clients that are orderly.
@@ -347,15 +348,15 @@ proptest! {
             if let Difference::Timestep = person.difference {
                 timestep *= 1.00001;
             }
-            let (evidence, signature) =
+            let (signature, shapes) =
                 person.shows(&inputs, &plan, (step, branch, again), timestep);
             let mut client = Client::new(0, who, 2);
             client.generation = generation;
             client.place = place;
-            let shown = evidence.clone();
+            let shown = signature.clone();
             let open = bench.begin(&client, |call| {
-                call.evidence = Some(shown);
-                call.signature = signature;
+                call.signature = Some(shown);
+                call.shapes = shapes;
                 call.timestep = Some(timestep);
             });
             let key = (who, generation);
@@ -364,7 +365,7 @@ proptest! {
             courses.entry(key).or_default().push(Fact {
                 run: open.maker.run,
                 place,
-                fed: evidence,
+                fed: signature,
                 whole,
             });
             let vanishes = matches!(turn, Turn::Vanishes(_)) && free;

@@ -12,7 +12,7 @@ fn lazy(steps: usize) -> Vec<Vec<Action>> {
     (0..steps).map(|step| vec![row(step)]).collect()
 }
 
-fn lazy_bench(steps: usize, fed: Fed) -> Bench {
+fn lazy_bench(steps: usize, fed: SchedulePolicy) -> Bench {
     let plan = Plan {
         timesteps: Some((0..steps).map(|i| 1000.0 - 50.0 * i as f64).collect()),
         steps: lazy(steps),
@@ -22,15 +22,15 @@ fn lazy_bench(steps: usize, fed: Fed) -> Bench {
 }
 
 /// Runs an anonymous step and says what its layer did.
-fn step(b: &mut Bench, at: usize, evidence: Evidence) -> Work {
-    run(b, at, b.timestep(at), evidence)
+fn step(b: &mut Bench, at: usize, signature: RunSignature) -> Work {
+    run(b, at, b.timestep(at), signature)
 }
 
-fn run(b: &mut Bench, at: usize, timestep: f64, evidence: Evidence) -> Work {
+fn run(b: &mut Bench, at: usize, timestep: f64, signature: RunSignature) -> Work {
     let mut client = Client::new(0, 0, 2);
     client.place = at;
     let open = b.begin(&client, |call| {
-        call.evidence = Some(evidence);
+        call.signature = Some(signature);
         call.timestep = Some(timestep);
     });
     let work = works(&open, 1)[0];
@@ -44,13 +44,13 @@ fn served(works: &[Work]) -> Vec<bool> {
 
 #[test]
 fn a_health_check_between_two_steps_costs_its_own_step() {
-    let mut b = lazy_bench(8, Fed::Planned);
+    let mut b = lazy_bench(8, SchedulePolicy::Planned);
     let (picture, check) = (Picture::new(1, 0), Picture::new(2, 7));
     let mut got = Vec::new();
     for at in 0..8 {
-        got.push(step(&mut b, at, picture.evidence(at)));
+        got.push(step(&mut b, at, picture.signature(at)));
         if at == 3 {
-            assert_eq!(step(&mut b, 5, check.evidence(5)), Work::Full);
+            assert_eq!(step(&mut b, 5, check.signature(5)), Work::Full);
         }
     }
     assert_eq!(
@@ -62,13 +62,13 @@ fn a_health_check_between_two_steps_costs_its_own_step() {
 
 #[test]
 fn a_health_check_at_the_first_timestep_costs_two_steps() {
-    let mut b = lazy_bench(8, Fed::Planned);
+    let mut b = lazy_bench(8, SchedulePolicy::Planned);
     let (picture, check) = (Picture::new(1, 0), Picture::new(2, 7));
     let mut got = Vec::new();
     for at in 0..8 {
-        got.push(step(&mut b, at, picture.evidence(at)));
+        got.push(step(&mut b, at, picture.signature(at)));
         if at == 2 {
-            step(&mut b, 0, check.evidence(0));
+            step(&mut b, 0, check.signature(0));
         }
     }
     assert_eq!(
@@ -80,17 +80,17 @@ fn a_health_check_at_the_first_timestep_costs_two_steps() {
 
 #[test]
 fn guidance_that_ends_midway_costs_two_steps() {
-    let mut b = lazy_bench(8, Fed::Planned);
+    let mut b = lazy_bench(8, SchedulePolicy::Planned);
     let (with, without) = (Picture::new(1, 0), Picture::new(1, 3));
-    let evidence = |at: usize| {
-        let mut evidence = with.evidence(at);
+    let signature = |at: usize| {
+        let mut signature = with.signature(at);
         if at >= 4 {
             // The conditional half alone: other conditioning, other shapes.
-            evidence.conditioning = without.evidence(at).conditioning;
+            signature.conditioning = without.signature(at).conditioning;
         }
-        evidence
+        signature
     };
-    let got: Vec<Work> = (0..8).map(|at| step(&mut b, at, evidence(at))).collect();
+    let got: Vec<Work> = (0..8).map(|at| step(&mut b, at, signature(at))).collect();
     assert_eq!(
         served(&got),
         [false, true, true, true, false, false, true, true]
@@ -100,16 +100,16 @@ fn guidance_that_ends_midway_costs_two_steps() {
 
 #[test]
 fn a_timestep_that_is_evaluated_twice_is_caught_up_with() {
-    let mut b = lazy_bench(6, Fed::Planned);
+    let mut b = lazy_bench(6, SchedulePolicy::Planned);
     let predicted = Picture::new(1, 0);
     let corrected = Picture {
         guidance: 0.01,
         ..predicted.clone()
     };
-    let mut got = vec![step(&mut b, 0, predicted.evidence(0))];
+    let mut got = vec![step(&mut b, 0, predicted.signature(0))];
     for at in 1..6 {
-        got.push(step(&mut b, at, predicted.evidence(at)));
-        got.push(step(&mut b, at, corrected.evidence(at)));
+        got.push(step(&mut b, at, predicted.signature(at)));
+        got.push(step(&mut b, at, corrected.signature(at)));
     }
     let expected = [true, false].repeat(5);
     assert_eq!(served(&got[1..]), expected);
@@ -120,11 +120,11 @@ fn a_timestep_that_is_evaluated_twice_is_caught_up_with() {
 #[test]
 fn a_step_that_moves_far_is_caught_up_with() {
     // An abandoned generation of the same prompt is not clearly further than a step of this one.
-    let mut b = lazy_bench(8, Fed::Planned);
-    step(&mut b, 0, Picture::new(2, 0).evidence(0));
+    let mut b = lazy_bench(8, SchedulePolicy::Planned);
+    step(&mut b, 0, Picture::new(2, 0).signature(0));
     let picture = Picture::new(1, 0);
     // It jumps over most of the schedule's way between its first two runs.
-    let shown = |at: usize| picture.evidence(if at == 0 { 0 } else { at + 7 });
+    let shown = |at: usize| picture.signature(if at == 0 { 0 } else { at + 7 });
     let got: Vec<Work> = (0..8).map(|at| step(&mut b, at, shown(at))).collect();
     assert!(!served(&got)[1]);
     assert!(served(&got)[3..].iter().all(|&served| served), "{got:?}");
@@ -133,11 +133,11 @@ fn a_step_that_moves_far_is_caught_up_with() {
 #[test]
 fn the_plan_s_own_schedule_is_the_same_under_any() {
     let picture = Picture::new(1, 0);
-    for fed in [Fed::Planned, Fed::Any] {
+    for fed in [SchedulePolicy::Planned, SchedulePolicy::Any] {
         let mut b = lazy_bench(8, fed);
         for _ in 0..2 {
             let got: Vec<Work> = (0..8)
-                .map(|at| step(&mut b, at, picture.evidence(at)))
+                .map(|at| step(&mut b, at, picture.signature(at)))
                 .collect();
             let expected = lazy(8).iter().map(|row| row[0] != Full).collect::<Vec<_>>();
             assert_eq!(served(&got), expected, "{fed:?}");
@@ -158,13 +158,13 @@ fn the_plan_s_own_schedule_is_the_same_under_any() {
 #[test]
 fn twice_as_many_steps_use_what_is_no_older_than_planned() {
     for anonymous in [true, false] {
-        let mut b = lazy_bench(8, Fed::Any);
+        let mut b = lazy_bench(8, SchedulePolicy::Any);
         let picture = Picture::new(1, 0);
         let mut got = Vec::new();
         for half in 0..16 {
             let (at, timestep) = (half / 2, 1000.0 - 25.0 * half as f64);
             let work = match anonymous {
-                true => run(&mut b, at, timestep, picture.evidence(half)),
+                true => run(&mut b, at, timestep, picture.signature(half)),
                 false => {
                     let mut client = Client::new(7, 0, 2);
                     client.place = at;
@@ -188,7 +188,7 @@ fn twice_as_many_steps_use_what_is_no_older_than_planned() {
 
 #[test]
 fn half_as_many_steps_compute_what_is_older_than_planned() {
-    let mut b = lazy_bench(9, Fed::Any);
+    let mut b = lazy_bench(9, SchedulePolicy::Any);
     let picture = Picture::new(1, 0);
     let got: Vec<Work> = (0..3)
         .map(|i| {
@@ -196,16 +196,16 @@ fn half_as_many_steps_compute_what_is_older_than_planned() {
                 &mut b,
                 4 * i,
                 1000.0 - 200.0 * i as f64,
-                picture.evidence(4 * i),
+                picture.signature(4 * i),
             )
         })
         .collect();
     // R of row 0 is no older at row 4 than planned; all windows of the plan read that one.
     assert_eq!(got, [Work::Full, Work::Window, Work::Window]);
-    let mut b = lazy_bench(9, Fed::Any);
+    let mut b = lazy_bench(9, SchedulePolicy::Any);
     // `ast` of row 3 is one step old in the plan, three here.
-    step(&mut b, 0, picture.evidence(0));
-    assert_eq!(step(&mut b, 3, picture.evidence(3)), Work::Full);
+    step(&mut b, 0, picture.signature(0));
+    assert_eq!(step(&mut b, 3, picture.signature(3)), Work::Full);
     assert_eq!((b.get("discontinuities"), b.get("off_schedule")), (0, 0));
     assert_eq!(b.get("recomputes"), 1);
 }
@@ -221,7 +221,7 @@ fn a_second_run_of_other_shapes_computes_its_own() {
         client.place = place;
         let tokens = if place % 2 == 0 { 11 } else { 5 };
         let open = b.begin(&client, |call| {
-            call.signature = Signature(vec![(1, vec![1, 4]), (1, vec![1, tokens])]);
+            call.shapes = FeedShapes(vec![(1, vec![1, 4]), (1, vec![1, tokens])]);
         });
         let got = works(&open, 2);
         let expected = match place {

@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
-use super::status::{Code, Error};
+use super::error::{Code, Error};
 
 /// Requests are rounded up to this, and aligned to it at most.
 const CELL: usize = 128;
@@ -26,7 +26,7 @@ const PROBE: usize = 64 << 10;
 static RESERVE: Reserve = Reserve::new();
 
 #[global_allocator]
-static MEMORY: Memory = Memory;
+static ALLOCATOR: EmergencyAllocator = EmergencyAllocator;
 
 /// Whether the reserve is needed now: it is in use, and either half of it is gone or the system still has no memory.
 ///
@@ -91,11 +91,11 @@ pub(crate) fn reserve_used() -> usize {
 }
 
 /// The system's memory, and the reserve behind it.
-struct Memory;
+struct EmergencyAllocator;
 
 // SAFETY: memory is the system's, or cells of the reserve that belong to nobody else, and goes back to where it is from.
 // Nothing here panics.
-unsafe impl GlobalAlloc for Memory {
+unsafe impl GlobalAlloc for EmergencyAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promise.
         let memory = unsafe { System.alloc(layout) };
@@ -158,13 +158,13 @@ struct Reserve {
     used: AtomicUsize,
     /// Whether each cell is taken; changed under the lock.
     taken: [AtomicU8; CELLS],
-    cells: UnsafeCell<Cells>,
+    cells: UnsafeCell<Slab>,
 }
 
 #[repr(C, align(128))]
-struct Cells([[u8; CELL]; CELLS]);
+struct Slab([[u8; CELL]; CELLS]);
 
-const _: () = assert!(align_of::<Cells>() == CELL);
+const _: () = assert!(align_of::<Slab>() == CELL);
 
 // SAFETY: the cells are only reached through pointers that `take` hands to one owner at a time.
 unsafe impl Sync for Reserve {}
@@ -175,7 +175,7 @@ impl Reserve {
             locked: AtomicBool::new(false),
             used: AtomicUsize::new(0),
             taken: [const { AtomicU8::new(0) }; CELLS],
-            cells: UnsafeCell::new(Cells([[0; CELL]; CELLS])),
+            cells: UnsafeCell::new(Slab([[0; CELL]; CELLS])),
         }
     }
 

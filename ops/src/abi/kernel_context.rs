@@ -8,23 +8,23 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use ditfastattn_kernels::Parallel;
 use ort_sys::{OrtKernelContext, OrtLogger, OrtLoggingLevel, OrtValue};
 
-use super::host::{Host, UNWRITTEN, answered, function, unanswered};
-use super::memory;
-use super::status::Error;
+use super::allocator;
+use super::error::Error;
+use super::host::{Host, UNWRITTEN, function, no_reply_error, require_reply};
 use super::tensor::{DeviceTensor, Tensor, TensorMut};
 
 /// The context of one `Compute` call. Lives only as long as the call.
 #[derive(Debug)]
-pub struct Context<'a> {
+pub struct KernelContext<'a> {
     host: &'a Host,
     raw: *mut OrtKernelContext,
 }
 
-impl<'a> Context<'a> {
+impl<'a> KernelContext<'a> {
     /// # Safety
     /// `raw` is the context of a `Compute` call that lasts for `'a`.
     pub(crate) unsafe fn new(host: &'a Host, raw: *mut OrtKernelContext) -> Self {
-        Context { host, raw }
+        KernelContext { host, raw }
     }
 
     /// How many inputs the node has, omitted trailing ones not counted.
@@ -34,7 +34,7 @@ impl<'a> Context<'a> {
         self.host.check(unsafe {
             function!(self.host, KernelContext_GetInputCount)(self.raw, &mut count)
         })?;
-        answered(count, "the number of inputs")
+        require_reply(count, "the number of inputs")
     }
 
     /// How many outputs the node has.
@@ -44,7 +44,7 @@ impl<'a> Context<'a> {
         self.host.check(unsafe {
             function!(self.host, KernelContext_GetOutputCount)(self.raw, &mut count)
         })?;
-        answered(count, "the number of outputs")
+        require_reply(count, "the number of outputs")
     }
 
     /// Input `index`, an error if it is missing.
@@ -98,7 +98,7 @@ impl<'a> Context<'a> {
         unsafe { TensorMut::new(self.host, value) }
     }
 
-    /// As [`Context::output`], in the provider's memory.
+    /// As [`KernelContext::output`], in the provider's memory.
     pub fn device_output(&self, index: usize, dims: &[usize]) -> Result<DeviceTensor<'a>, Error> {
         let value = self.output_value(index, dims)?;
         // SAFETY: just allocated by the host for this call.
@@ -119,7 +119,7 @@ impl<'a> Context<'a> {
             )
         })?;
         if value.is_null() {
-            return Err(unanswered(&format!("memory for output {index}")));
+            return Err(no_reply_error(&format!("memory for output {index}")));
         }
         Ok(value)
     }
@@ -201,7 +201,7 @@ unsafe extern "C" fn run_task(data: *mut c_void, index: usize) {
     tasks.called.fetch_add(1, Ordering::Relaxed);
     let work = || {
         // Tasks of many threads take more than one operator does.
-        if memory::is_short() {
+        if allocator::is_short() {
             resume_unwind(Box::new("no memory for the tasks of the thread pool"));
         }
         (tasks.task)(index);
@@ -215,7 +215,7 @@ unsafe extern "C" fn run_task(data: *mut c_void, index: usize) {
     }
 }
 
-impl Parallel for Context<'_> {
+impl Parallel for KernelContext<'_> {
     /// Runs on the session's intra-op pool, which respects `intra_op_num_threads` and affinity.
     ///
     /// # Panics
@@ -250,7 +250,7 @@ impl Parallel for Context<'_> {
         }
         let all = match shared.called.into_inner() == tasks {
             true => Ok(()),
-            false => Err(unanswered("threads for all tasks")),
+            false => Err(no_reply_error("threads for all tasks")),
         };
         if let Err(error) = self.host.check(status).and(all) {
             panic!("the thread pool of ONNX Runtime refused to run: {error}");

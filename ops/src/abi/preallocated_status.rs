@@ -1,7 +1,7 @@
 //! Statuses made while there was memory, for errors that come when the host has none for a status.
 //!
 //! A host that cannot make a status gives null, which means success: an output that nobody wrote would be taken for an answer.
-//! Owns the spare statuses of every host; they are made at registration, and those that were needed again when an operator
+//! Owns the preallocated statuses of every host; they are made at registration, and those that were needed again when an operator
 //! begins.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,21 +13,21 @@ use ort_sys::{OrtErrorCode, OrtStatusPtr};
 use super::host::{Host, function};
 
 /// Errors at once that can do without memory; more wait for it.
-const SPARES: usize = 16;
+const CAPACITY: usize = 16;
 
 /// How often an error that has no status looks for memory.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// A status of one host that nobody has got.
-struct Spare {
+struct PreallocatedStatus {
     table: usize,
     status: OrtStatusPtr,
 }
 
 // SAFETY: a status is plain memory of the host, handed out once.
-unsafe impl Send for Spare {}
+unsafe impl Send for PreallocatedStatus {}
 
-static SPARE: Mutex<Vec<Spare>> = Mutex::new(Vec::new());
+static STATUSES: Mutex<Vec<PreallocatedStatus>> = Mutex::new(Vec::new());
 
 /// Some were used.
 static USED: AtomicBool = AtomicBool::new(false);
@@ -39,13 +39,13 @@ pub(super) fn refill(host: &Host) {
     }
 }
 
-/// Makes what is missing to [`SPARES`], as far as there is memory.
+/// Makes what is missing to [`CAPACITY`], as far as there is memory.
 pub(super) fn fill(host: &Host) {
     let table = host.table() as usize;
-    let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-    let missing = SPARES - spare.iter().filter(|spare| spare.table == table).count();
+    let mut statuses = STATUSES.lock().unwrap_or_else(PoisonError::into_inner);
+    let missing = CAPACITY - statuses.iter().filter(|one| one.table == table).count();
     for _ in 0..missing {
-        if spare.try_reserve(1).is_err() {
+        if statuses.try_reserve(1).is_err() {
             return USED.store(true, Ordering::Relaxed);
         }
         // SAFETY: a valid code and a NUL-terminated string that the host copies.
@@ -59,20 +59,20 @@ pub(super) fn fill(host: &Host) {
         if status.0.is_null() {
             return USED.store(true, Ordering::Relaxed);
         }
-        spare.push(Spare { table, status });
+        statuses.push(PreallocatedStatus { table, status });
     }
 }
 
-/// A status of `host`, which could not make one: a spare one, or what `make` gives once there is memory.
+/// A status of `host`, which could not make one: a preallocated one, or what `make` gives once there is memory.
 pub(super) fn status(host: &Host, make: impl Fn() -> OrtStatusPtr) -> OrtStatusPtr {
     let table = host.table() as usize;
     USED.store(true, Ordering::Relaxed);
     loop {
-        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = spare.iter().position(|spare| spare.table == table) {
-            return spare.swap_remove(at).status;
+        let mut statuses = STATUSES.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = statuses.iter().position(|one| one.table == table) {
+            return statuses.swap_remove(at).status;
         }
-        drop(spare);
+        drop(statuses);
         // Neither an end of the process nor a wrong answer: what other errors free comes here.
         std::thread::sleep(PAUSE);
         let status = make();

@@ -6,15 +6,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ditfastattn_kernels::Parallel;
 use half::{bf16, f16};
 
-use crate::abi::context::Context;
-use crate::abi::info::Info;
-use crate::abi::memory;
-use crate::abi::status::{Code, Error, caught};
+use crate::abi::allocator;
+use crate::abi::error::{Code, Error};
+use crate::abi::kernel_context::KernelContext;
+use crate::abi::kernel_info::KernelInfo;
+use crate::abi::status::caught;
 use crate::abi::tensor::{ElementType, Tensor};
-use crate::state::{Directive, Run, StateError};
+use crate::state::{Directive, Run, StateError, Work};
 
-use super::PROCESS;
-use super::storage::{CachedTensor, Real};
+use super::cache_entry::CachedTensor;
+use super::process::PROCESS;
+use super::tensor_data::Real;
 
 impl From<StateError> for Error {
     fn from(error: StateError) -> Self {
@@ -28,7 +30,7 @@ impl From<StateError> for Error {
 }
 
 /// The `layer` attribute of a node.
-pub(super) fn layer_of(info: &Info<'_>) -> Result<usize, Error> {
+pub(super) fn layer_of(info: &KernelInfo<'_>) -> Result<usize, Error> {
     let layer = info
         .int("layer")
         .ok_or_else(|| Error::graph("the attribute `layer` (int) is missing"))?;
@@ -49,7 +51,7 @@ pub(super) struct Sink {
 
 impl Sink {
     /// From the optional attributes `sink` (default 0) and `sinks` (default 1).
-    pub fn of(info: &Info<'_>) -> Result<Sink, Error> {
+    pub fn of(info: &KernelInfo<'_>) -> Result<Sink, Error> {
         let (index, count) = (
             info.int("sink").unwrap_or(0),
             info.int("sinks").unwrap_or(1),
@@ -80,13 +82,24 @@ pub(super) fn in_run(
     };
     let run = PROCESS.run([id, check])?;
     let result = caught(|| {
-        memory::check()?;
+        allocator::check()?;
         body(&run, run.directive(layer)?)
     });
     if result.is_err() {
         run.fail();
     }
     result
+}
+
+/// A layer that is served from the cache is not to be computed.
+pub(super) fn refuse_if_served(layer: usize, directive: Directive) -> Result<(), Error> {
+    if directive.work == Work::Reuse {
+        return Err(Error::graph(format!(
+            "layer {layer} is served from the cache in this run, yet it was computed; \
+             the If around it must take its condition from the skip output of the same run"
+        )));
+    }
+    Ok(())
 }
 
 /// Calls the generic operator for the element type of its input.
@@ -112,12 +125,12 @@ const COPY_CHUNK: usize = 1 << 18;
 ///
 /// # Panics
 /// If the lengths differ.
-pub(super) fn copy<T: Copy + Send + Sync>(context: &Context<'_>, from: &[T], to: &mut [T]) {
+pub(super) fn copy<T: Copy + Send + Sync>(context: &KernelContext<'_>, from: &[T], to: &mut [T]) {
     copy_parts(context, from, to, |_| {});
 }
 
 /// [`copy`], and whether all numbers are finite.
-pub(super) fn copy_finite<T: Real>(context: &Context<'_>, from: &[T], to: &mut [T]) -> bool {
+pub(super) fn copy_finite<T: Real>(context: &KernelContext<'_>, from: &[T], to: &mut [T]) -> bool {
     let finite = AtomicBool::new(true);
     copy_parts(context, from, to, |part| {
         if !is_finite(part) {
@@ -129,7 +142,7 @@ pub(super) fn copy_finite<T: Real>(context: &Context<'_>, from: &[T], to: &mut [
 
 /// Copies in parts, and shows each part to `look` while it is in the cache.
 fn copy_parts<T: Copy + Send + Sync>(
-    context: &Context<'_>,
+    context: &KernelContext<'_>,
     from: &[T],
     to: &mut [T],
     look: impl Fn(&[T]) + Sync,
@@ -160,7 +173,7 @@ fn copy_parts<T: Copy + Send + Sync>(
 }
 
 /// Whether all numbers are finite, on the session's threads.
-pub(super) fn all_finite<T: Real>(context: &Context<'_>, values: &[T]) -> bool {
+pub(super) fn all_finite<T: Real>(context: &KernelContext<'_>, values: &[T]) -> bool {
     let finite = AtomicBool::new(true);
     let chunk = COPY_CHUNK / size_of::<T>();
     let chunks = values.len().div_ceil(chunk);

@@ -2,20 +2,20 @@
 
 use super::digest::{Digest, digest, digest_of};
 use super::feed::Feed;
-use super::sketch::Sketch;
-use crate::state::StateError;
+use super::latents::LatentSample;
+use crate::state::error::StateError;
 
 /// What one run shows of the generation it belongs to: everything that it is fed.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Evidence {
+pub struct RunSignature {
     /// Of every input but the timestep, the latents and the request inputs, those with a default included.
-    pub conditioning: Vec<Fingerprint>,
-    pub latents: Sketch,
+    pub conditioning: Vec<InputDigest>,
+    pub latents: LatentSample,
     /// All bytes of the timestep tensor: values within the schedule's tolerance are one place but not one run.
     pub timestep: Option<Digest>,
 }
 
-impl Evidence {
+impl RunSignature {
     /// `rows` is the batch: an input of no more numbers may be a schedule that moves with the steps.
     ///
     /// # Errors
@@ -25,12 +25,12 @@ impl Evidence {
         conditioning: &[Feed<'_>],
         rows: usize,
     ) -> Result<Self, StateError> {
-        Ok(Evidence {
+        Ok(RunSignature {
             conditioning: conditioning
                 .iter()
-                .map(|feed| Fingerprint::new(feed, rows))
+                .map(|feed| InputDigest::new(feed, rows))
                 .collect(),
-            latents: Sketch::new(&latents)?,
+            latents: LatentSample::new(&latents)?,
             timestep: None,
         })
     }
@@ -43,7 +43,7 @@ impl Evidence {
 
     /// Of everything that is fed; `None` if something cannot be read.
     pub(super) fn digest(&self) -> Option<Digest> {
-        let conditioning = self.conditioning.iter().map(|print| print.digest);
+        let conditioning = self.conditioning.iter().map(|input| input.digest);
         let timestep = self.timestep.or(Some(0));
         digest_of(
             [self.latents.digest(), timestep]
@@ -55,31 +55,31 @@ impl Evidence {
 
 /// Identifies the contents of one conditioning input.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Fingerprint {
+pub struct InputDigest {
     /// `None` if the contents cannot be read: then it equals nothing, itself included.
     pub(super) digest: Option<Digest>,
     /// Its numbers, if there are no more than rows of the batch.
     pub(super) scalars: Option<Vec<f64>>,
 }
 
-impl Fingerprint {
+impl InputDigest {
     fn new(feed: &Feed<'_>, rows: usize) -> Self {
         let count = feed.values.len();
         let scalars = (1..=rows.max(1))
             .contains(&count)
             .then(|| (0..count).map(|i| feed.values.get(i)).collect());
-        Fingerprint {
+        InputDigest {
             digest: digest(feed),
             scalars,
         }
     }
 
-    pub(super) fn same(&self, other: &Fingerprint) -> bool {
+    pub(super) fn same(&self, other: &InputDigest) -> bool {
         self.digest.is_some() && self.digest == other.digest
     }
 
     /// Which way every element moved from `self` to `next`; `None` if they did not all move one way.
-    pub(super) fn direction(&self, next: &Fingerprint) -> Option<std::cmp::Ordering> {
+    pub(super) fn direction(&self, next: &InputDigest) -> Option<std::cmp::Ordering> {
         let (from, to) = (self.scalars.as_ref()?, next.scalars.as_ref()?);
         let mut moves = from.iter().zip(to).map(|(a, b)| b.partial_cmp(a));
         let first = moves.next()??;

@@ -5,9 +5,9 @@ use std::ffi::CString;
 
 use ort_sys::{OrtKernelInfo, OrtLogger, OrtLoggingLevel};
 
-use super::context::log;
-use super::host::{Host, UNWRITTEN, answered, function, unanswered};
-use super::status::{Code, Error};
+use super::error::{Code, Error};
+use super::host::{Host, UNWRITTEN, function, no_reply_error, require_reply};
+use super::kernel_context::log;
 
 /// What the host says of its own memory.
 const BAD_ALLOC: &str = "bad_alloc";
@@ -18,32 +18,32 @@ const NO_FLOAT: f32 = f32::MIN;
 
 /// The node a kernel is made for. Lives only as long as the creation.
 #[derive(Debug)]
-pub struct Info<'a> {
+pub struct KernelInfo<'a> {
     host: &'a Host,
     raw: *const OrtKernelInfo,
-    /// Why the host may not have answered, once: what was taken for left out may be there.
-    doubt: OnceCell<Error>,
+    /// Why the host may not have require_reply, once: what was taken for left out may be there.
+    unreliable: OnceCell<Error>,
 }
 
-impl<'a> Info<'a> {
+impl<'a> KernelInfo<'a> {
     /// # Safety
     /// `raw` is the info of a kernel creation that lasts for `'a`.
     pub(crate) unsafe fn new(host: &'a Host, raw: *const OrtKernelInfo) -> Self {
-        Info {
+        KernelInfo {
             host,
             raw,
-            doubt: OnceCell::new(),
+            unreliable: OnceCell::new(),
         }
     }
 
     /// Whether what was read can be relied on. To be asked when all was.
     pub(crate) fn settle(&self) -> Result<(), Error> {
-        self.doubt.get().cloned().map_or(Ok(()), Err)
+        self.unreliable.get().cloned().map_or(Ok(()), Err)
     }
 
-    fn doubt(&self, error: Error) {
+    fn mark_unreliable(&self, error: Error) {
         // The first says it all.
-        let _ = self.doubt.set(error);
+        let _ = self.unreliable.set(error);
     }
 
     /// Whether there is an answer. An error means that there is no such attribute, unless it is about memory.
@@ -51,7 +51,7 @@ impl<'a> Info<'a> {
         answer
             .map_err(|error| {
                 if error.message.contains(BAD_ALLOC) {
-                    self.doubt(error);
+                    self.mark_unreliable(error);
                 }
             })
             .ok()
@@ -60,7 +60,7 @@ impl<'a> Info<'a> {
     /// `value`, unless the host has left it as it was.
     fn written<T: PartialEq>(&self, value: T, before: T) -> Option<T> {
         if value == before {
-            self.doubt(unanswered("an attribute"));
+            self.mark_unreliable(no_reply_error("an attribute"));
             return None;
         }
         Some(value)
@@ -82,7 +82,7 @@ impl<'a> Info<'a> {
         self.host.check(unsafe {
             function!(self.host, KernelInfo_GetInputCount)(self.raw, &mut count)
         })?;
-        answered(count, "the number of inputs")
+        require_reply(count, "the number of inputs")
     }
 
     /// How many outputs the node has.
@@ -92,7 +92,7 @@ impl<'a> Info<'a> {
         self.host.check(unsafe {
             function!(self.host, KernelInfo_GetOutputCount)(self.raw, &mut count)
         })?;
-        answered(count, "the number of outputs")
+        require_reply(count, "the number of outputs")
     }
 
     /// Whether input `index` is there and not skipped.
@@ -120,7 +120,7 @@ impl<'a> Info<'a> {
         self.written(value, NO_INT)
     }
 
-    /// A float attribute; see [`Info::int`].
+    /// A float attribute; see [`KernelInfo::int`].
     pub fn float(&self, name: &str) -> Option<f32> {
         let name = CString::new(name).ok()?;
         let mut value = NO_FLOAT;
@@ -132,7 +132,7 @@ impl<'a> Info<'a> {
         self.written(value, NO_FLOAT)
     }
 
-    /// A string attribute; see [`Info::int`].
+    /// A string attribute; see [`KernelInfo::int`].
     pub fn string(&self, name: &str) -> Option<String> {
         let name = CString::new(name).ok()?;
         let text = self.text(|out, size| {
@@ -149,7 +149,7 @@ impl<'a> Info<'a> {
         self.found(text)
     }
 
-    /// A list of integers; see [`Info::int`].
+    /// A list of integers; see [`KernelInfo::int`].
     pub fn ints(&self, name: &str) -> Option<Vec<i64>> {
         let name = CString::new(name).ok()?;
         let get = function!(self.host, KernelInfoGetAttributeArray_int64);
@@ -187,7 +187,7 @@ impl<'a> Info<'a> {
         let mut size = UNWRITTEN;
         self.host.check(get(std::ptr::null_mut(), &mut size))?;
         if self.written(size, UNWRITTEN).is_none() {
-            return Err(unanswered("a text"));
+            return Err(no_reply_error("a text"));
         }
         let mut bytes = Vec::new();
         // A plan may be long.
@@ -196,7 +196,7 @@ impl<'a> Info<'a> {
                 Code::Fail,
                 format!("no memory for an attribute of {size} bytes"),
             );
-            self.doubt(error.clone());
+            self.mark_unreliable(error.clone());
             error
         })?;
         bytes.resize(size, 0u8);
@@ -207,7 +207,7 @@ impl<'a> Info<'a> {
         self.host.check(get(bytes.as_mut_ptr().cast(), &mut size))?;
         // The NUL at the end comes last.
         if self.written(bytes[bytes.len() - 1], 1).is_none() {
-            return Err(unanswered("a text"));
+            return Err(no_reply_error("a text"));
         }
         bytes.truncate(size.saturating_sub(1));
         Ok(String::from_utf8(bytes)

@@ -4,20 +4,20 @@ use ditfastattn_plans::{Action, Cfg, Liveness, Plan};
 
 /// A plan, its liveness, and which layers were rewritten around the attention core only.
 #[derive(Debug)]
-pub struct Program {
+pub struct CompiledPlan {
     plan: Plan,
     live: Liveness,
     core: Vec<bool>,
     halves_in_graph: bool,
 }
 
-impl Program {
+impl CompiledPlan {
     /// `core_layers` lists the layers in the core form; they serve `ast` themselves instead of being skipped.
     pub fn new(plan: Plan, core_layers: &[usize]) -> Self {
         let core = (0..plan.layers())
             .map(|layer| core_layers.contains(&layer))
             .collect();
-        Program {
+        CompiledPlan {
             live: plan.liveness(),
             plan,
             core,
@@ -27,7 +27,7 @@ impl Program {
 
     /// The same for a graph that makes guidance's halves of each row itself.
     pub fn with_halves_in_graph(self, halves_in_graph: bool) -> Self {
-        Program {
+        CompiledPlan {
             halves_in_graph,
             ..self
         }
