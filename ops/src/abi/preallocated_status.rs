@@ -1,8 +1,7 @@
 //! Statuses made while there was memory, for errors that come when the host has none for a status.
 //!
 //! A host that cannot make a status gives null, which means success: an output that nobody wrote would be taken for an answer.
-//! Owns the preallocated statuses of every host; they are made at registration, and those that were needed again when an operator
-//! begins.
+//! Owns those of every host; they are made at registration, and those that were needed again when an operator begins.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};

@@ -77,7 +77,7 @@ impl<T: Cached> LayerCaches<T> {
         captured: Option<Residual<T>>,
         outputs: Vec<T>,
     ) {
-        if directive.work == Work::Full && !directive.spare_residual {
+        if directive.work == Work::Full && !directive.preserve_residual {
             // R is of the latest full step. If that one could not be kept, an older one must not stand in for it.
             self.residual[branch] = captured;
             self.residual_at[branch] = now;

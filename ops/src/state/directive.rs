@@ -31,7 +31,7 @@ pub struct Directive {
     /// R is still read after this run.
     pub(super) residual_live: bool,
     /// Full attention in place of a lost `ast` leaves the R that the plan put there.
-    pub(super) spare_residual: bool,
+    pub(super) preserve_residual: bool,
     /// Second run of a step: the first run's output is still read after it.
     pub(super) first_output_live: bool,
 }
@@ -45,7 +45,7 @@ impl Directive {
             capture,
             keep: false,
             residual_live: false,
-            spare_residual: false,
+            preserve_residual: false,
             first_output_live: false,
         }
     }

@@ -115,7 +115,7 @@ impl DecisionContext<'_> {
                     let mut directive = self.full(layer, Rows::All);
                     if has_residual && !old {
                         directive.capture = false;
-                        directive.spare_residual = true;
+                        directive.preserve_residual = true;
                     }
                     (directive, Shortfall::of(!old))
                 } else {
@@ -172,7 +172,7 @@ impl DecisionContext<'_> {
             capture: false,
             keep: output_live || (shared && self.branch == 0),
             residual_live,
-            spare_residual: false,
+            preserve_residual: false,
             first_output_live: output_live,
         }
     }
