@@ -3,6 +3,8 @@
 //! Owns the operator's attributes and the numbers of its inputs and outputs. `task` has what is decided before anything is
 //! computed, `host_attention` and `cuda::attention` what is computed then.
 
+use ditfastattn_contract::attributes::attention as names;
+
 use crate::abi::error::{Code, Error};
 use crate::abi::kernel_info::KernelInfo;
 use crate::state::Run;
@@ -87,12 +89,7 @@ impl Layouts {
 
 const DEFAULT_LAYOUT: &str = "BHSD";
 
-pub(super) const TICKET: usize = 3;
-pub(super) const MASK: usize = 4;
-pub(super) const TEXT: usize = 5;
-pub(super) const PAST: usize = 6;
-/// The output that holds R where the graph carries the state.
-pub(super) const PRESENT: usize = 1;
+pub(super) use ditfastattn_contract::operators::attention::{MASK, PAST, PRESENT, TEXT, TICKET};
 
 impl DiTFastAttn {
     /// From the node's attributes.
@@ -106,14 +103,14 @@ impl DiTFastAttn {
                 .map_err(|error| Error::graph(format!("{name}: {}", error.message)))
         };
         let layouts = Layouts {
-            q: layout("q_layout")?,
-            k: layout("k_layout")?,
-            v: layout("v_layout")?,
-            o: layout("o_layout")?,
+            q: layout(names::Q_LAYOUT)?,
+            k: layout(names::K_LAYOUT)?,
+            v: layout(names::V_LAYOUT)?,
+            o: layout(names::O_LAYOUT)?,
         };
-        let core = match info.string("form").as_deref() {
-            None | Some("module") => false,
-            Some("core") => true,
+        let core = match info.string(names::FORM).as_deref() {
+            None | Some(names::FORM_MODULE) => false,
+            Some(names::FORM_CORE) => true,
             Some(other) => {
                 return Err(Error::graph(format!(
                     "the attribute `form` is `{other}`, expected `module` or `core`"
@@ -127,11 +124,11 @@ impl DiTFastAttn {
         }
         Ok(DiTFastAttn {
             layer: layer_of(info)?,
-            scale: info.float("scale").unwrap_or(0.0),
+            scale: info.float(names::SCALE).unwrap_or(0.0),
             core,
             layouts,
             text: TextTokens::of(info)?,
-            guarded: info.int("mask_guard").unwrap_or(0) != 0,
+            guarded: info.int(names::MASK_GUARD).unwrap_or(0) != 0,
             io: Io::of(info)?,
         })
     }

@@ -1,5 +1,6 @@
 //! Which tokens of a layer are text, and the band that follows from it and the plan.
 
+use ditfastattn_contract::attributes::attention as names;
 use ditfastattn_kernels::Band;
 use ditfastattn_plans::{Plan, Side};
 
@@ -21,9 +22,9 @@ pub(super) struct TextTokens {
 impl TextTokens {
     /// From the optional attributes `text`, `text_side` (`end`, the default, or `start`) and `joint` (default 1).
     pub fn of(info: &KernelInfo<'_>) -> Result<TextTokens, Error> {
-        let side = match info.string("text_side").as_deref() {
-            None | Some("end") => Side::End,
-            Some("start") => Side::Start,
+        let side = match info.string(names::TEXT_SIDE).as_deref() {
+            None | Some(names::SIDE_END) => Side::End,
+            Some(names::SIDE_START) => Side::Start,
             Some(other) => {
                 return Err(Error::graph(format!(
                     "the attribute `text_side` is `{other}`, expected `start` or `end`"
@@ -31,9 +32,9 @@ impl TextTokens {
             }
         };
         Ok(TextTokens {
-            tokens: info.int("text"),
+            tokens: info.int(names::TEXT),
             side,
-            joint: info.int("joint").unwrap_or(1) != 0,
+            joint: info.int(names::JOINT).unwrap_or(1) != 0,
         })
     }
 

@@ -1,19 +1,17 @@
-//! The version of the contract between rewriter and library.
+//! Which versions of the contract between rewriter and library this library serves.
 
 use crate::abi::error::Error;
 use crate::abi::kernel_info::KernelInfo;
-
-/// The version of the contract between rewriter and library, the `contract` attribute of `DiTFastAttnStep` and of nodes with
-/// explicit state. ONNX Runtime ignores versions of custom operators, so the graph carries it.
-const CONTRACT: i64 = 3;
+use ditfastattn_contract::attributes;
+use ditfastattn_contract::version::{FIRST, NEWEST};
 
 /// Refuses nodes that were written for another version of the contract: attributes that this library does not know could
 /// mean other numbers.
 pub(super) fn check_contract(info: &KernelInfo<'_>) -> Result<(), Error> {
-    match info.int("contract").unwrap_or(CONTRACT) {
-        1..=CONTRACT => Ok(()),
+    match info.int(attributes::CONTRACT).unwrap_or(NEWEST) {
+        FIRST..=NEWEST => Ok(()),
         other => Err(Error::graph(format!(
-            "the model was rewritten for version {other} of the operators, this library has version {CONTRACT}; \
+            "the model was rewritten for version {other} of the operators, this library has version {NEWEST}; \
              use the dfa-rewrite and the library of one release"
         ))),
     }

@@ -1,10 +1,12 @@
 //! Explicit state: the graph itself carries what layers remember and what each of them does now.
 //!
 //! A node whose attribute `state` is `io` belongs to no run and no request. Its ticket input holds one directive per layer, its R
-//! comes in as an input and goes out as an output, and so do kept outputs, which the graph hands over without an operator. Owns
-//! the meaning of a directive's number; nothing here remembers anything.
+//! comes in as an input and goes out as an output, and so do kept outputs, which the graph hands over without an operator. Nothing
+//! here remembers anything.
 
-use ditfastattn_plans::{Cfg, Plan};
+use ditfastattn_contract::attributes::state;
+use ditfastattn_contract::directive;
+use ditfastattn_plans::{Action, Cfg, Plan};
 
 use crate::abi::allocator;
 use crate::abi::error::Error;
@@ -13,11 +15,6 @@ use crate::abi::tensor::Tensor;
 use crate::state::{Directive, Rows, Work};
 
 use super::contract::check_contract;
-
-/// Added to a directive: R is still read after this step, so attention over all keys leaves it and window attention hands it on.
-const RESIDUAL_LIVE: i64 = 8;
-/// Added to a directive: the output is still read after this step. The graph looks at it, the operators do not.
-const OUTPUT_LIVE: i64 = 16;
 
 /// What a node with explicit state has to know of the plan, from its attributes `window` and `cfg`.
 #[derive(Debug)]
@@ -31,9 +28,9 @@ impl Io {
     /// # Errors
     /// Another `state` than `io`; another contract; a `window` or `cfg` that no plan has.
     pub fn of(info: &KernelInfo<'_>) -> Result<Option<Io>, Error> {
-        match info.string("state").as_deref() {
+        match info.string(state::STATE).as_deref() {
             None => return Ok(None),
-            Some("io") => {}
+            Some(state::STATE_IO) => {}
             Some(other) => {
                 return Err(Error::graph(format!(
                     "the attribute `state` is `{other}`, expected `io` or none"
@@ -42,7 +39,7 @@ impl Io {
         }
         check_contract(info)?;
         // A decimal string, because a float attribute has only 32 bits and could round to another half-width.
-        let window = match info.string("window") {
+        let window = match info.string(state::WINDOW) {
             None => ditfastattn_plans::DEFAULT_WINDOW,
             Some(text) => text
                 .parse()
@@ -54,7 +51,7 @@ impl Io {
                     ))
                 })?,
         };
-        let cfg = match info.string("cfg").as_deref() {
+        let cfg = match info.string(state::CFG).as_deref() {
             None => Cfg::None,
             Some(name) => Cfg::ALL
                 .into_iter()
@@ -99,17 +96,19 @@ pub(super) fn directive(directives: &Tensor<'_>, layer: usize) -> Result<Directi
             directives.dims()
         ))
     })?;
-    let (work, rows) = match code & !(RESIDUAL_LIVE | OUTPUT_LIVE) {
-        0 => (Work::Full, Rows::All),
-        1 => (Work::Full, Rows::Half),
-        2 => (Work::Window, Rows::All),
-        3 => (Work::Window, Rows::Half),
-        4 => (Work::Reuse, Rows::All),
-        _ => {
-            return Err(Error::invalid(format!(
-                "the directive of layer {layer} is {code}, expected 0 to 4, plus 8 if R and plus 16 if the output is read later"
-            )));
-        }
+    let meaning = directive::Directive::decode(code);
+    let action = meaning.and_then(|d| Action::ALL.get(usize::from(d.action)));
+    let (Some(meaning), Some(action)) = (meaning, action) else {
+        return Err(Error::invalid(format!(
+            "the directive of layer {layer} is {code}, expected 0 to 4, plus 8 if R and plus 16 if the output is read later"
+        )));
     };
-    Ok(Directive::explicit(work, rows, code & RESIDUAL_LIVE != 0))
+    let (work, rows) = match action {
+        Action::Full => (Work::Full, Rows::All),
+        Action::Asc => (Work::Full, Rows::Half),
+        Action::WaRs => (Work::Window, Rows::All),
+        Action::WaRsAsc => (Work::Window, Rows::Half),
+        Action::Ast => (Work::Reuse, Rows::All),
+    };
+    Ok(Directive::explicit(work, rows, meaning.residual_live))
 }

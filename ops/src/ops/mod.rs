@@ -34,16 +34,18 @@ mod tensor_data;
 
 use std::ffi::CStr;
 
+use ditfastattn_contract::operators;
+
 use crate::abi::host::Host;
 use crate::abi::op::{Op, OperatorInput, OperatorOutput, Spec, Type};
 
 pub use stats::{reset, stats_json};
 
 /// The operators' domain. Its opset is 1.
-pub const DOMAIN: &CStr = c"ai.ditfastattn";
+pub const DOMAIN: &CStr = operators::DOMAIN.as_cstr();
 
 static STEP: Spec = Spec {
-    name: c"DiTFastAttnStep",
+    name: operators::STEP.as_cstr(),
     inputs: &[
         OperatorInput::required(Type::Any),
         OperatorInput::required(Type::I64),
@@ -77,18 +79,18 @@ impl Provider {
 
 /// One [`Spec`] per element type: hosts pick the kernel by type. And per provider.
 macro_rules! typed {
-    ($($name:ident = $op:literal ($($input:expr),*) -> ($($output:expr),*);)*) => {
+    ($($name:ident = $op:path: ($($input:expr),*) -> ($($output:expr),*);)*) => {
         $(static $name: [[Spec; 3]; 2] = [typed!(@ Provider::Cpu, $op, [$($input),*], [$($output),*]),
                                           typed!(@ Provider::Cuda, $op, [$($input),*], [$($output),*])];)*
     };
-    (@ $provider:expr, $op:literal, $inputs:tt, $outputs:tt) => {
+    (@ $provider:expr, $op:expr, $inputs:tt, $outputs:tt) => {
         [typed!(@ $provider, Type::F32, $op, $inputs, $outputs),
          typed!(@ $provider, Type::F16, $op, $inputs, $outputs),
          typed!(@ $provider, Type::BF16, $op, $inputs, $outputs)]
     };
-    (@ $provider:expr, $ty:expr, $op:literal, [$($input:expr),*], [$($output:expr),*]) => {
+    (@ $provider:expr, $ty:expr, $op:expr, [$($input:expr),*], [$($output:expr),*]) => {
         Spec {
-            name: $op,
+            name: $op.as_cstr(),
             inputs: &[$($input.input($ty)),*],
             outputs: &[$($output.output($ty)),*],
             provider: $provider.name(),
@@ -134,11 +136,11 @@ impl Out {
 }
 
 typed! {
-    SELECT = c"DiTFastAttnSelect" (In::Typed, In::Ticket) -> (Out::Typed);
-    ATTENTION = c"DiTFastAttn" (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalAny, In::OptionalI64, In::OptionalTyped)
+    SELECT = operators::SELECT: (In::Typed, In::Ticket) -> (Out::Typed);
+    ATTENTION = operators::ATTENTION: (In::Typed, In::Typed, In::Typed, In::Ticket, In::OptionalAny, In::OptionalI64, In::OptionalTyped)
         -> (Out::Typed, Out::OptionalTyped);
-    SHARE = c"DiTFastAttnShare" (In::Typed, In::Ticket) -> (Out::Typed);
-    REUSE = c"DiTFastAttnReuse" (In::Typed, In::Ticket, In::OptionalTyped) -> (Out::Typed);
+    SHARE = operators::SHARE: (In::Typed, In::Ticket) -> (Out::Typed);
+    REUSE = operators::REUSE: (In::Typed, In::Ticket, In::OptionalTyped) -> (Out::Typed);
 }
 
 /// The operators as registered with one host.

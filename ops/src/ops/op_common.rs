@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ditfastattn_contract::attributes::layer as names;
 use ditfastattn_kernels::Parallel;
 use half::{bf16, f16};
 
@@ -32,7 +33,7 @@ impl From<StateError> for Error {
 /// The `layer` attribute of a node.
 pub(super) fn layer_of(info: &KernelInfo<'_>) -> Result<usize, Error> {
     let layer = info
-        .int("layer")
+        .int(names::LAYER)
         .ok_or_else(|| Error::graph("the attribute `layer` (int) is missing"))?;
     usize::try_from(layer).map_err(|_| {
         Error::graph(format!(
@@ -53,8 +54,8 @@ impl Sink {
     /// From the optional attributes `sink` (default 0) and `sinks` (default 1).
     pub fn of(info: &KernelInfo<'_>) -> Result<Sink, Error> {
         let (index, count) = (
-            info.int("sink").unwrap_or(0),
-            info.int("sinks").unwrap_or(1),
+            info.int(names::SINK).unwrap_or(0),
+            info.int(names::SINKS).unwrap_or(1),
         );
         match (usize::try_from(index), usize::try_from(count)) {
             (Ok(index), Ok(count)) if index < count && count <= 16 => Ok(Sink { index, count }),

@@ -1,5 +1,7 @@
 //! `DiTFastAttnReuse`: the kept output of a layer, in place of computing it.
 
+use ditfastattn_contract::attributes::layer as names;
+
 use crate::abi::error::{Code, Error};
 use crate::abi::kernel_context::KernelContext;
 use crate::abi::kernel_info::KernelInfo;
@@ -29,7 +31,7 @@ impl Kernel for Reuse {
         Ok(Reuse {
             layer: layer_of(info)?,
             sink: Sink::of(info)?,
-            fold: usize::try_from(info.int("fold").unwrap_or(1)).unwrap_or(0),
+            fold: usize::try_from(info.int(names::FOLD).unwrap_or(1)).unwrap_or(0),
             io: Io::of(info)?,
         })
     }

@@ -4,6 +4,9 @@
 
 use std::sync::Arc;
 
+use ditfastattn_contract::attributes::step as names;
+use ditfastattn_contract::graph;
+use ditfastattn_contract::operators::step::{END, LATENTS, REQUEST, START, TIMESTEP};
 use ditfastattn_plans::Plan;
 use half::{bf16, f16};
 
@@ -21,12 +24,6 @@ use super::cache_entry::CachedTensor;
 use super::contract::check_contract;
 use super::process::PROCESS;
 use super::stats;
-
-const TIMESTEP: usize = 0;
-const REQUEST: usize = 1;
-const START: usize = 2;
-const END: usize = 3;
-const LATENTS: usize = 4;
 
 /// Rows of one timestep tensor may differ by this part of their size and still be one timestep.
 const SAME_TIMESTEP: f64 = 1e-6;
@@ -52,22 +49,22 @@ impl Kernel for Step {
     fn create(info: &KernelInfo<'_>) -> Result<Self, Error> {
         check_contract(info)?;
         let text = info
-            .string("plan")
+            .string(names::PLAN)
             .ok_or_else(|| Error::graph("the attribute `plan` (string) is missing"))?;
         room_to_parse(&text)?;
         let plan = Plan::parse(&text)
             .map_err(|error| Error::graph(format!("the attribute `plan`: {error}")))?;
         let layers = plan.layers();
-        let declared = info.int("layers").unwrap_or(layers as i64);
+        let declared = info.int(names::LAYERS).unwrap_or(layers as i64);
         if declared != layers as i64 {
             return Err(Error::graph(format!(
                 "the attribute `layers` is {declared}, its plan has {layers} layers"
             )));
         }
         let fed = fed(info, &plan)?;
-        let blind = info.int("blind").unwrap_or(0) != 0;
-        let core = layers_named(info, "core_layers", layers)?;
-        let dense = layers_named(info, "dense_layers", layers)?;
+        let blind = info.int(names::BLIND).unwrap_or(0) != 0;
+        let core = layers_named(info, names::CORE_LAYERS, layers)?;
+        let dense = layers_named(info, names::DENSE_LAYERS, layers)?;
         let (outputs, expected) = (info.output_count()?, 1 + layers + dense.len());
         if outputs != expected {
             return Err(Error::graph(format!(
@@ -78,7 +75,7 @@ impl Kernel for Step {
             session: Session::new(
                 Arc::clone(&PROCESS),
                 CompiledPlan::new(plan, &core)
-                    .with_halves_in_graph(info.int("halves_in_graph").unwrap_or(0) != 0),
+                    .with_halves_in_graph(info.int(names::HALVES_IN_GRAPH).unwrap_or(0) != 0),
                 fed,
             ),
             layers,
@@ -116,8 +113,8 @@ impl Step {
                 )));
             }
         };
-        let start = flag(&context.input(START)?, "dfa_start")?;
-        let end = flag(&context.input(END)?, "dfa_end")?;
+        let start = flag(&context.input(START)?, graph::START)?;
+        let end = flag(&context.input(END)?, graph::END)?;
         let fed = (LATENTS..context.input_count()?)
             .filter_map(|index| context.optional_input(index).transpose())
             .collect::<Result<Vec<_>, _>>()?;
@@ -172,9 +169,9 @@ impl Step {
 
 /// Which timesteps the plan serves, by the attribute `schedule`.
 fn fed(info: &KernelInfo<'_>, plan: &Plan) -> Result<SchedulePolicy, Error> {
-    match info.string("schedule").as_deref() {
+    match info.string(names::SCHEDULE).as_deref() {
         None | Some("planned") => Ok(SchedulePolicy::Planned),
-        Some("any") => match plan.one_way() {
+        Some(names::SCHEDULE_ANY) => match plan.one_way() {
             Ok(()) => Ok(SchedulePolicy::Any),
             Err(why) => Err(Error::graph(format!(
                 "the attribute `schedule` is any, but {why}"
