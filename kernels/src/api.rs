@@ -53,7 +53,7 @@ pub enum Products {
 impl Products {
     /// Whether this machine has the instructions; without them the choice makes no difference.
     pub fn available(self) -> bool {
-        self == Products::Float32 || crate::cpu::has_bfloat16(crate::cpu::Level::best())
+        self == Products::Float32 || crate::cpu::has_bfloat16(crate::cpu::Isa::best())
     }
 }
 

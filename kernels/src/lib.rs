@@ -30,49 +30,48 @@
 //! # Ok::<(), KernelError>(())
 //! ```
 //!
-//! # The data's way through the CPU kernel
+//! # The data flow of the CPU kernel
 //!
 //! **Tasks.** The queries of each (batch, head) are cut into blocks of 64, and up to 8 neighbouring blocks make one
 //! task (`cpu`), of two heads where heads share a mask. Tasks share nothing, and how they are cut does not depend on the
 //! pool, so results are the same bits on any number of threads.
 //!
 //! **Packing.** A task reads its queries into `[head_dim, 64]`, a query per vector lane, converting float16 and
-//! bfloat16 to float32 (`pack`, `transpose`). Then it walks along the keys in blocks of 120. Float32 keys and values
-//! whose channels are neighbours are read where they are; others are copied block by block, once for all query blocks
-//! of the task. Where many query blocks see a key (more than 14 or 20, by processor), all of them are copied once before
-//! the tasks begin (`keys`): with heads inside tokens, every token of a head lies in another page of memory, and tasks
-//! would translate its address again and again. Queries are packed when they meet their first keys. The memory of what
-//! comes next is asked for in the steps of products (`ahead`): the next block of keys and values, the next queries, and
-//! residual and output of queries that are about to end.
+//! bfloat16 to float32 (`load_store`, `transpose`). Then its main loop runs over the keys in blocks of 120. Float32 K and V
+//! with contiguous channels are read in place; others are packed block by block, once for all query blocks of the task. Where
+//! many query blocks see a key (more than 14 or 20, by processor), all of K and V is packed once before the tasks begin (`kv`):
+//! with heads inside tokens, every token of a head lies in another page of memory, and tasks would translate its address again
+//! and again. Queries are packed when they meet their first keys. What comes next is prefetched from inside the matrix kernel
+//! (`prefetch`): the next block of K and V, the next queries, and residual and output of queries that are about to be done.
 //!
 //! **Scores.** S = K·Qᵀ, `[keys, 64]`: six keys times four vectors of queries stay in registers over all channels
 //! (`gemm`). Since a lane is a query, keys and channels are plain loop counts: nothing is padded, head dim 72 costs
 //! exactly 72, and the softmax never looks across lanes.
 //!
-//! **Softmax.** Online (Milakov & Gimelshein, arXiv 1805.02867), in powers of two: each query has a reference
-//! exponent m and a sum Σ 2^(s − m). When a block's maximum exceeds m by more than 8, sums and output so far are
-//! rescaled and m is raised; else m stays, for a factor of 2⁸ is harmless in float32 (the lazy rescaling of
-//! FlashAttention-4). The exponential is a polynomial of degree 5 (`exp`).
+//! **Softmax.** Online (Milakov & Gimelshein, arXiv 1805.02867), in powers of two: each query has a running maximum m and a
+//! row sum Σ 2^(s − m). Rescaling is lazy, as in FlashAttention-4: only when a block's maximum exceeds m by more than 8 are
+//! sum and output so far rescaled and m raised; a factor of 2⁸ is harmless in float32. The exponential is a polynomial of
+//! degree 5 (`exp`).
 //!
 //! **Values.** O += Vᵀ·P, `[v_dim, 64]`, by the same matrix kernel.
 //!
-//! **Products in bfloat16** ([`Products`]). A step of both products takes a pair of neighbours in one 32-bit word (`arithmetic`): two channels
-//! of K and Q, two keys of V and P. K in bfloat16 is that already, everything else is rounded and interleaved where it
-//! is copied anyway (`pairs`), P in place after the exponential. A segment that begins or ends inside a pair has a
-//! probability of 0 there. References are whole powers of two then: rounded probabilities are the same in every mode.
+//! **Products in bfloat16** ([`Products`]). A step of both products takes a pair of elements in one 32-bit word (`precision`):
+//! two channels of K and Q, two keys of V and P. K in bfloat16 is that already, everything else is rounded and interleaved
+//! where it is packed anyway (`pack_bf16`), P in place after the exponential. A segment that begins or ends inside a pair has
+//! a probability of 0 there. Running maxima are whole powers of two then: rounded probabilities are the same in every mode.
 //!
-//! **The band.** `sight` cuts each key block into segments in which the same vectors of queries see something;
-//! blocks without any are skipped, corners are computed to one vector of queries, and scores inside a segment that a
-//! query does not see become −∞. Capture keeps two sums for a query, with references of their own: over the keys inside the
-//! band, which come to W, and over the others. Scores are computed once, vectors on the band's edge are masked and summed
-//! once for either side, and at the end both sums together are O, and R = O − W.
+//! **The band.** `key_ranges` cuts each key block into segments in which the same vectors of queries see something; blocks
+//! without any are skipped, corners are computed to one vector of queries, and scores inside a segment that a query does not
+//! see become −∞. Capture keeps two softmax states for a query: over the keys inside the band, which give W, and over the
+//! others. Scores are computed once, vectors on the band's edge are masked and summed once for either side, and at the end
+//! the merged states give O, and R = O − W.
 //!
-//! **Masks.** Where a call has one, a tile of it is turned into `[keys, 64]` too (`mask`), in powers of two, and added
+//! **Masks.** Where a call has one, a tile of it is transposed to `[keys, 64]` too (`mask_tile`), in powers of two, and added
 //! to the scores before the softmax; what a boolean mask hides is −∞ there. Tiles of zeros are not added, and blocks
 //! in which every key is hidden are left out, so padding costs nothing and a causal mask less than none.
 //!
-//! **The end.** As soon as queries have seen their last key, O is divided by the sums, the residual is subtracted or
-//! added in float32, and rows are turned back into the caller's layout and dtype (`finish`), one vector of queries at a
+//! **The epilogue.** As soon as queries have seen their last key, O is divided by the row sums, the residual is subtracted or
+//! added in float32, and rows are transposed back into the caller's layout and dtype (`epilogue`), one vector of queries at a
 //! time.
 //!
 //! Infinities and NaN go where the definition takes them; values that are not finite reach only queries that see
@@ -94,7 +93,7 @@ mod parallel;
 
 pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Products, Shape, Strides};
 #[doc(hidden)]
-pub use cpu::Level;
+pub use cpu::Isa;
 pub use error::KernelError;
 pub use mask::{Mask, MaskStrides, MaskType};
 pub use parallel::{Parallel, Sequential, Threads};
@@ -121,19 +120,19 @@ pub fn attention_in(
     pool: &dyn Parallel,
     products: Products,
 ) -> Result<Computed, KernelError> {
-    attention_at(a, pool, Level::best(), products)
+    attention_at(a, pool, Isa::best(), products)
 }
 
-/// [`attention_in`] at a given instruction set, which must be [available](Level::available); for tests and benchmarks.
+/// [`attention_in`] at a given instruction set, which must be [available](Isa::available); for tests and benchmarks.
 #[doc(hidden)]
 pub fn attention_at(
     a: &Attention<'_>,
     pool: &dyn Parallel,
-    level: Level,
+    isa: Isa,
     products: Products,
 ) -> Result<Computed, KernelError> {
     check::check(a)?;
-    Ok(cpu::attention(a, pool, level, products))
+    Ok(cpu::attention(a, pool, isa, products))
 }
 
 /// What a call has learnt about what it wrote.

@@ -70,7 +70,7 @@ unsafe fn exp2_avx512(x: std::arch::x86_64::__m512) -> std::arch::x86_64::__m512
 
 #[cfg(test)]
 mod tests {
-    use super::super::Level;
+    use super::super::Isa;
     use super::*;
     use pulp::WithSimd;
 
@@ -91,13 +91,13 @@ mod tests {
 
     #[test]
     fn error_over_the_whole_range() {
-        for level in Level::available() {
+        for isa in Isa::available() {
             let n = 1 << 20;
             let x: Vec<f32> = (0..n)
                 .map(|i| 127.0 - 253.5 * i as f32 / n as f32)
                 .collect();
             let mut y = x.clone();
-            level.run(Each(&mut y));
+            isa.run(Each(&mut y));
             let mut worst = 0f64;
             for (&x, &y) in x.iter().zip(&y).filter(|&(&x, _)| x > -126.5) {
                 let want = f64::from(x).exp2();
@@ -105,13 +105,13 @@ mod tests {
                 let error = (f64::from(y) - want).abs() - 2f64.powi(-149);
                 worst = worst.max(error / want);
             }
-            assert!(worst < 2.5e-7, "{level:?}: {worst:.2e}");
+            assert!(worst < 2.5e-7, "{isa:?}: {worst:.2e}");
         }
     }
 
     #[test]
     fn exact_and_special_values() {
-        for level in Level::available() {
+        for isa in Isa::available() {
             let mut x = [
                 0.0,
                 1.0,
@@ -125,7 +125,7 @@ mod tests {
                 127.0,
             ]
             .repeat(8);
-            level.run(Each(&mut x));
+            isa.run(Each(&mut x));
             for x in x.chunks(10) {
                 assert_eq!(
                     x[..8],

@@ -1,4 +1,4 @@
-//! Turning matrices, a few elements at a time: 4 × 4 with SSE or plain moves, 8 × 8 with AVX2, 16 × 16 and 16 × 4 with AVX-512.
+//! Small transposes in registers: 4 × 4 (SSE or scalar), 8 × 8 (AVX2), 16 × 16 and 16 × 4 (AVX-512).
 
 use pulp::Simd;
 
@@ -26,7 +26,8 @@ pub(crate) unsafe fn transpose<S: Simd, const READS: bool>(
         (columns, rows)
     };
     // SAFETY: promised by the caller.
-    let done = unsafe { wide::<S, READS>(from, from_stride, to, to_stride, outer, inner) };
+    let done =
+        unsafe { transpose_blocked::<S, READS>(from, from_stride, to, to_stride, outer, inner) };
     let inner4 = inner / 4 * 4;
     let outer4 = done + (outer - done) / 4 * 4;
     for a in (done..outer4).step_by(4) {
@@ -50,17 +51,17 @@ pub(crate) unsafe fn transpose<S: Simd, const READS: bool>(
     }
 }
 
-/// What can be turned in squares with a vector to a side, or 4 of the other side; says how much of `outer` that was, all but the
+/// Transposes what it can in squares with a vector to a side, or a vector by 4; says how much of `outer` that was, all but the
 /// last `inner` % 4 of it.
 ///
-/// Where lines are a multiple of 4 KB apart (16 heads of 64 channels) 16 of them do not fit the first cache together: what
-/// is not taken of a line at once has to be fetched again. A square of 16 takes all of it.
+/// Where lines are a multiple of 4 KB apart (16 heads of 64 channels) 16 of them alias to one set of the L1: what is not
+/// taken of a cache line at once has to be fetched again. A square of 16 takes all of it.
 ///
 /// # Safety
 /// As for [`transpose`], rows and columns being `outer` and `inner` if `READS`, else the other way round.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn wide<S: Simd, const READS: bool>(
+unsafe fn transpose_blocked<S: Simd, const READS: bool>(
     from: *const f32,
     from_stride: isize,
     to: *mut f32,
@@ -85,7 +86,7 @@ unsafe fn wide<S: Simd, const READS: bool>(
     for a in (0..done).step_by(side) {
         for b in (0..squares).step_by(side) {
             let (from, to) = at(a, b);
-            // SAFETY: `side` by `side` elements from here on lie inside; the level says which instructions are there.
+            // SAFETY: `side` by `side` elements from here on lie inside; `S` says which instructions are there.
             unsafe {
                 if avx512 {
                     transpose_16x16(from, from_stride, to, to_stride);
@@ -95,7 +96,7 @@ unsafe fn wide<S: Simd, const READS: bool>(
             }
         }
         for b in (squares..inner / 4 * 4).step_by(4) {
-            // SAFETY: `side` by 4 elements from here on lie inside, of the matrix if `READS`, else of the turned one.
+            // SAFETY: `side` by 4 elements from here on lie inside, of the matrix if `READS`, else of the transposed one.
             unsafe {
                 let (from, to) = at(a, b);
                 if !avx512 {
@@ -114,7 +115,7 @@ unsafe fn wide<S: Simd, const READS: bool>(
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn wide<S: Simd, const READS: bool>(
+unsafe fn transpose_blocked<S: Simd, const READS: bool>(
     _: *const f32,
     _: isize,
     _: *mut f32,
@@ -170,8 +171,8 @@ unsafe fn transpose_8x8(from: *const f32, from_stride: isize, to: *mut f32, to_s
                 let x = _mm256_castps128_ps256(row(i));
                 _mm256_insertf128_ps::<1>(x, row(i + 4))
             };
-            let turned = turn_halves([rows(0), rows(1), rows(2), rows(3)]);
-            for (j, x) in turned.into_iter().enumerate() {
+            let transposed = transpose_halves([rows(0), rows(1), rows(2), rows(3)]);
+            for (j, x) in transposed.into_iter().enumerate() {
                 _mm256_storeu_ps(to.offset((half + j as isize) * to_stride), x);
             }
         }
@@ -182,10 +183,12 @@ unsafe fn transpose_8x8(from: *const f32, from_stride: isize, to: *mut f32, to_s
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn turn_8x8(x: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
+pub(super) fn transpose_registers_8x8(
+    x: [std::arch::x86_64::__m256; 8],
+) -> [std::arch::x86_64::__m256; 8] {
     use std::arch::x86_64::*;
-    let first = turn_halves([x[0], x[1], x[2], x[3]]);
-    let second = turn_halves([x[4], x[5], x[6], x[7]]);
+    let first = transpose_halves([x[0], x[1], x[2], x[3]]);
+    let second = transpose_halves([x[4], x[5], x[6], x[7]]);
     let mut y = x;
     for j in 0..4 {
         y[j] = _mm256_permute2f128_ps::<0x20>(first[j], second[j]);
@@ -194,11 +197,13 @@ pub(super) fn turn_8x8(x: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64:
     y
 }
 
-/// Turns the 4 × 4 elements in each half of four vectors.
+/// Transposes the 4 × 4 elements in each half of four vectors.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
-fn turn_halves([a, b, c, d]: [std::arch::x86_64::__m256; 4]) -> [std::arch::x86_64::__m256; 4] {
+fn transpose_halves(
+    [a, b, c, d]: [std::arch::x86_64::__m256; 4],
+) -> [std::arch::x86_64::__m256; 4] {
     use std::arch::x86_64::*;
     let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
     let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
@@ -222,7 +227,7 @@ unsafe fn transpose_16x16(from: *const f32, from_stride: isize, to: *mut f32, to
         for (i, x) in x.iter_mut().enumerate() {
             *x = _mm512_loadu_ps(from.offset(i as isize * from_stride));
         }
-        for (i, y) in turn_16x16(x).into_iter().enumerate() {
+        for (i, y) in transpose_registers_16x16(x).into_iter().enumerate() {
             _mm512_storeu_ps(to.offset(i as isize * to_stride), y);
         }
     }
@@ -232,14 +237,16 @@ unsafe fn transpose_16x16(from: *const f32, from_stride: isize, to: *mut f32, to
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn turn_16x16(x: [std::arch::x86_64::__m512; 16]) -> [std::arch::x86_64::__m512; 16] {
+pub(super) fn transpose_registers_16x16(
+    x: [std::arch::x86_64::__m512; 16],
+) -> [std::arch::x86_64::__m512; 16] {
     use std::arch::x86_64::*;
     // Quarter q of `parts[g][j]` is column 4 q + j of the rows 4 g to 4 g + 3.
     let parts = [
-        turn([x[0], x[1], x[2], x[3]]),
-        turn([x[4], x[5], x[6], x[7]]),
-        turn([x[8], x[9], x[10], x[11]]),
-        turn([x[12], x[13], x[14], x[15]]),
+        transpose_quarters([x[0], x[1], x[2], x[3]]),
+        transpose_quarters([x[4], x[5], x[6], x[7]]),
+        transpose_quarters([x[8], x[9], x[10], x[11]]),
+        transpose_quarters([x[12], x[13], x[14], x[15]]),
     ];
     let mut y = x;
     for j in 0..4 {
@@ -260,7 +267,7 @@ pub(super) fn turn_16x16(x: [std::arch::x86_64::__m512; 16]) -> [std::arch::x86_
     y
 }
 
-/// 16 rows of 4: a vector has 4 elements of every fourth row, so that quarters of vectors are turned like 4 × 4.
+/// 16 rows of 4: a vector has 4 elements of every fourth row, so that quarters of vectors are transposed like 4 × 4.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -275,8 +282,8 @@ unsafe fn transpose_16x4(from: *const f32, from_stride: isize, to: *mut f32, to_
             let x = _mm512_insertf32x4::<2>(x, row(i + 8));
             _mm512_insertf32x4::<3>(x, row(i + 12))
         };
-        let turned = turn([quarters(0), quarters(1), quarters(2), quarters(3)]);
-        for (j, x) in turned.into_iter().enumerate() {
+        let transposed = transpose_quarters([quarters(0), quarters(1), quarters(2), quarters(3)]);
+        for (j, x) in transposed.into_iter().enumerate() {
             _mm512_storeu_ps(to.offset(j as isize * to_stride), x);
         }
     }
@@ -291,8 +298,8 @@ unsafe fn transpose_4x16(from: *const f32, from_stride: isize, to: *mut f32, to_
     // SAFETY: the caller says that 4 × 16 elements can be read and written.
     unsafe {
         let row = |i: isize| _mm512_loadu_ps(from.offset(i * from_stride));
-        let turned = turn([row(0), row(1), row(2), row(3)]);
-        for (i, x) in turned.into_iter().enumerate() {
+        let transposed = transpose_quarters([row(0), row(1), row(2), row(3)]);
+        for (i, x) in transposed.into_iter().enumerate() {
             let to = |quarter: isize| to.offset((i as isize + 4 * quarter) * to_stride);
             _mm_storeu_ps(to(0), _mm512_castps512_ps128(x));
             _mm_storeu_ps(to(1), _mm512_extractf32x4_ps::<1>(x));
@@ -302,11 +309,13 @@ unsafe fn transpose_4x16(from: *const f32, from_stride: isize, to: *mut f32, to_
     }
 }
 
-/// Turns the 4 × 4 elements in each quarter of four vectors.
+/// Transposes the 4 × 4 elements in each quarter of four vectors.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn turn([a, b, c, d]: [std::arch::x86_64::__m512; 4]) -> [std::arch::x86_64::__m512; 4] {
+fn transpose_quarters(
+    [a, b, c, d]: [std::arch::x86_64::__m512; 4],
+) -> [std::arch::x86_64::__m512; 4] {
     use std::arch::x86_64::*;
     let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
     let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
@@ -326,7 +335,7 @@ fn turn([a, b, c, d]: [std::arch::x86_64::__m512; 4]) -> [std::arch::x86_64::__m
 mod tests {
     use pulp::WithSimd;
 
-    use super::super::Level;
+    use super::super::Isa;
     use super::*;
 
     struct Ragged;
@@ -373,8 +382,8 @@ mod tests {
 
     #[test]
     fn transposition_of_ragged_matrices() {
-        for level in Level::available() {
-            level.run(Ragged);
+        for isa in Isa::available() {
+            isa.run(Ragged);
         }
     }
 }

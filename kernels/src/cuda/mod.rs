@@ -21,7 +21,7 @@ pub use driver::{CudaError, Stream, is_available};
 pub use image::{MANIFEST, SOURCES, source_hash};
 pub use params::{AttentionParams, CopyParams, MaskOperand, Operand, Params};
 pub use run::Failure;
-pub use variant::{DIMS, Job, SIMPLE_DIMS, Variant, translation_units};
+pub use variant::{AttentionMode, DIMS, SIMPLE_DIMS, Variant, translation_units};
 
 /// Compiles a kernel for one compute capability with NVIDIA's run-time compiler; for tests.
 #[doc(hidden)]

@@ -1,23 +1,29 @@
 //! Lines of tensors as pairs of bfloat16, the first of a pair in the low half of a 32-bit word.
 //!
-//! Owns how they are rounded and interleaved. Float16 has three bits more, which are rounded to nearest. Neighbours are read
+//! Owns how they are rounded and interleaved. Float16 has three bits more, which are rounded to nearest. Contiguous elements are read
 //! with AVX-512, which took 15 % off a band's time in float16; the rest is for everything else.
 
-use super::pack::{read_line, round_bf16};
+use super::load_store::{read_line, round_bf16};
 use crate::api::{DType, Input};
 
 /// Elements at a time.
 const CHUNK: usize = 64;
 
-/// Reads `n` elements from the `at`-th on, `stride` apart, two neighbours to a word; beside an odd last one is 0.
+/// Reads `n` elements from the `at`-th on, `stride` apart, two adjacent elements to a word; beside an odd last one is 0.
 ///
 /// # Safety
 /// They must lie inside the tensor.
 #[inline(always)]
-pub(crate) unsafe fn read_along(t: &Input<'_>, at: isize, stride: isize, n: usize, to: &mut [f32]) {
+pub(crate) unsafe fn pack_adjacent(
+    t: &Input<'_>,
+    at: isize,
+    stride: isize,
+    n: usize,
+    to: &mut [f32],
+) {
     let to = &mut to[..n.div_ceil(2)];
     // SAFETY: promised by the caller; `to` holds a word for every two elements.
-    if unsafe { wide::along(t, at, stride, n, to.as_mut_ptr()) } {
+    if unsafe { x86::adjacent(t, at, stride, n, to.as_mut_ptr()) } {
         return;
     }
     let mut bits = [0; CHUNK];
@@ -28,7 +34,7 @@ pub(crate) unsafe fn read_along(t: &Input<'_>, at: isize, stride: isize, n: usiz
         unsafe { read(t, at + first as isize * stride, stride, &mut bits[..len]) };
         bits[len..].fill(0);
         for (word, pair) in words.iter_mut().zip(bits.as_chunks().0) {
-            *word = join(*pair);
+            *word = pack_pair(*pair);
         }
     }
 }
@@ -39,7 +45,7 @@ pub(crate) unsafe fn read_along(t: &Input<'_>, at: isize, stride: isize, n: usiz
 /// # Safety
 /// They must lie inside the tensor.
 #[inline(always)]
-pub(crate) unsafe fn read_across(
+pub(crate) unsafe fn pack_interleaved(
     t: &Input<'_>,
     first: isize,
     second: Option<isize>,
@@ -47,7 +53,7 @@ pub(crate) unsafe fn read_across(
     to: &mut [f32],
 ) {
     // SAFETY: promised by the caller; `to` holds a word for every element.
-    if unsafe { wide::across(t, first, second, stride, to.len(), to.as_mut_ptr()) } {
+    if unsafe { x86::interleaved(t, first, second, stride, to.len(), to.as_mut_ptr()) } {
         return;
     }
     let mut bits = [[0; CHUNK]; 2];
@@ -63,13 +69,13 @@ pub(crate) unsafe fn read_across(
             }
         }
         for (i, word) in words.iter_mut().enumerate() {
-            *word = join([low[i], high[i]]);
+            *word = pack_pair([low[i], high[i]]);
         }
     }
 }
 
 #[inline(always)]
-fn join([low, high]: [u16; 2]) -> f32 {
+fn pack_pair([low, high]: [u16; 2]) -> f32 {
     f32::from_bits(u32::from(low) | u32::from(high) << 16)
 }
 
@@ -100,12 +106,12 @@ unsafe fn read(t: &Input<'_>, at: isize, stride: isize, to: &mut [u16]) {
     }
 }
 
-/// Lines in half precision whose elements are neighbours; each function says whether it was one of them.
+/// Contiguous lines in half precision with AVX-512 BF16; each function says whether it was one of them.
 #[cfg(target_arch = "x86_64")]
-mod wide {
+mod x86 {
     use std::arch::x86_64::*;
 
-    use super::super::arithmetic::{Bfloat16, join};
+    use super::super::precision::{Bfloat16, pack_pair};
     use crate::api::{DType, Input};
 
     fn can(t: &Input<'_>, stride: isize) -> bool {
@@ -113,20 +119,26 @@ mod wide {
     }
 
     /// # Safety
-    /// As for [`super::read_along`]; `to` must be writable for half of `n` words, rounded up.
-    pub unsafe fn along(t: &Input<'_>, at: isize, stride: isize, n: usize, to: *mut f32) -> bool {
+    /// As for [`super::pack_adjacent`]; `to` must be writable for half of `n` words, rounded up.
+    pub unsafe fn adjacent(
+        t: &Input<'_>,
+        at: isize,
+        stride: isize,
+        n: usize,
+        to: *mut f32,
+    ) -> bool {
         let can = can(t, stride);
         if can {
             let from = t.data.cast::<u16>().wrapping_offset(at);
             // SAFETY: promised by the caller; there is a `Bfloat16`.
-            unsafe { along_any(from, t.dtype == DType::F16, n, to) };
+            unsafe { adjacent_avx512(from, t.dtype == DType::F16, n, to) };
         }
         can
     }
 
     /// # Safety
-    /// As for [`super::read_across`]; `to` must be writable for `n` words.
-    pub unsafe fn across(
+    /// As for [`super::pack_interleaved`]; `to` must be writable for `n` words.
+    pub unsafe fn interleaved(
         t: &Input<'_>,
         first: isize,
         second: Option<isize>,
@@ -138,7 +150,9 @@ mod wide {
         if can {
             let line = |at: isize| t.data.cast::<u16>().wrapping_offset(at);
             // SAFETY: promised by the caller; there is a `Bfloat16`.
-            unsafe { across_any(line(first), second.map(line), t.dtype == DType::F16, n, to) };
+            unsafe {
+                interleaved_avx512(line(first), second.map(line), t.dtype == DType::F16, n, to)
+            };
         }
         can
     }
@@ -152,7 +166,7 @@ mod wide {
     /// `from` must be readable for `n` elements and `to` writable for half as many, rounded up; the machine must be one of
     /// [`Bfloat16`].
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn along_any(from: *const u16, is_f16: bool, n: usize, to: *mut f32) {
+    unsafe fn adjacent_avx512(from: *const u16, is_f16: bool, n: usize, to: *mut f32) {
         for at in (0..n).step_by(32) {
             let left = n - at;
             // SAFETY: what is left is readable and writable by the caller's promise, and no more is touched; 512 bits both
@@ -175,7 +189,7 @@ mod wide {
     /// `first`, and `second` if there is one, must be readable for `n` elements and `to` writable for as many words; the
     /// machine must be one of [`Bfloat16`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn across_any(
+    unsafe fn interleaved_avx512(
         first: *const u16,
         second: Option<*const u16>,
         is_f16: bool,
@@ -192,7 +206,7 @@ mod wide {
                     None => _mm256_setzero_si256(),
                 };
                 let words = if is_f16 {
-                    join(_mm512_cvtph_ps(low), _mm512_cvtph_ps(high))
+                    pack_pair(_mm512_cvtph_ps(low), _mm512_cvtph_ps(high))
                 } else {
                     let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
                     _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low), high))
@@ -204,14 +218,14 @@ mod wide {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-mod wide {
+mod x86 {
     use crate::api::Input;
 
-    pub unsafe fn along(_: &Input<'_>, _: isize, _: isize, _: usize, _: *mut f32) -> bool {
+    pub unsafe fn adjacent(_: &Input<'_>, _: isize, _: isize, _: usize, _: *mut f32) -> bool {
         false
     }
 
-    pub unsafe fn across(
+    pub unsafe fn interleaved(
         _: &Input<'_>,
         _: isize,
         _: Option<isize>,
@@ -244,7 +258,7 @@ mod tests {
                 let mut guarded = vec![f32::NAN; n + 1];
                 let to = &mut guarded[..n];
                 // SAFETY (all): 10 + 131 · 3 and 500 + 131 · 3 are below 1000.
-                unsafe { read_along(&t, 10, stride as isize, n, to) };
+                unsafe { pack_adjacent(&t, 10, stride as isize, n, to) };
                 let want: Vec<u32> = (0..n.div_ceil(2))
                     .map(|i| {
                         let high = 2 * i + 1;
@@ -258,10 +272,10 @@ mod tests {
                     .collect();
                 assert_eq!(words(&to[..n.div_ceil(2)]), want);
                 assert!(to[n.div_ceil(2)..].iter().all(|x| x.is_nan()));
-                unsafe { read_across(&t, 10, Some(500), stride as isize, to) };
+                unsafe { pack_interleaved(&t, 10, Some(500), stride as isize, to) };
                 let want = |i: usize| bits(10 + i * stride) | bits(500 + i * stride) << 16;
                 assert_eq!(words(to), (0..n).map(want).collect::<Vec<_>>());
-                unsafe { read_across(&t, 10, None, stride as isize, to) };
+                unsafe { pack_interleaved(&t, 10, None, stride as isize, to) };
                 let want = |i: usize| bits(10 + i * stride);
                 assert_eq!(words(to), (0..n).map(want).collect::<Vec<_>>());
                 assert!(guarded[n].is_nan());

@@ -5,11 +5,11 @@ use std::sync::LazyLock;
 
 use pulp::{Simd, WithSimd};
 
-use super::gemm::row_len;
+use super::gemm::block_m;
 
 /// An instruction set the kernels are compiled for. Hidden: tests force one, everybody else takes the best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
+pub enum Isa {
     /// AVX-512 F, BW, CD, DQ, VL (and what comes with them).
     Avx512,
     /// AVX2 and FMA.
@@ -20,42 +20,42 @@ pub enum Level {
     Portable,
 }
 
-impl Level {
-    /// Every level this machine can run, best first. Never empty.
-    pub fn available() -> Vec<Level> {
-        let all = [Level::Avx512, Level::Avx2, Level::Neon, Level::Portable];
+impl Isa {
+    /// Every instruction set this machine has, best first. Never empty.
+    pub fn available() -> Vec<Isa> {
+        let all = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
         all.into_iter().filter(|l| l.run(Probe)).collect()
     }
 
-    /// The best level of this machine.
-    pub fn best() -> Level {
-        Level::available()[0]
+    /// The best of this machine.
+    pub fn best() -> Isa {
+        Isa::available()[0]
     }
 
-    /// Queries in a block; 1 on a machine without this level, where nothing is run.
-    pub(crate) fn queries(self) -> usize {
+    /// Queries in a block (`BLOCK_M`); 1 on a machine without this instruction set, where nothing is run.
+    pub(crate) fn block_m(self) -> usize {
         self.run(Queries).max(1)
     }
 
-    /// Runs `op` with this level's vectors; on a machine without them does nothing and returns the default.
+    /// Runs `op` with these vectors; on a machine without them does nothing and returns the default.
     pub fn run<Op: WithSimd>(self, op: Op) -> Op::Output
     where
         Op::Output: Default,
     {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => pulp::x86::V4::try_new()
+            Isa::Avx512 => pulp::x86::V4::try_new()
                 .map(|s| Simd::vectorize(s, op))
                 .unwrap_or_default(),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => pulp::x86::V3::try_new()
+            Isa::Avx2 => pulp::x86::V3::try_new()
                 .map(|s| Simd::vectorize(s, op))
                 .unwrap_or_default(),
             #[cfg(target_arch = "aarch64")]
-            Level::Neon => pulp::aarch64::Neon::try_new()
+            Isa::Neon => pulp::aarch64::Neon::try_new()
                 .map(|s| Simd::vectorize(s, op))
                 .unwrap_or_default(),
-            Level::Portable => Simd::vectorize(pulp::Scalar256b, op),
+            Isa::Portable => Simd::vectorize(pulp::Scalar256b, op),
             #[allow(unreachable_patterns)]
             _ => Op::Output::default(),
         }
@@ -88,7 +88,7 @@ impl WithSimd for Queries {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> usize {
-        row_len::<S>()
+        block_m::<S>()
     }
 }
 

@@ -1,52 +1,52 @@
-//! The arithmetic of the two products: what a 32-bit word of a matrix holds, and how words are multiplied and added.
+//! The precision of the two products: what a 32-bit word of a matrix holds, and how words are multiplied and added.
 //!
 //! Owns the choice between float32 and pairs of bfloat16, and the instructions of the latter. Everything else, softmax and
-//! sums included, is float32 whatever the choice. Knows nothing of tensors: words are made in `pairs` and in `task`.
+//! sums included, is float32 whatever the choice. Knows nothing of tensors: words are made in `pack_bf16` and in `task`.
 
 use pulp::{Simd, WithSimd};
 
-use super::level::Level;
+use super::isa::Isa;
 use super::vector::mul_add;
 
 /// How words are multiplied. Its values are proof that the machine can.
-pub(crate) trait Arithmetic: Copy {
-    /// Numbers in a word: steps of a product that are taken at once.
-    const EACH: usize;
+pub(crate) trait DotArithmetic: Copy {
+    /// Elements in a word: steps of a product that are taken at once.
+    const ELEMS_PER_WORD: usize;
 
-    /// Runs `op`, at `level` or at the one that the arithmetic needs.
-    fn run<Op: WithSimd>(self, level: Level, op: Op) -> Op::Output
+    /// Runs `op`, with `isa` or with the one that the arithmetic needs.
+    fn run<Op: WithSimd>(self, isa: Isa, op: Op) -> Op::Output
     where
         Op::Output: Default;
 
-    /// Compiles `op` as a function of its own, with the instructions of the level and of the arithmetic.
+    /// Compiles `op` as a function of its own, with the instructions of the vectors and of the arithmetic.
     fn vectorize<S: Simd, Op: WithSimd>(self, simd: S, op: Op) -> Op::Output;
 
-    /// c plus the products of the numbers of `a` and `b`.
+    /// c plus the products of the elements of `a` and `b`.
     fn mul_add<S: Simd>(self, simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s;
 
-    /// Words of `first` and `second`, rounded to nearest; of `first` alone where a word holds one number.
-    fn join<S: Simd>(self, simd: S, first: S::f32s, second: S::f32s) -> S::f32s;
+    /// Words of `first` and `second`, rounded to nearest; of `first` alone where a word holds one element.
+    fn pack_pair<S: Simd>(self, simd: S, first: S::f32s, second: S::f32s) -> S::f32s;
 
-    /// The numbers of a word; zeros where it holds fewer.
-    fn numbers(word: f32) -> [f32; 2];
+    /// The elements of a word; zeros where it holds fewer.
+    fn unpack(word: f32) -> [f32; 2];
 
-    /// Number `index` of each word.
-    fn number<S: Simd>(simd: S, words: S::f32s, index: usize) -> S::f32s;
+    /// Element `index` of each word.
+    fn unpack_lane<S: Simd>(simd: S, words: S::f32s, index: usize) -> S::f32s;
 }
 
 /// One float32 in a word.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Float32;
 
-impl Arithmetic for Float32 {
-    const EACH: usize = 1;
+impl DotArithmetic for Float32 {
+    const ELEMS_PER_WORD: usize = 1;
 
     #[inline(always)]
-    fn run<Op: WithSimd>(self, level: Level, op: Op) -> Op::Output
+    fn run<Op: WithSimd>(self, isa: Isa, op: Op) -> Op::Output
     where
         Op::Output: Default,
     {
-        level.run(op)
+        isa.run(op)
     }
 
     #[inline(always)]
@@ -60,35 +60,35 @@ impl Arithmetic for Float32 {
     }
 
     #[inline(always)]
-    fn join<S: Simd>(self, _: S, first: S::f32s, _: S::f32s) -> S::f32s {
+    fn pack_pair<S: Simd>(self, _: S, first: S::f32s, _: S::f32s) -> S::f32s {
         first
     }
 
     #[inline(always)]
-    fn numbers(word: f32) -> [f32; 2] {
+    fn unpack(word: f32) -> [f32; 2] {
         [word, 0.0]
     }
 
     #[inline(always)]
-    fn number<S: Simd>(_: S, words: S::f32s, _: usize) -> S::f32s {
+    fn unpack_lane<S: Simd>(_: S, words: S::f32s, _: usize) -> S::f32s {
         words
     }
 }
 
-/// Pairs of bfloat16 at `level`; `None` where level or machine lack the instructions.
+/// Pairs of bfloat16 on `isa`; `None` where it or the machine lacks the instructions.
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn bfloat16(level: Level) -> Option<Bfloat16> {
-    Bfloat16::new().filter(|_| level == Level::Avx512)
+pub(crate) fn bfloat16(isa: Isa) -> Option<Bfloat16> {
+    Bfloat16::new().filter(|_| isa == Isa::Avx512)
 }
 
 /// No such machine has them so far.
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn bfloat16(_: Level) -> Option<Float32> {
+pub(crate) fn bfloat16(_: Isa) -> Option<Float32> {
     None
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Bfloat16, join};
+pub(crate) use x86::{Bfloat16, pack_pair};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -111,11 +111,11 @@ mod x86 {
         }
     }
 
-    impl Arithmetic for Bfloat16 {
-        const EACH: usize = 2;
+    impl DotArithmetic for Bfloat16 {
+        const ELEMS_PER_WORD: usize = 2;
 
         #[inline(always)]
-        fn run<Op: WithSimd>(self, _: Level, op: Op) -> Op::Output
+        fn run<Op: WithSimd>(self, _: Isa, op: Op) -> Op::Output
         where
             Op::Output: Default,
         {
@@ -132,23 +132,23 @@ mod x86 {
         #[inline(always)]
         fn mul_add<S: Simd>(self, _: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
             // SAFETY: as in `run`.
-            from_avx512::<S>(unsafe { dot(wide::<S>(a), wide::<S>(b), wide::<S>(c)) })
+            from_avx512::<S>(unsafe { dot(as_zmm::<S>(a), as_zmm::<S>(b), as_zmm::<S>(c)) })
         }
 
         #[inline(always)]
-        fn join<S: Simd>(self, _: S, first: S::f32s, second: S::f32s) -> S::f32s {
+        fn pack_pair<S: Simd>(self, _: S, first: S::f32s, second: S::f32s) -> S::f32s {
             // SAFETY: as in `run`.
-            from_avx512::<S>(unsafe { join(wide::<S>(first), wide::<S>(second)) })
+            from_avx512::<S>(unsafe { pack_pair(as_zmm::<S>(first), as_zmm::<S>(second)) })
         }
 
         #[inline(always)]
-        fn numbers(word: f32) -> [f32; 2] {
+        fn unpack(word: f32) -> [f32; 2] {
             let bits = word.to_bits();
             [bits << 16, bits & 0xffff_0000].map(f32::from_bits)
         }
 
         #[inline(always)]
-        fn number<S: Simd>(simd: S, words: S::f32s, index: usize) -> S::f32s {
+        fn unpack_lane<S: Simd>(simd: S, words: S::f32s, index: usize) -> S::f32s {
             let bits = simd.transmute_u32s_f32s(words);
             simd.transmute_f32s_u32s(if index == 0 {
                 simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(16))
@@ -158,14 +158,14 @@ mod x86 {
         }
     }
 
-    /// Tasks run at one level under this arithmetic.
+    /// Tasks run on AVX-512 only under this arithmetic.
     #[inline(always)]
-    fn wide<S: Simd>(x: S::f32s) -> __m512 {
+    fn as_zmm<S: Simd>(x: S::f32s) -> __m512 {
         as_avx512::<S>(x).expect("vectors of AVX-512")
     }
 
     /// # Safety
-    /// The machine must have AVX-512 BF16, and what the level AVX-512 stands for.
+    /// The machine must have AVX-512 BF16, and what [`Isa::Avx512`] stands for.
     #[target_feature(
         enable = "sse,sse2,fxsr,sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt"
     )]
@@ -195,7 +195,7 @@ mod x86 {
     /// The machine must have AVX-512 BF16 and BW.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(crate) unsafe fn join(first: __m512, second: __m512) -> __m512 {
+    pub(crate) unsafe fn pack_pair(first: __m512, second: __m512) -> __m512 {
         // 16 bfloat16 of the first, then 16 of the second, one of each to a word.
         const BESIDE: [u16; 32] = {
             let mut at = [0; 32];

@@ -1,47 +1,47 @@
-//! The end of a strip of queries in registers: O over its sums, turned, plus R, to memory, in one pass.
+//! x86 epilogue for float32 with contiguous channels: normalise, subtract, transpose, add and store in registers, in one pass.
 //!
-//! For float32 and channels that are neighbours; everything else goes by way of a strip in the cache, in `finish`. Window + R
-//! of 1024 tokens takes 2 % less with AVX-512, 4 to 11 % less with AVX2.
+//! Everything else goes by way of a strip in the L1, in `epilogue`. Window + R of 1024 tokens takes 2 % less with AVX-512, 4
+//! to 11 % less with AVX2.
 
 use std::arch::x86_64::*;
 
 use pulp::Simd;
 
-use super::block::Block;
-use super::finish::Strip;
-use super::gemm::row_len;
-use super::pack::offset;
-use super::transpose::{turn_8x8, turn_16x16};
+use super::block::QueryBlock;
+use super::epilogue::LaneStrip;
+use super::gemm::block_m;
+use super::load_store::offset;
+use super::transpose::{transpose_registers_8x8, transpose_registers_16x16};
 use super::vector::is;
 use crate::api::{DType, Input, Output, Strides};
 
-/// A vector of queries of all channels: `to = o / sum − minus + plus`.
-struct End {
+/// A vector of queries of all channels: `to = o / sum − subtract + add`.
+struct RegisterEpilogue {
     /// `[channels, row]`.
     o: *const f32,
     /// `[row]`.
     sum: *const f32,
     /// `[channels, row]`.
-    minus: Option<*const f32>,
+    subtract: Option<*const f32>,
     row: usize,
     channels: usize,
     /// `[queries, channels]`, and the distance of its lines.
-    plus: Option<(*const f32, isize)>,
+    add: Option<(*const f32, isize)>,
     /// Likewise.
     to: (*mut f32, isize),
 }
 
-/// [`Finish::strip`](super::finish::Finish), `None` where it cannot be done in registers.
+/// [`Epilogue::strip`](super::epilogue::Epilogue), `None` where it cannot be done in registers.
 ///
 /// # Safety
-/// As for [`Finish::run`](super::finish::Finish::run).
+/// As for [`Epilogue::run`](super::epilogue::Epilogue::run).
 #[inline(always)]
 pub(super) unsafe fn strip<S: Simd>(
-    block: &Block<'_>,
-    strip: &Strip,
+    block: &QueryBlock<'_>,
+    strip: &LaneStrip,
     channels: usize,
-    minus: Option<&[f32]>,
-    plus: Option<&Input<'_>>,
+    subtract: Option<&[f32]>,
+    add: Option<&Input<'_>>,
     to: &Output<'_>,
 ) -> Option<bool> {
     let avx512 = is::<S, pulp::x86::V4>();
@@ -51,57 +51,59 @@ pub(super) unsafe fn strip<S: Simd>(
     if !(avx512 || avx2)
         || strip.tokens.len() != S::F32_LANES
         || !fits(to.dtype, to.strides)
-        || !plus.is_none_or(|r| fits(r.dtype, r.strides))
+        || !add.is_none_or(|r| fits(r.dtype, r.strides))
     {
         return None;
     }
-    let (row, lane) = (row_len::<S>(), strip.lane);
-    let sums = &block.sums[0];
-    assert!(sums.o.len() == channels * row && sums.sum.len() == row && lane + S::F32_LANES <= row);
-    assert!(minus.is_none_or(|m| m.len() == sums.o.len()));
-    let at = |s: Strides| offset(s, strip.plane, strip.tokens.start, 0);
-    // SAFETY: the assertions above, and what the caller promises; the level says which instructions are there.
+    let (row, lane) = (block_m::<S>(), strip.lane);
+    let state = &block.state[0];
+    assert!(
+        state.o.len() == channels * row && state.row_sum.len() == row && lane + S::F32_LANES <= row
+    );
+    assert!(subtract.is_none_or(|m| m.len() == state.o.len()));
+    let at = |s: Strides| offset(s, strip.batch_head, strip.tokens.start, 0);
+    // SAFETY: the assertions above, and what the caller promises; `S` says which instructions are there.
     unsafe {
-        let end = End {
-            o: sums.o.as_ptr().add(lane),
-            sum: sums.sum.as_ptr().add(lane),
-            minus: minus.map(|m| m.as_ptr().add(lane)),
+        let end = RegisterEpilogue {
+            o: state.o.as_ptr().add(lane),
+            sum: state.row_sum.as_ptr().add(lane),
+            subtract: subtract.map(|m| m.as_ptr().add(lane)),
             row,
             channels,
-            plus: plus.map(|r| (r.data.cast::<f32>().offset(at(r.strides)), r.strides.token)),
+            add: add.map(|r| (r.data.cast::<f32>().offset(at(r.strides)), r.strides.token)),
             to: (
                 to.data.cast::<f32>().offset(at(to.strides)),
                 to.strides.token,
             ),
         };
         Some(if avx512 {
-            end_avx512(end)
+            epilogue_avx512(end)
         } else {
-            end_avx2(end)
+            epilogue_avx2(end)
         })
     }
 }
 
-/// 16 queries; says whether what is written is finite before `plus` is added.
+/// 16 queries; says whether what is written is finite before `add` is added.
 ///
 /// # Safety
 /// These elements must be readable, and those of `to` writable.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn end_avx512(end: End) -> bool {
-    let End {
+unsafe fn epilogue_avx512(end: RegisterEpilogue) -> bool {
+    let RegisterEpilogue {
         o,
         sum,
-        minus,
+        subtract,
         row,
         channels,
-        plus,
+        add,
         to: (to, to_stride),
     } = end;
     let zero = _mm512_setzero_ps();
     let mut check = zero;
-    // Stores wait for their lines one after the other, as far as the second cache; to ask for all at once takes 1 to 3 % off
-    // window + R where the tensors do not fit there.
+    // Stores wait for their cache lines one after the other; prefetching all of them takes 1 to 3 % off window + R where
+    // the tensors do not fit the L2.
     for i in 0..16 {
         for first in (0..channels).step_by(16).chain([channels - 1]) {
             let at = to.wrapping_offset(i * to_stride + first as isize);
@@ -118,15 +120,15 @@ unsafe fn end_avx512(end: End) -> bool {
             for (i, x) in x.iter_mut().enumerate().take(n) {
                 let at = (first + i) * row;
                 *x = _mm512_mul_ps(_mm512_loadu_ps(o.add(at)), factor);
-                if let Some(minus) = minus {
-                    *x = _mm512_sub_ps(*x, _mm512_loadu_ps(minus.add(at)));
+                if let Some(subtract) = subtract {
+                    *x = _mm512_sub_ps(*x, _mm512_loadu_ps(subtract.add(at)));
                 }
                 check = _mm512_fmadd_ps(*x, zero, check);
             }
-            for (i, mut y) in turn_16x16(x).into_iter().enumerate() {
+            for (i, mut y) in transpose_registers_16x16(x).into_iter().enumerate() {
                 let at = |stride: isize| i as isize * stride + first as isize;
-                if let Some((plus, stride)) = plus {
-                    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(there, plus.offset(at(stride))));
+                if let Some((add, stride)) = add {
+                    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(there, add.offset(at(stride))));
                 }
                 _mm512_mask_storeu_ps(to.offset(at(to_stride)), there, y);
             }
@@ -138,10 +140,10 @@ unsafe fn end_avx512(end: End) -> bool {
 /// 8 queries, likewise, of a multiple of 8 channels.
 ///
 /// # Safety
-/// As for [`end_avx512`].
+/// As for [`epilogue_avx512`].
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn end_avx2(end: End) -> bool {
+unsafe fn epilogue_avx2(end: RegisterEpilogue) -> bool {
     let zero = _mm256_setzero_ps();
     let mut check = zero;
     // SAFETY: promised by the caller.
@@ -152,15 +154,15 @@ unsafe fn end_avx2(end: End) -> bool {
             for (i, x) in x.iter_mut().enumerate() {
                 let at = (first + i) * end.row;
                 *x = _mm256_mul_ps(_mm256_loadu_ps(end.o.add(at)), factor);
-                if let Some(minus) = end.minus {
-                    *x = _mm256_sub_ps(*x, _mm256_loadu_ps(minus.add(at)));
+                if let Some(subtract) = end.subtract {
+                    *x = _mm256_sub_ps(*x, _mm256_loadu_ps(subtract.add(at)));
                 }
                 check = _mm256_fmadd_ps(*x, zero, check);
             }
-            for (i, mut y) in turn_8x8(x).into_iter().enumerate() {
+            for (i, mut y) in transpose_registers_8x8(x).into_iter().enumerate() {
                 let at = |stride: isize| i as isize * stride + first as isize;
-                if let Some((plus, stride)) = end.plus {
-                    y = _mm256_add_ps(y, _mm256_loadu_ps(plus.offset(at(stride))));
+                if let Some((add, stride)) = end.add {
+                    y = _mm256_add_ps(y, _mm256_loadu_ps(add.offset(at(stride))));
                 }
                 _mm256_storeu_ps(end.to.0.offset(at(end.to.1)), y);
             }

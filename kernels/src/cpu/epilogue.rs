@@ -1,30 +1,30 @@
-//! The end of a query block: sums become outputs and residuals in the caller's memory.
+//! Epilogue of a query block: normalise O, form R = O − W or O = W + R, convert, transpose and store.
 //!
-//! Works on a strip of one vector of queries at a time, so that what is in between stays in the first cache. Owns division
-//! by the sums, R = O − W, O = W + R and the question whether a residual is finite.
+//! Works on a strip of one vector of queries at a time, which stays in the L1. Owns the division by the row sums and the
+//! question whether a residual is finite.
 
 use std::ops::Range;
 
 use pulp::Simd;
 
-use super::block::Block;
-use super::gemm::row_len;
+use super::block::QueryBlock;
 #[cfg(target_arch = "x86_64")]
-use super::in_registers;
-use super::pack::{Plane, scatter_channels};
+use super::epilogue_x86;
+use super::gemm::block_m;
+use super::load_store::{BatchHead, scatter_channels};
 use super::softmax::rescale;
 use super::vector::{load, mul_add, store};
 use crate::api::{Attention, Input, Mode, Output};
 
-/// Where blocks end.
-pub(super) struct Finish<'a> {
+/// The epilogue of a task's query blocks.
+pub(super) struct Epilogue<'a> {
     pub a: &'a Attention<'a>,
-    /// Of [`Finish::len`] numbers.
-    pub room: &'a mut [f32],
+    /// Of [`Epilogue::len`] numbers.
+    pub strip_buf: &'a mut [f32],
 }
 
-impl Finish<'_> {
-    /// Numbers of room: a strip `[channels, lanes]`, the same turned, and one of R.
+impl Epilogue<'_> {
+    /// Floats of scratch: a strip `[channels, lanes]`, the same transposed, and one of R.
     pub fn len<S: Simd>(v_dim: usize) -> usize {
         3 * v_dim * S::F32_LANES
     }
@@ -34,7 +34,7 @@ impl Finish<'_> {
     /// # Safety
     /// The block's queries must lie inside the shape and belong to this task alone.
     #[inline(always)]
-    pub unsafe fn run<S: Simd>(&mut self, simd: S, block: &mut Block<'_>) -> Finite {
+    pub unsafe fn run<S: Simd>(&mut self, simd: S, block: &mut QueryBlock<'_>) -> FiniteFlag {
         let a = self.a;
         let zeros = match a.mask {
             Some(mask) => mask.guarded || matches!(a.mode, Mode::Window { .. }),
@@ -42,99 +42,101 @@ impl Finish<'_> {
         };
         if zeros || a.shape.kv_tokens == 0 {
             // Where nothing was added the empty sum is 0, not 0 / 0.
-            for sum in block.sums[0].sum.iter_mut().filter(|sum| **sum == 0.0) {
+            for sum in block.state[0].row_sum.iter_mut().filter(|sum| **sum == 0.0) {
                 *sum = 1.0;
             }
         }
-        let plus = match &a.mode {
+        let add = match &a.mode {
             Mode::Window { residual, .. } => residual.as_ref(),
             _ => None,
         };
-        let mut finite = Finite {
+        let mut finite = FiniteFlag {
             out: true,
             residual: true,
         };
         for lane in (0..block.queries.len()).step_by(S::F32_LANES) {
             let first = block.queries.start + lane;
-            let strip = Strip {
-                plane: block.plane,
+            let strip = LaneStrip {
+                batch_head: block.batch_head,
                 tokens: first..block.queries.end.min(first + S::F32_LANES),
                 lane,
             };
             // SAFETY (both): promised by the caller.
             if let Mode::FullCapture { residual, .. } = &a.mode {
-                let minus = Some(&*block.sums[1].o);
+                let subtract = Some(&*block.state[1].o);
                 finite.residual &=
-                    unsafe { self.strip(simd, block, &strip, minus, None, residual) };
+                    unsafe { self.strip(simd, block, &strip, subtract, None, residual) };
             }
-            finite.out &= unsafe { self.strip(simd, block, &strip, None, plus, &a.out) };
+            finite.out &= unsafe { self.strip(simd, block, &strip, None, add, &a.out) };
         }
         finite
     }
 
-    /// `to = o / sum − minus + plus`; says whether that without `plus` is finite, also in the type of `to`.
+    /// `to = o / sum − subtract + add`; says whether that without `add` is finite, also in the type of `to`.
     ///
     /// # Safety
-    /// As for [`Finish::run`].
+    /// As for [`Epilogue::run`].
     #[inline(always)]
     unsafe fn strip<S: Simd>(
         &mut self,
         simd: S,
-        block: &Block<'_>,
-        strip: &Strip,
-        minus: Option<&[f32]>,
-        plus: Option<&Input<'_>>,
+        block: &QueryBlock<'_>,
+        strip: &LaneStrip,
+        subtract: Option<&[f32]>,
+        add: Option<&Input<'_>>,
         to: &Output<'_>,
     ) -> bool {
         let channels = self.a.shape.v_dim;
         #[cfg(target_arch = "x86_64")]
         // SAFETY: promised by the caller.
         if let Some(finite) =
-            unsafe { in_registers::strip::<S>(block, strip, channels, minus, plus, to) }
+            unsafe { epilogue_x86::strip::<S>(block, strip, channels, subtract, add, to) }
         {
             return finite;
         }
-        let Strip {
-            plane,
+        let LaneStrip {
+            batch_head,
             tokens,
             lane,
         } = strip.clone();
-        let (lanes, row) = (S::F32_LANES, row_len::<S>());
+        let (lanes, row) = (S::F32_LANES, block_m::<S>());
         assert!(
-            block.sums[0].o.len() == channels * row
-                && block.sums[0].sum.len() == row
+            block.state[0].o.len() == channels * row
+                && block.state[0].row_sum.len() == row
                 && lane + lanes <= row
         );
-        assert!(minus.is_none_or(|m| m.len() == block.sums[0].o.len()));
-        let (values, rest) = self.room.split_at_mut(channels * lanes);
-        let (rows, room) = rest.split_at_mut(channels * lanes);
+        assert!(subtract.is_none_or(|m| m.len() == block.state[0].o.len()));
+        let (values, rest) = self.strip_buf.split_at_mut(channels * lanes);
+        let (rows, buf) = rest.split_at_mut(channels * lanes);
         // What is beyond the type's range overflows here already; and an infinity times 0 is NaN.
         let limit = simd.splat_f32s(f32::MAX / to.dtype.largest());
         let zero = simd.splat_f32s(0.0);
         let mut check = zero;
         // SAFETY: the assertions above; the rest is promised by the caller.
         unsafe {
-            let factor = reciprocal(simd, block.sums[0].sum, lane);
+            let factor = reciprocal(simd, block.state[0].row_sum, lane);
             for c in 0..channels {
                 let mut x = simd.mul_f32s(
-                    load(simd, block.sums[0].o.as_ptr().add(c * row + lane)),
+                    load(simd, block.state[0].o.as_ptr().add(c * row + lane)),
                     factor,
                 );
-                if let Some(minus) = minus {
-                    x = simd.sub_f32s(x, load(simd, minus.as_ptr().add(c * row + lane)));
+                if let Some(subtract) = subtract {
+                    x = simd.sub_f32s(x, load(simd, subtract.as_ptr().add(c * row + lane)));
                 }
                 store(simd, values.as_mut_ptr().add(c * lanes), x);
                 check = simd.add_f32s(check, simd.mul_f32s(simd.mul_f32s(x, limit), zero));
             }
             let n = tokens.len();
-            scatter_channels::<S>(to, plus, plane, tokens, channels, lanes, values, rows, room);
+            scatter_channels::<S>(
+                to, add, batch_head, tokens, channels, lanes, values, rows, buf,
+            );
             are_zero(simd, check, n)
         }
     }
 }
 
 /// Whether what was written is finite.
-pub(super) struct Finite {
+pub(super) struct FiniteFlag {
     /// The output, before R was added.
     pub out: bool,
     /// The residual; true where none was written.
@@ -143,8 +145,8 @@ pub(super) struct Finite {
 
 /// Some queries of a block, which are the lanes of a vector from `lane` on.
 #[derive(Clone)]
-pub(super) struct Strip {
-    pub plane: Plane,
+pub(super) struct LaneStrip {
+    pub batch_head: BatchHead,
     pub tokens: Range<usize>,
     pub lane: usize,
 }
@@ -169,33 +171,33 @@ fn are_zero<S: Simd>(simd: S, x: S::f32s, n: usize) -> bool {
     lanes[..n.min(S::F32_LANES)].iter().all(|&x| x == 0.0)
 }
 
-/// The end of captures: of the sums over both sides of the band, those over all keys become the first, and W, what those
-/// inside the band come to, the second's O. Where `empties` says that there may be none inside, W is 0 then, not 0 / 0.
+/// Merges the states of both sides of the band at the end of a capture: the first becomes that over all keys, and W, the
+/// output over the keys inside the band, the second's O. Where `empties` says that there may be none inside, W is 0 then, not 0 / 0.
 #[inline(always)]
-pub(super) fn merge<S: Simd>(simd: S, block: &mut Block<'_>, empties: bool) {
-    let row = row_len::<S>();
-    let [inside, outside] = &mut block.sums;
+pub(super) fn merge_states<S: Simd>(simd: S, block: &mut QueryBlock<'_>, empties: bool) {
+    let row = block_m::<S>();
+    let [inside, outside] = &mut block.state;
     assert!(inside.o.len() == outside.o.len() && inside.o.len().is_multiple_of(row));
-    for sums in [&inside, &outside] {
-        assert!(sums.sum.len() == row && sums.reference.len() == row);
+    for state in [&inside, &outside] {
+        assert!(state.row_sum.len() == row && state.running_max.len() == row);
     }
     let zero = simd.splat_f32s(0.0);
     for lane in (0..row).step_by(S::F32_LANES) {
         // SAFETY: the assertions above.
         unsafe {
-            let reference = load(simd, inside.reference.as_ptr().add(lane));
-            let other = load(simd, outside.reference.as_ptr().add(lane));
-            let higher = simd.greater_than_f32s(other, reference);
-            let top = simd.select_f32s(higher, other, reference);
-            let (a, b) = (rescale(simd, reference, top), rescale(simd, other, top));
-            let sum = load(simd, inside.sum.as_ptr().add(lane));
-            let mut w = reciprocal(simd, inside.sum, lane);
+            let max = load(simd, inside.running_max.as_ptr().add(lane));
+            let other = load(simd, outside.running_max.as_ptr().add(lane));
+            let higher = simd.greater_than_f32s(other, max);
+            let new_max = simd.select_f32s(higher, other, max);
+            let (a, b) = (rescale(simd, max, new_max), rescale(simd, other, new_max));
+            let sum = load(simd, inside.row_sum.as_ptr().add(lane));
+            let mut w = reciprocal(simd, inside.row_sum, lane);
             if empties {
                 w = simd.select_f32s(simd.equal_f32s(sum, zero), zero, w);
             }
-            let rest = load(simd, outside.sum.as_ptr().add(lane));
+            let rest = load(simd, outside.row_sum.as_ptr().add(lane));
             let sum = mul_add(simd, rest, b, simd.mul_f32s(sum, a));
-            store(simd, inside.sum.as_mut_ptr().add(lane), sum);
+            store(simd, inside.row_sum.as_mut_ptr().add(lane), sum);
             for line in (lane..inside.o.len()).step_by(row) {
                 let to = [&mut inside.o, &mut outside.o].map(|o| o.as_mut_ptr().add(line));
                 let (x, y) = (load(simd, to[0]), load(simd, to[1]));
@@ -209,7 +211,7 @@ pub(super) fn merge<S: Simd>(simd: S, block: &mut Block<'_>, empties: bool) {
 /// Whether the first `n` of `[channels, queries]` are finite.
 #[inline(always)]
 pub(super) fn are_finite<S: Simd>(simd: S, x: &[f32], n: usize) -> bool {
-    let row = row_len::<S>();
+    let row = block_m::<S>();
     assert!(x.len().is_multiple_of(row) && n <= row);
     let zero = simd.splat_f32s(0.0);
     let mut finite = true;
