@@ -32,19 +32,28 @@
 //!
 //! # The data flow of the CPU kernel
 //!
-//! **Tasks.** The queries of each (batch, head) are cut into blocks of 64, and up to 8 neighbouring blocks make one
+//! Block sizes depend on the instruction set:
+//!
+//! | | AVX-512 | AVX2 | NEON | portable |
+//! |---|---|---|---|---|
+//! | queries in a block (BLOCK_M) | 64: 4 vectors of 16 | 16: 2 of 8 | 16: 4 of 4 | 16: 2 of 8 |
+//! | keys in a block (BLOCK_N) | 120 | 120 | 120 | 120 |
+//! | query blocks in a task, at most | 8 | 32 | 32 | 32 |
+//! | K and V are packed per call above so many queries | 900 (Intel), 1280 (others) | 512 | 512 | 512 |
+//!
+//! **Tasks.** The queries of each (batch, head) are cut into blocks of BLOCK_M, and up to 512 neighbouring queries make one
 //! task (`cpu`), of two heads where heads share a mask. Tasks share nothing, and how they are cut does not depend on the
 //! pool, so results are the same bits on any number of threads.
 //!
-//! **Packing.** A task reads its queries into `[head_dim, 64]`, a query per vector lane, converting float16 and
-//! bfloat16 to float32 (`load_store`, `transpose`). Then its main loop runs over the keys in blocks of 120. Float32 K and V
+//! **Packing.** A task reads its queries into `[head_dim, BLOCK_M]`, a query per vector lane, converting float16 and
+//! bfloat16 to float32 (`load_store`, `transpose`). Then its main loop runs over the keys in blocks of BLOCK_N. Float32 K and V
 //! with contiguous channels are read in place; others are packed block by block, once for all query blocks of the task. Where
-//! many query blocks see a key (more than 14 or 20, by processor), all of K and V is packed once before the tasks begin (`kv`):
+//! many queries see a key (the last row of the table), all of K and V is packed once before the tasks begin (`kv`):
 //! with heads inside tokens, every token of a head lies in another page of memory, and tasks would translate its address again
 //! and again. Queries are packed when they meet their first keys. What comes next is prefetched from inside the matrix kernel
 //! (`prefetch`): the next block of K and V, the next queries, and residual and output of queries that are about to be done.
 //!
-//! **Scores.** S = K·Qᵀ, `[keys, 64]`: six keys times four vectors of queries stay in registers over all channels
+//! **Scores.** S = K·Qᵀ, `[keys, BLOCK_M]`: six keys times all vectors of queries stay in registers over all channels
 //! (`gemm`). Since a lane is a query, keys and channels are plain loop counts: nothing is padded, head dim 72 costs
 //! exactly 72, and the softmax never looks across lanes.
 //!
@@ -53,7 +62,7 @@
 //! sum and output so far rescaled and m raised; a factor of 2⁸ is harmless in float32. The exponential is a polynomial of
 //! degree 5 (`exp`).
 //!
-//! **Values.** O += Vᵀ·P, `[v_dim, 64]`, by the same matrix kernel.
+//! **Values.** O += Vᵀ·P, `[v_dim, BLOCK_M]`, by the same matrix kernel.
 //!
 //! **Products in bfloat16** ([`Products`]). A step of both products takes a pair of elements in one 32-bit word (`precision`):
 //! two channels of K and Q, two keys of V and P. K in bfloat16 is that already, everything else is rounded and interleaved
@@ -66,7 +75,7 @@
 //! others. Scores are computed once, vectors on the band's edge are masked and summed once for either side, and at the end
 //! the merged states give O, and R = O − W.
 //!
-//! **Masks.** Where a call has one, a tile of it is transposed to `[keys, 64]` too (`mask_tile`), in powers of two, and added
+//! **Masks.** Where a call has one, a tile of it is transposed to `[keys, BLOCK_M]` too (`mask_tile`), in powers of two, and added
 //! to the scores before the softmax; what a boolean mask hides is −∞ there. Tiles of zeros are not added, and blocks
 //! in which every key is hidden are left out, so padding costs nothing and a causal mask less than none.
 //!

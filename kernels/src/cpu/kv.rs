@@ -25,10 +25,10 @@ pub(crate) const BLOCK_N: usize = 120;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TaskPacking {
     Never,
-    /// V whose rows lie a multiple of 4 KB interleaved. They alias to one L1 set (12 ways), and a tile of the output reads some
+    /// V whose rows lie a multiple of 4 KB apart. They alias to one L1 set (12 ways), and a tile of the output reads some
     /// channels of all keys.
     AliasedValues,
-    /// K and V; where a band hides most of them V only, and only if its rows lie a multiple of 2 KB interleaved, in two sets.
+    /// K and V; where a band hides most of them V only, and only if its rows lie a multiple of 2 KB apart, in two sets.
     Always,
 }
 
