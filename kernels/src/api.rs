@@ -50,13 +50,6 @@ pub enum Products {
     Bfloat16,
 }
 
-impl Products {
-    /// Whether this machine has the instructions; without them the choice makes no difference.
-    pub fn available(self) -> bool {
-        self == Products::Float32 || crate::cpu::has_bfloat16(crate::cpu::Isa::best())
-    }
-}
-
 /// A Rust type that is one of [`DType`]. Sealed: [`f32`], [`half::f16`], [`half::bf16`].
 pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     const DTYPE: DType;

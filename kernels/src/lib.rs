@@ -88,8 +88,8 @@
 //!
 //! # Instruction sets
 //!
-//! AVX-512, AVX2 with FMA, NEON, or arrays the compiler vectorises, chosen when called, through the `pulp` crate. Sums
-//! of products are fused or not according to the machine, so results differ between machines in the last bits.
+//! AVX-512, AVX2 with FMA, NEON, or arrays the compiler vectorises, detected at run time (`cpu::isa`), through the `pulp`
+//! crate. `DITFASTATTN_ISA` forces another one that the machine has, for tests. Sums of products are fused or not according to the machine, so results differ between machines in the last bits.
 
 mod api;
 mod check;
@@ -102,7 +102,7 @@ mod parallel;
 
 pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Products, Shape, Strides};
 #[doc(hidden)]
-pub use cpu::Isa;
+pub use cpu::{Isa, MatrixKernel, kernels as matrix_kernels};
 pub use error::KernelError;
 pub use mask::{Mask, MaskStrides, MaskType};
 pub use parallel::{Parallel, Sequential, Threads};
@@ -129,10 +129,13 @@ pub fn attention_in(
     pool: &dyn Parallel,
     products: Products,
 ) -> Result<Computed, KernelError> {
-    attention_at(a, pool, Isa::best(), products)
+    attention_at(a, pool, Isa::selected(), products)
 }
 
-/// [`attention_in`] at a given instruction set, which must be [available](Isa::available); for tests and benchmarks.
+/// [`attention_in`] at a given instruction set; for tests and benchmarks.
+///
+/// # Panics
+/// If this machine lacks the instruction set.
 #[doc(hidden)]
 pub fn attention_at(
     a: &Attention<'_>,
@@ -140,6 +143,7 @@ pub fn attention_at(
     isa: Isa,
     products: Products,
 ) -> Result<Computed, KernelError> {
+    assert!(isa.is_available(), "this machine has no {isa:?}");
     check::check(a)?;
     Ok(cpu::attention(a, pool, isa, products))
 }

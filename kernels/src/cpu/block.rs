@@ -46,3 +46,11 @@ impl QueryBlock<'_> {
         }
     }
 }
+
+/// Some queries of a block, which are the lanes of a vector from `lane` on.
+#[derive(Clone)]
+pub(super) struct LaneStrip {
+    pub batch_head: BatchHead,
+    pub tokens: Range<usize>,
+    pub lane: usize,
+}

@@ -3,18 +3,14 @@
 //! Works on a strip of one vector of queries at a time, which stays in the L1. Owns the division by the row sums and the
 //! question whether a residual is finite.
 
-use std::ops::Range;
-
 use pulp::Simd;
 
-use super::block::QueryBlock;
-#[cfg(target_arch = "x86_64")]
-use super::epilogue_x86;
-use super::gemm::block_m;
-use super::load_store::{BatchHead, scatter_channels};
+use super::block::{LaneStrip, QueryBlock};
+use super::isa::{Backend, Native, RegisterEpilogue, block_m, load, mul_add, store};
+use super::load_store::{offset, scatter_channels};
 use super::softmax::rescale;
-use super::vector::{load, mul_add, store};
-use crate::api::{Attention, Input, Mode, Output};
+
+use crate::api::{Attention, DType, Input, Mode, Output, Strides};
 
 /// The epilogue of a task's query blocks.
 pub(super) struct Epilogue<'a> {
@@ -87,12 +83,9 @@ impl Epilogue<'_> {
         to: &Output<'_>,
     ) -> bool {
         let channels = self.a.shape.v_dim;
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: promised by the caller.
-        if let Some(finite) =
-            unsafe { epilogue_x86::strip::<S>(block, strip, channels, subtract, add, to) }
-        {
-            return finite;
+        if in_registers::<S>(strip, channels, add, to) {
+            // SAFETY: promised by the caller.
+            return unsafe { strip_in_registers::<S>(block, strip, channels, subtract, add, to) };
         }
         let LaneStrip {
             batch_head,
@@ -135,20 +128,67 @@ impl Epilogue<'_> {
     }
 }
 
+/// Whether a strip can be written by the instruction set's epilogue in registers: float32 with contiguous channels.
+///
+/// Everything else goes by way of a strip in the L1. Window + R of 1024 tokens takes 2 % less with AVX-512, 4 to 11 % less
+/// with AVX2.
+#[inline(always)]
+fn in_registers<S: Simd>(
+    strip: &LaneStrip,
+    channels: usize,
+    add: Option<&Input<'_>>,
+    to: &Output<'_>,
+) -> bool {
+    let fits = |dtype: DType, strides: Strides| dtype == DType::F32 && strides.channel == 1;
+    Native::has_register_epilogue::<S>(channels)
+        && strip.tokens.len() == S::F32_LANES
+        && fits(to.dtype, to.strides)
+        && add.is_none_or(|r| fits(r.dtype, r.strides))
+}
+
+/// [`Epilogue::strip`] in registers, in one pass.
+///
+/// # Safety
+/// As for [`Epilogue::run`], where [`in_registers`] says so.
+#[inline(always)]
+unsafe fn strip_in_registers<S: Simd>(
+    block: &QueryBlock<'_>,
+    strip: &LaneStrip,
+    channels: usize,
+    subtract: Option<&[f32]>,
+    add: Option<&Input<'_>>,
+    to: &Output<'_>,
+) -> bool {
+    let (row, lane) = (block_m::<S>(), strip.lane);
+    let state = &block.state[0];
+    assert!(
+        state.o.len() == channels * row && state.row_sum.len() == row && lane + S::F32_LANES <= row
+    );
+    assert!(subtract.is_none_or(|m| m.len() == state.o.len()));
+    let at = |s: Strides| offset(s, strip.batch_head, strip.tokens.start, 0);
+    // SAFETY: the assertions above, and what the caller promises.
+    unsafe {
+        Native::register_epilogue::<S>(RegisterEpilogue {
+            o: state.o.as_ptr().add(lane),
+            sum: state.row_sum.as_ptr().add(lane),
+            subtract: subtract.map(|m| m.as_ptr().add(lane)),
+            row,
+            channels,
+            add: add.map(|r| (r.data.cast::<f32>().offset(at(r.strides)), r.strides.token)),
+            to: (
+                to.data.cast::<f32>().offset(at(to.strides)),
+                to.strides.token,
+            ),
+        })
+    }
+}
+
 /// Whether what was written is finite.
 pub(super) struct FiniteFlag {
     /// The output, before R was added.
     pub out: bool,
     /// The residual; true where none was written.
     pub residual: bool,
-}
-
-/// Some queries of a block, which are the lanes of a vector from `lane` on.
-#[derive(Clone)]
-pub(super) struct LaneStrip {
-    pub batch_head: BatchHead,
-    pub tokens: Range<usize>,
-    pub lane: usize,
 }
 
 /// 1 / sum of a vector of queries.

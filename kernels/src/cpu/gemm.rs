@@ -12,23 +12,8 @@ use std::sync::atomic::{Ordering, compiler_fence};
 
 use pulp::{Simd, WithSimd};
 
-use super::precision::DotArithmetic;
+use super::isa::{DotArithmetic, MR, MR_SINGLE, block_m, load, store};
 use super::prefetch::{PREFETCH_INTERVAL, PrefetchRun};
-use super::vector::{load, store};
-
-/// BLOCK_M, the queries in a block and the row length of every matrix with a query per lane: as many as a tile of C has
-/// columns, 64 with AVX-512 and 16 with AVX2 and NEON.
-///
-/// With 32 registers 6 × 4 accumulators, 4 of B and a broadcast; with 16 registers 6 × 2, 2 and 1. Were rows longer than a
-/// tile, the rows of B that a tile reads would alias to few sets of the L1 and be evicted: with AVX2
-/// and rows of 64 a window took 3 to 7 % longer.
-pub(crate) const fn block_m<S: Simd>() -> usize {
-    let vectors = if S::REGISTER_COUNT >= 32 { MAX_NR } else { 2 };
-    vectors * S::F32_LANES
-}
-
-/// The most vectors in a row of a tile.
-pub(crate) const MAX_NR: usize = 4;
 
 /// One product of words in 32 bits. All pointers may be unaligned.
 #[derive(Clone, Copy)]
@@ -84,8 +69,7 @@ impl Gemm {
     }
 }
 
-/// NR vectors of columns, rows in sixes: as many as registers, and as few reads of B for each, allow. One vector in eights, for
-/// six sums leave the multipliers waiting.
+/// NR vectors of columns, in tiles of [`MR`] rows, or of [`MR_SINGLE`] where they are a single vector wide.
 #[inline(always)]
 unsafe fn columns<S: Simd, A: DotArithmetic, const NR: usize>(
     simd: S,
@@ -93,7 +77,7 @@ unsafe fn columns<S: Simd, A: DotArithmetic, const NR: usize>(
     g: Gemm,
     next_prefetch: &mut dyn FnMut(usize) -> PrefetchRun,
 ) {
-    let each = if NR == 1 { 8 } else { 6 };
+    let each = if NR == 1 { MR_SINGLE } else { MR };
     let mut whole = g.rows / each * each;
     if NR > 1 && g.rows - whole == 1 && whole > 0 {
         // A tile of a row takes as long as one of two or three: 4 and 3 rather than 6 and 1.
@@ -109,9 +93,9 @@ unsafe fn columns<S: Simd, A: DotArithmetic, const NR: usize>(
     // SAFETY: parts of the rows of what the caller promised.
     unsafe {
         if NR == 1 {
-            tiles::<S, A, 8, NR>(simd, arithmetic, head, next_prefetch);
+            tiles::<S, A, MR_SINGLE, NR>(simd, arithmetic, head, next_prefetch);
         } else {
-            tiles::<S, A, 6, NR>(simd, arithmetic, head, next_prefetch);
+            tiles::<S, A, MR, NR>(simd, arithmetic, head, next_prefetch);
         }
         if tail.rows == 7 {
             let four = Gemm { rows: 4, ..tail };
@@ -319,9 +303,9 @@ impl<S: Simd, const MR: usize, const NR: usize> Registers<S, MR, NR> {
 mod tests {
     use half::bf16;
 
-    use super::super::Isa;
-    use super::super::precision::Float32;
     use super::*;
+    use crate::cpu::Isa;
+    use crate::cpu::isa::{Backend, Float32, Native};
 
     /// Small integers, whose products and sums are exact in either arithmetic.
     fn number(at: usize) -> f32 {
@@ -416,7 +400,7 @@ mod tests {
 
     #[test]
     fn products_of_pairs_of_integers_are_exact() {
-        let Some(pairs) = super::super::precision::bfloat16(Isa::Avx512) else {
+        let Some(pairs) = Native::bfloat16(Isa::Avx512) else {
             println!("skipped: products of pairs, which need AVX-512 BF16");
             return;
         };

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::gemm::MAX_NR;
+use super::isa::MAX_NR;
 use crate::api::Band;
 
 /// Which side of the band's edge is looked at.

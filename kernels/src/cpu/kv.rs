@@ -9,28 +9,18 @@
 
 use std::ops::Range;
 
+use super::isa::{TaskPacking, Tuning};
 use super::load_store::{BatchHead, Layout, gather, offset, read_line};
 use super::pack_bf16::{pack_adjacent, pack_interleaved};
 use super::prefetch::LineStream;
 use super::scratch::Scratch;
-use super::tuning::Tuning;
+
 use crate::api::{Attention, DType, Input, Mode};
 use crate::parallel::Parallel;
 
 /// Keys in a block. With the queries of a block it sets the working set: scores, Q, O, K and V of a block should stay in
 /// L2 and mostly in L1. Even, so that no pair of keys is in two blocks.
 pub(crate) const BLOCK_N: usize = 120;
-
-/// What each task packs for itself, of token-interleaved K and V.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TaskPacking {
-    Never,
-    /// V whose rows lie a multiple of 4 KB apart. They alias to one L1 set (12 ways), and a tile of the output reads some
-    /// channels of all keys.
-    AliasedValues,
-    /// K and V; where a band hides most of them V only, and only if its rows lie a multiple of 2 KB apart, in two sets.
-    Always,
-}
 
 impl TaskPacking {
     /// Where K and V are read that are not packed per call.
@@ -474,6 +464,7 @@ impl<'a> KvSource<'a> {
 mod tests {
     use super::*;
     use crate::api::{Band, Strides};
+    use crate::cpu::isa::kernels;
 
     #[test]
     fn tasks_pack_what_they_are_told_to() {
@@ -527,7 +518,14 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_every_plane_once() {
+    fn no_pair_of_keys_is_in_two_blocks() {
+        for kernel in kernels() {
+            assert!(BLOCK_N.is_multiple_of(kernel.elems_per_word), "{kernel:?}");
+        }
+    }
+
+    #[test]
+    fn chunks_are_every_batch_and_head_once() {
         for (batch, heads) in [(1, 1), (1, 5), (3, 4), (4, 1)] {
             for batch_heads in [0, 1, 2, 3, 4, 7, 8, 100] {
                 let chunks: Vec<KvChunk> = KvChunk::of(batch, heads, batch_heads).collect();

@@ -6,11 +6,10 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::gemm::block_m;
+use super::isa::{block_m, load, mul_add, store};
 use super::load_store::{BatchHead, read_line};
 use super::prefetch::LineStream;
 use super::transpose::transpose;
-use super::vector::{load, mul_add, store};
 use crate::api::{Input, Strides};
 use crate::mask::{Mask, MaskType};
 

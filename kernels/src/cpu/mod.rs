@@ -5,8 +5,6 @@
 mod block;
 mod context;
 mod epilogue;
-#[cfg(target_arch = "x86_64")]
-mod epilogue_x86;
 mod exp;
 mod gemm;
 mod isa;
@@ -15,17 +13,14 @@ mod kv;
 mod load_store;
 mod mask_tile;
 mod pack_bf16;
-mod precision;
 mod prefetch;
 mod scratch;
 mod softmax;
 mod task;
 mod tile_step;
 mod transpose;
-mod tuning;
-mod vector;
 
-pub use isa::Isa;
+pub use isa::{Isa, MatrixKernel, kernels};
 
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
@@ -33,9 +28,8 @@ use std::sync::atomic::AtomicBool;
 use crate::Computed;
 use crate::api::{Attention, DType, Mode, Products};
 use crate::parallel::Parallel;
+use isa::{Backend, DotArithmetic, Float32, MAX_TASKS, Native, Tuning};
 use kv::{KvChunk, KvPlan, KvSource};
-use precision::{DotArithmetic, Float32};
-use tuning::{MAX_TASKS, Tuning};
 
 /// Shares a call between threads.
 #[derive(Clone, Copy)]
@@ -59,7 +53,7 @@ pub(crate) fn attention(
 ) -> Computed {
     let finite = AtomicBool::new(true);
     if !is_empty(a) {
-        run(a, pool, isa, products, Tuning::best(isa), &finite);
+        run(a, pool, isa, products, isa::tuning(isa), &finite);
     }
     Computed {
         residual_is_finite: finite.into_inner(),
@@ -71,9 +65,11 @@ fn is_empty(a: &Attention<'_>) -> bool {
     s.batch * s.heads * s.q_tokens * s.v_dim == 0
 }
 
-/// Whether this machine multiplies pairs of bfloat16 at `isa`.
-pub(crate) fn has_bfloat16(isa: Isa) -> bool {
-    precision::bfloat16(isa).is_some()
+impl Products {
+    /// Whether this machine has the instructions; without them the choice makes no difference.
+    pub fn available(self) -> bool {
+        self == Products::Float32 || Native::bfloat16(Isa::selected()).is_some()
+    }
 }
 
 fn run(
@@ -87,7 +83,7 @@ fn run(
     let half = [a.q.dtype, a.k.dtype, a.v.dtype]
         .iter()
         .all(|&dtype| dtype != DType::F32);
-    match precision::bfloat16(isa) {
+    match Native::bfloat16(isa) {
         Some(pairs) if half && products == Products::Bfloat16 => {
             run_in(pairs, a, pool, isa, tuning, finite);
         }
@@ -212,7 +208,7 @@ impl TaskGrid {
 mod tests {
     use half::{bf16, f16};
 
-    use super::kv::TaskPacking;
+    use super::isa::TaskPacking;
     use super::load_store::{BatchHead, offset};
     use super::*;
     use crate::api::{Band, Element, Input, Output, Shape, Strides};
@@ -308,7 +304,7 @@ mod tests {
                         compute::<bf16>(tuning, bfloat16, kind, layout),
                     ]
                 };
-                let want = all(Tuning::best(Isa::best()));
+                let want = all(isa::tuning(Isa::best()));
                 // No packing per call; a head at a time; two heads, so a row; two rows and one; all at once. A head of
                 // pairs has a little more than half as many words.
                 for words in [
@@ -340,7 +336,7 @@ mod tests {
             let in_tasks = |tasks| {
                 let tuning = Tuning {
                     min_tasks: tasks,
-                    ..Tuning::best(Isa::best())
+                    ..isa::tuning(Isa::best())
                 };
                 let [float32, bfloat16] = [Products::Float32, Products::Bfloat16];
                 (

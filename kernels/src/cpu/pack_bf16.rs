@@ -3,6 +3,7 @@
 //! Owns how they are rounded and interleaved. Float16 has three bits more, which are rounded to nearest. Contiguous elements are read
 //! with AVX-512, which took 15 % off a band's time in float16; the rest is for everything else.
 
+use super::isa::{Backend, Native};
 use super::load_store::{read_line, round_bf16};
 use crate::api::{DType, Input};
 
@@ -22,8 +23,10 @@ pub(crate) unsafe fn pack_adjacent(
     to: &mut [f32],
 ) {
     let to = &mut to[..n.div_ceil(2)];
-    // SAFETY: promised by the caller; `to` holds a word for every two elements.
-    if unsafe { x86::adjacent(t, at, stride, n, to.as_mut_ptr()) } {
+    if is_native(t, stride) {
+        let from = t.data.cast::<u16>().wrapping_offset(at);
+        // SAFETY: promised by the caller, or just asked; `to` holds a word for every two elements.
+        unsafe { Native::pack_adjacent(from, t.dtype == DType::F16, n, to.as_mut_ptr()) };
         return;
     }
     let mut bits = [0; CHUNK];
@@ -52,8 +55,11 @@ pub(crate) unsafe fn pack_interleaved(
     stride: isize,
     to: &mut [f32],
 ) {
-    // SAFETY: promised by the caller; `to` holds a word for every element.
-    if unsafe { x86::interleaved(t, first, second, stride, to.len(), to.as_mut_ptr()) } {
+    if is_native(t, stride) {
+        let line = |at: isize| t.data.cast::<u16>().wrapping_offset(at);
+        let (first, second, is_f16) = (line(first), second.map(line), t.dtype == DType::F16);
+        // SAFETY: promised by the caller, or just asked; `to` holds a word for every element.
+        unsafe { Native::pack_interleaved(first, second, is_f16, to.len(), to.as_mut_ptr()) };
         return;
     }
     let mut bits = [[0; CHUNK]; 2];
@@ -106,135 +112,9 @@ unsafe fn read(t: &Input<'_>, at: isize, stride: isize, to: &mut [u16]) {
     }
 }
 
-/// Contiguous lines in half precision with AVX-512 BF16; each function says whether it was one of them.
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::super::precision::{Bfloat16, pack_pair};
-    use crate::api::{DType, Input};
-
-    fn can(t: &Input<'_>, stride: isize) -> bool {
-        stride == 1 && t.dtype != DType::F32 && Bfloat16::new().is_some()
-    }
-
-    /// # Safety
-    /// As for [`super::pack_adjacent`]; `to` must be writable for half of `n` words, rounded up.
-    pub unsafe fn adjacent(
-        t: &Input<'_>,
-        at: isize,
-        stride: isize,
-        n: usize,
-        to: *mut f32,
-    ) -> bool {
-        let can = can(t, stride);
-        if can {
-            let from = t.data.cast::<u16>().wrapping_offset(at);
-            // SAFETY: promised by the caller; there is a `Bfloat16`.
-            unsafe { adjacent_avx512(from, t.dtype == DType::F16, n, to) };
-        }
-        can
-    }
-
-    /// # Safety
-    /// As for [`super::pack_interleaved`]; `to` must be writable for `n` words.
-    pub unsafe fn interleaved(
-        t: &Input<'_>,
-        first: isize,
-        second: Option<isize>,
-        stride: isize,
-        n: usize,
-        to: *mut f32,
-    ) -> bool {
-        let can = can(t, stride);
-        if can {
-            let line = |at: isize| t.data.cast::<u16>().wrapping_offset(at);
-            // SAFETY: promised by the caller; there is a `Bfloat16`.
-            unsafe {
-                interleaved_avx512(line(first), second.map(line), t.dtype == DType::F16, n, to)
-            };
-        }
-        can
-    }
-
-    /// As many ones as there are elements left, at most `lanes`, which are fewer than 64.
-    fn ones(left: usize, lanes: usize) -> u64 {
-        (1 << left.min(lanes)) - 1
-    }
-
-    /// # Safety
-    /// `from` must be readable for `n` elements and `to` writable for half as many, rounded up; the machine must be one of
-    /// [`Bfloat16`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn adjacent_avx512(from: *const u16, is_f16: bool, n: usize, to: *mut f32) {
-        for at in (0..n).step_by(32) {
-            let left = n - at;
-            // SAFETY: what is left is readable and writable by the caller's promise, and no more is touched; 512 bits both
-            // ways.
-            unsafe {
-                let mut both = _mm512_maskz_loadu_epi16(ones(left, 32) as u32, from.add(at).cast());
-                if is_f16 {
-                    let low = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
-                    let high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(both));
-                    let words = _mm512_cvtne2ps_pbh(high, low);
-                    both = std::mem::transmute::<__m512bh, __m512i>(words);
-                }
-                let mask = ones(left.div_ceil(2), 16) as u16;
-                _mm512_mask_storeu_ps(to.add(at / 2), mask, _mm512_castsi512_ps(both));
-            }
-        }
-    }
-
-    /// # Safety
-    /// `first`, and `second` if there is one, must be readable for `n` elements and `to` writable for as many words; the
-    /// machine must be one of [`Bfloat16`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn interleaved_avx512(
-        first: *const u16,
-        second: Option<*const u16>,
-        is_f16: bool,
-        n: usize,
-        to: *mut f32,
-    ) {
-        for at in (0..n).step_by(16) {
-            let mask = ones(n - at, 16) as u16;
-            // SAFETY: what is left is readable and writable by the caller's promise, and no more is touched.
-            unsafe {
-                let low = _mm256_maskz_loadu_epi16(mask, first.add(at).cast());
-                let high = match second {
-                    Some(second) => _mm256_maskz_loadu_epi16(mask, second.add(at).cast()),
-                    None => _mm256_setzero_si256(),
-                };
-                let words = if is_f16 {
-                    pack_pair(_mm512_cvtph_ps(low), _mm512_cvtph_ps(high))
-                } else {
-                    let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
-                    _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low), high))
-                };
-                _mm512_mask_storeu_ps(to.add(at), mask, words);
-            }
-        }
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-mod x86 {
-    use crate::api::Input;
-
-    pub unsafe fn adjacent(_: &Input<'_>, _: isize, _: isize, _: usize, _: *mut f32) -> bool {
-        false
-    }
-
-    pub unsafe fn interleaved(
-        _: &Input<'_>,
-        _: isize,
-        _: Option<isize>,
-        _: isize,
-        _: usize,
-        _: *mut f32,
-    ) -> bool {
-        false
-    }
+/// Whether these elements can be packed by the instruction set's own functions.
+fn is_native(t: &Input<'_>, stride: isize) -> bool {
+    stride == 1 && t.dtype != DType::F32 && Native::packs_bf16()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::isa::{Backend, Native};
 use super::load_store::{BatchHead, offset};
 use crate::api::{Input, Output};
 
@@ -58,8 +59,7 @@ impl LineStream {
 
     /// `count` rows of `bytes` bytes, the first at `first`, `distance` bytes apart.
     pub fn strided(first: *const u8, distance: isize, bytes: usize, count: usize) -> Self {
-        // Other machines than x86 rely on the hardware prefetcher.
-        let none = count == 0 || bytes == 0 || cfg!(not(target_arch = "x86_64"));
+        let none = count == 0 || bytes == 0 || !Native::PREFETCHES;
         LineStream {
             first,
             distance,
@@ -159,12 +159,7 @@ impl PrefetchRun {
     /// Prefetches the next address into the L2.
     #[inline(always)]
     pub fn issue(&mut self) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            // SAFETY: a prefetch is allowed on any address; SSE is part of x86-64.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) }
-        }
+        Native::prefetch(self.next);
         self.next = self.next.wrapping_offset(self.distance);
     }
 }

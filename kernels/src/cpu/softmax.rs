@@ -6,10 +6,8 @@ use pulp::Simd;
 
 use super::block::SoftmaxState;
 use super::exp::exp2;
-use super::gemm::block_m;
+use super::isa::{DotArithmetic, block_m, load, mul_add, store};
 use super::key_ranges::KeySegment;
-use super::precision::DotArithmetic;
-use super::vector::{load, mul_add, store};
 
 /// How much a row's scores (in powers of two) may exceed its running maximum before the state is rescaled (FlashAttention-4's
 /// lazy rescaling).

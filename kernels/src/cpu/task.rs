@@ -12,16 +12,14 @@ use pulp::{Simd, WithSimd};
 use super::block::{QueryBlock, SoftmaxState};
 use super::context::{Context, KvBlock};
 use super::epilogue::{Epilogue, are_finite, merge_states};
-use super::gemm::block_m;
+use super::isa::{DotArithmetic, block_m, load, store};
 use super::key_ranges::{BandSide, KeySegment, VisibleKeys, hull};
 use super::kv::{BLOCK_N, KvOperand, KvSource};
 use super::load_store::{BatchHead, gather_channels};
 use super::mask_tile::{MaskTile, TileKind};
-use super::precision::DotArithmetic;
 use super::prefetch::{LineStream, Prefetch};
 use super::scratch::Scratch;
 use super::tile_step::tile_step;
-use super::vector::{load, store};
 use crate::api::{Attention, Mode};
 
 pub(crate) struct Task<'a, 'b, A> {

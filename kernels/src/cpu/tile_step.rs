@@ -13,13 +13,12 @@ use pulp::Simd;
 
 use super::block::QueryBlock;
 use super::context::{Context, KvBlock};
-use super::gemm::{Gemm, MAX_NR, block_m};
+use super::gemm::Gemm;
+use super::isa::{DotArithmetic, MAX_NR, block_m, load, mul_add, store};
 use super::key_ranges::{BandSide, KeySegment, VisibleKeys};
 use super::kv::BLOCK_N;
 use super::mask_tile::TileKind;
-use super::precision::DotArithmetic;
 use super::softmax::softmax;
-use super::vector::{load, mul_add, store};
 
 /// Adds what `block` sees of `keys` to its softmax states. For each state there are its visible keys, and the segments of these
 /// keys.

@@ -37,20 +37,3 @@ pub(crate) fn mul_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S
         simd.mul_add_e_f32s(a, b, c)
     }
 }
-
-/// A vector as AVX-512 names it, `None` on other instruction sets.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) fn as_avx512<S: Simd>(x: S::f32s) -> Option<std::arch::x86_64::__m512> {
-    // SAFETY: its vectors are 16 floats.
-    is::<S, pulp::x86::V4>().then(|| unsafe { std::mem::transmute_copy(&x) })
-}
-
-/// The way back from [`as_avx512`], on the instruction set that gave it.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) fn from_avx512<S: Simd>(x: std::arch::x86_64::__m512) -> S::f32s {
-    assert!(size_of::<S::f32s>() == 64);
-    // SAFETY: 16 floats both.
-    unsafe { std::mem::transmute_copy(&x) }
-}
