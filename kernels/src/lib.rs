@@ -99,13 +99,15 @@ mod error;
 mod mask;
 pub mod oracle;
 mod parallel;
+mod tensor;
 
-pub use api::{Attention, Band, DType, Element, Input, Mode, Output, Products, Shape, Strides};
+pub use api::{Attention, Band, Computed, Mode, Products, Shape};
 #[doc(hidden)]
 pub use cpu::{Isa, MatrixKernel, kernels as matrix_kernels};
 pub use error::KernelError;
 pub use mask::{Mask, MaskStrides, MaskType};
 pub use parallel::{Parallel, Sequential, Threads};
+pub use tensor::{DType, Element, Input, Output, Strides};
 
 /// Computes one attention call; see [`Mode`] for what is written where.
 ///
@@ -146,12 +148,4 @@ pub fn attention_at(
     assert!(isa.is_available(), "this machine has no {isa:?}");
     check::check(a)?;
     Ok(cpu::attention(a, pool, isa, products))
-}
-
-/// What a call has learnt about what it wrote.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Computed {
-    /// Whether a captured residual holds neither infinities nor NaN. In doubt, at the very end of its type's range, it
-    /// is taken to hold some. True where none was captured.
-    pub residual_is_finite: bool,
 }

@@ -10,7 +10,8 @@ use super::isa::{Backend, Native, RegisterEpilogue, block_m, load, mul_add, stor
 use super::load_store::{offset, scatter_channels};
 use super::softmax::rescale;
 
-use crate::api::{Attention, DType, Input, Mode, Output, Strides};
+use crate::api::{Attention, Mode};
+use crate::tensor::{DType, Input, Output, Strides};
 
 /// The epilogue of a task's query blocks.
 pub(super) struct Epilogue<'a> {

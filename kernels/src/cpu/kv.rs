@@ -15,8 +15,9 @@ use super::pack_bf16::{pack_adjacent, pack_interleaved};
 use super::prefetch::LineStream;
 use super::scratch::Scratch;
 
-use crate::api::{Attention, DType, Input, Mode};
+use crate::api::{Attention, Mode};
 use crate::parallel::Parallel;
+use crate::tensor::{DType, Input};
 
 /// Keys in a block. With the queries of a block it sets the working set: scores, Q, O, K and V of a block should stay in
 /// L2 and mostly in L1. Even, so that no pair of keys is in two blocks.
@@ -463,8 +464,9 @@ impl<'a> KvSource<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Band, Strides};
+    use crate::api::Band;
     use crate::cpu::isa::kernels;
+    use crate::tensor::Strides;
 
     #[test]
     fn tasks_pack_what_they_are_told_to() {

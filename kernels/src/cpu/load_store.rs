@@ -10,7 +10,7 @@ use pulp::Simd;
 
 use super::transpose::transpose;
 
-use crate::api::{DType, Input, Output, Strides};
+use crate::tensor::{DType, Input, Output, Strides};
 
 /// One (batch, head) of a tensor: a matrix of tokens and channels.
 #[derive(Clone, Copy)]

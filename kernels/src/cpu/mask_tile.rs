@@ -10,8 +10,8 @@ use super::isa::{block_m, load, mul_add, store};
 use super::load_store::{BatchHead, read_line};
 use super::prefetch::LineStream;
 use super::transpose::transpose;
-use crate::api::{Input, Strides};
 use crate::mask::{Mask, MaskType};
+use crate::tensor::{Input, Strides};
 
 /// The largest finite number in a tile. Larger ones would overflow when a score is added, and a finite mask must not
 /// become an infinite one: a row that is pushed down everywhere is still a row.

@@ -25,9 +25,9 @@ pub use isa::{Isa, MatrixKernel, kernels};
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
-use crate::Computed;
-use crate::api::{Attention, DType, Mode, Products};
+use crate::api::{Attention, Computed, Mode, Products};
 use crate::parallel::Parallel;
+use crate::tensor::DType;
 use isa::{Backend, DotArithmetic, Float32, MAX_TASKS, Native, Tuning};
 use kv::{KvChunk, KvPlan, KvSource};
 
@@ -211,8 +211,9 @@ mod tests {
     use super::isa::TaskPacking;
     use super::load_store::{BatchHead, offset};
     use super::*;
-    use crate::api::{Band, Element, Input, Output, Shape, Strides};
+    use crate::api::{Band, Shape};
     use crate::parallel::Threads;
+    use crate::tensor::{Element, Input, Output, Strides};
 
     const SHAPE: Shape = Shape {
         batch: 3,

@@ -5,7 +5,7 @@
 
 use super::isa::{Backend, Native};
 use super::load_store::{read_line, round_bf16};
-use crate::api::{DType, Input};
+use crate::tensor::{DType, Input};
 
 /// Elements at a time.
 const CHUNK: usize = 64;
@@ -122,7 +122,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::api::{Element, Strides};
+    use crate::tensor::{Element, Strides};
 
     /// Every length around a chunk and stride, against the half crate's rounding.
     fn lines<T: Element>() {

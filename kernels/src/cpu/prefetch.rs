@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::isa::{Backend, Native};
 use super::load_store::{BatchHead, offset};
-use crate::api::{Input, Output};
+use crate::tensor::{Input, Output};
 
 /// The cache lines of some tokens of some heads: the first line of each token, then the second, so that many addresses in
 /// a row are a constant distance apart.
@@ -231,7 +231,7 @@ mod tests {
         // Tokens 3 to 7 of heads 1 and 2 of `[batch, heads, tokens, channels]`, 80 bytes a token: two cache lines.
         let (heads, tokens, channels) = (4, 9, 20);
         let data = vec![0f32; 2 * heads * tokens * channels];
-        let t = Input::from_slice(&data, crate::api::Strides::bhsd(heads, tokens, channels));
+        let t = Input::from_slice(&data, crate::tensor::Strides::bhsd(heads, tokens, channels));
         let mut want = Vec::new();
         for head in [1, 2] {
             for token in 3..8 {
@@ -251,7 +251,7 @@ mod tests {
     fn contiguous_heads_are_one_row() {
         let (heads, tokens, channels) = (3, 5, 16);
         let data = vec![0f32; heads * tokens * channels];
-        let t = Input::from_slice(&data, crate::api::Strides::bshd(heads, tokens, channels));
+        let t = Input::from_slice(&data, crate::tensor::Strides::bshd(heads, tokens, channels));
         let mut all = addresses(LineStream::new(&t, 0, 1..3, 2..4, channels), 100);
         all.sort();
         let at =
@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn nothing_remains_of_nothing() {
         let data = [0f32; 8];
-        let t = Input::from_slice(&data, crate::api::Strides::bshd(1, 2, 4));
+        let t = Input::from_slice(&data, crate::tensor::Strides::bshd(1, 2, 4));
         for (heads, tokens) in [(0..0, 0..2), (0..1, 1..1)] {
             assert_eq!(addresses(LineStream::new(&t, 0, heads, tokens, 4), 3), []);
         }
@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn all_of_it_is_prefetched_in_as_many_tiles() {
         let data = vec![0f32; 640 * 20];
-        let t = Input::from_slice(&data, crate::api::Strides::bshd(1, 640, 20));
+        let t = Input::from_slice(&data, crate::tensor::Strides::bshd(1, 640, 20));
         let mut prefetch = Prefetch::empty();
         prefetch.next_block[1] = LineStream::new(&t, 0, 0..1, 0..64, 20);
         prefetch.kv[0] = LineStream::new(&t, 0, 0..1, 64..184, 20);

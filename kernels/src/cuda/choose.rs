@@ -1,8 +1,9 @@
 //! From a call to a kernel and its parameters.
 
-use crate::api::{Attention, DType, Mode, Strides};
+use crate::api::{Attention, Mode};
 use crate::check::check;
 use crate::error::KernelError;
+use crate::tensor::{DType, Strides};
 
 use super::params::{AttentionParams, MaskOperand, Operand};
 use super::variant::{AttentionMode, SIMPLE_DIMS, Variant};

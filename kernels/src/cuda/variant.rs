@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::api::DType;
+use crate::tensor::DType;
 
 /// What a kernel computes; [`Mode`](crate::Mode) without its tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
