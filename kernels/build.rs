@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-/// As `SOURCES` in `src/cuda/image.rs`.
+/// As `SOURCES` in `src/cuda/sources.rs`.
 const SOURCES: [&str; 8] = [
     "params.cuh",
     "device.cuh",

@@ -1,7 +1,7 @@
 //! Speed of the attention kernels, beside the multiply-add peak of the same machine in the same minute.
 //!
 //!     cargo bench -p ditfastattn-kernels                    # everything
-//!     cargo bench -p ditfastattn-kernels -- --threads 1 --level avx2 --rounds 50 72x1024
+//!     cargo bench -p ditfastattn-kernels -- --threads 1 --isa avx2 --rounds 50 72x1024
 //!
 //! Every round runs every case once, so that a noisy neighbour hits all of them alike; best and median are shown.
 //! GFLOP/s count the useful work of both products: 2 · pairs · (head_dim + v_dim), a pair being a query and a key it
@@ -18,7 +18,7 @@ use pulp::{Simd, WithSimd};
 fn main() {
     let mut threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let mut rounds = 15;
-    let mut level = Level::best();
+    let mut isa = Isa::best();
     let mut filter = Vec::new();
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -27,19 +27,21 @@ fn main() {
             "--bench" => {}
             "--threads" => threads = number(),
             "--rounds" => rounds = number(),
-            "--level" => {
-                let name = args.next().expect("a level");
-                let all = Level::available();
-                level = *all
+            "--isa" => {
+                let name = args.next().expect("an instruction set");
+                let all = Isa::available();
+                isa = *all
                     .iter()
                     .find(|l| format!("{l:?}").eq_ignore_ascii_case(&name))
-                    .unwrap_or_else(|| panic!("no level `{name}` here, there are {all:?}"));
+                    .unwrap_or_else(|| {
+                        panic!("no instruction set `{name}` here, there are {all:?}")
+                    });
             }
             _ => filter.push(arg),
         }
     }
     println!(
-        "{} · {threads} threads · {level:?} · best (median) of {rounds}",
+        "{} · {threads} threads · {isa:?} · best (median) of {rounds}",
         cpu_name()
     );
     let pool = Pool::new(threads);
@@ -100,9 +102,9 @@ fn main() {
     let mut peaks = Vec::new();
     let mut times = vec![Vec::new(); cases.len()];
     for round in 0..=rounds {
-        let peak = peak(level, &pool);
+        let peak = peak(isa, &pool);
         for (case, times) in cases.iter_mut().zip(&mut times) {
-            let time = case.run(level, &pool);
+            let time = case.run(isa, &pool);
             if round > 0 {
                 times.push(time);
             }
@@ -193,7 +195,7 @@ impl<T> std::ops::DerefMut for Tensor<T> {
     }
 }
 
-type Call = Box<dyn FnMut(Level, Products, &Pool, Option<&Mask<'_>>)>;
+type Call = Box<dyn FnMut(Isa, Products, &Pool, Option<&Mask<'_>>)>;
 
 struct Case {
     kind: Kind,
@@ -241,7 +243,7 @@ impl Case {
         let strides = Strides::bshd(heads, tokens, dim);
         // As the operators keep it.
         let kept = Strides::bhsd(heads, tokens, dim);
-        let call = move |level: Level, products: Products, pool: &Pool, mask: Option<&Mask<'_>>| {
+        let call = move |isa: Isa, products: Products, pool: &Pool, mask: Option<&Mask<'_>>| {
             tensors.get_or_init(|| [(); 5].map(|()| tensor()));
             let [q, k, v, out, residual] = tensors.get_mut().expect("they were made");
             let a = Attention {
@@ -268,7 +270,7 @@ impl Case {
                     },
                 },
             };
-            attention_at(&a, pool, level, products).expect("a valid call");
+            attention_at(&a, pool, isa, products).expect("a valid call");
         };
         Case {
             kind,
@@ -335,7 +337,7 @@ impl Case {
         2.0 * self.pairs() * (self.shape.head_dim + self.shape.v_dim) as f64
     }
 
-    fn run(&mut self, level: Level, pool: &Pool) -> Time {
+    fn run(&mut self, isa: Isa, pool: &Pool) -> Time {
         let n = self.shape.q_tokens as isize;
         let mask = self.masked.as_ref().map(|(masked, bias, shown)| {
             let strides = MaskStrides {
@@ -349,7 +351,7 @@ impl Case {
             }
         });
         let clock = Clock::start();
-        (self.call)(level, self.products, pool, mask.as_ref());
+        (self.call)(isa, self.products, pool, mask.as_ref());
         clock.stop()
     }
 }
@@ -389,7 +391,7 @@ fn cpu_seconds() -> f64 {
 }
 
 /// GFLOP/s, per thread, of multiply-adds that wait for nothing.
-fn peak(level: Level, pool: &Pool) -> f64 {
+fn peak(isa: Isa, pool: &Pool) -> f64 {
     const STEPS: usize = 400_000;
     struct Burn;
     impl WithSimd for Burn {
@@ -416,7 +418,7 @@ fn peak(level: Level, pool: &Pool) -> f64 {
     let flops = Mutex::new(0.0);
     let clock = Clock::start();
     pool.run(tasks, &|_| {
-        let n = level.run(Burn);
+        let n = isa.run(Burn);
         *flops.lock().unwrap() += n;
     });
     flops.into_inner().unwrap() / clock.stop().cpu / 1e9

@@ -1,12 +1,12 @@
 // Flash attention on tensor cores (mma.sync, ldmatrix, cp.async: compute capability 8.0 and later) for float16 and
 // bfloat16, in the three modes of DiTFastAttn.
 //
-// A block of threads owns BM queries of one head and walks over the keys in blocks of BN with an online softmax in powers
-// of two (Dao, arXiv 2307.08691). A warp owns ROWS queries, so rows never need another warp. K and V have one buffer
-// each: V of a block is fetched while its scores are computed, K of the next block during softmax and P·V.
+// A thread block owns BM queries of one head and loops over the keys in blocks of BN with an online softmax in powers of two
+// (Dao, arXiv 2307.08691). A warp owns ROWS queries, so rows never need another warp. K and V have one buffer
+// each: V of a block is loaded while its scores are computed, K of the next block during softmax and P·V.
 //
-// Capture is one pass: the walk over the keys inside the band, W into shared memory as float32, the walk over the others,
-// O and R = O − W. Blocks on the band's edge are visited twice with complementary masks.
+// Capture is one pass: the main loop over the keys inside the band, W into shared memory as float32, the main loop over the
+// others, O and R = O − W. Blocks on the band's edge are visited twice with complementary masks.
 //
 // Q and K are padded to a multiple of 16 channels by zeros; P·V needs a multiple of 8, so head dim 72 costs 80 and 72.
 #pragma once
@@ -25,8 +25,8 @@ template <int DIM, int BM_> struct Tile {
     /// Elements between rows in shared memory: an odd number of 16-byte pieces, so that the eight rows of a matrix lie
     /// in different banks.
     static constexpr int ROW = K_DIM + 8;
-    static constexpr int OPERANDS = (BM + 2 * BN) * ROW * 2;
-    static constexpr int SNAPSHOT = BM * DIM * 4;
+    static constexpr int OPERAND_BYTES = (BM + 2 * BN) * ROW * 2;
+    static constexpr int WINDOW_BYTES = BM * DIM * 4;
 };
 
 template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct AttentionKernel {
@@ -36,8 +36,8 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
 
     const AttentionParams &p;
     const BandView band;
-    u16 *const q_shared, *const k_shared, *const v_shared;
-    float *const snapshot;
+    u16 *const q_smem, *const k_smem, *const v_smem;
+    float *const window_smem;
     const u16 *q, *k, *v, *residual_in;
     u16 *out, *residual_out;
     i64 mask_row;
@@ -46,11 +46,11 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
 
     /// Running softmax and output of this thread's queries: tile i, half h of it is query i·16 + h·8 + lane/4.
     float o[M][OUT_TILES][4];
-    float maximum[M][2], sum[M][2];
+    float row_max[M][2], row_sum[M][2];
 
     DEVICE AttentionKernel(const AttentionParams &p_, unsigned char *shared)
-        : p(p_), band{p_.half_width, p_.text_begin, p_.text_end, p_.kv_tokens}, q_shared((u16 *)shared),
-          k_shared(q_shared + BM * ROW), v_shared(k_shared + BN * ROW), snapshot((float *)(v_shared + BN * ROW)),
+        : p(p_), band{p_.half_width, p_.text_begin, p_.text_end, p_.kv_tokens}, q_smem((u16 *)shared),
+          k_smem(q_smem + BM * ROW), v_smem(k_smem + BN * ROW), window_smem((float *)(v_smem + BN * ROW)),
           lane(thread_index() & 31), warp(thread_index() >> 5) {
         const int tiles = (p.q_tokens + BM - 1) / BM;
         const int plane = block_index() / tiles;
@@ -65,8 +65,8 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
         mask_row = b * p.mask.batch + h * p.mask.head;
     }
 
-    /// Fetches `rows` rows of DIM channels from row `first` on; rows beyond `limit` and channels beyond DIM become zeros.
-    DEVICE void fetch(u16 *to, const u16 *from, i64 stride, int first, int rows, int limit) const {
+    /// Starts to load `rows` rows of DIM channels from row `first` on; rows beyond `limit` and channels beyond DIM become zeros.
+    DEVICE void load_tile_async(u16 *to, const u16 *from, i64 stride, int first, int rows, int limit) const {
         constexpr int PIECES = Shape::K_DIM / 8;
         for (int i = thread_index(); i < rows * PIECES; i += THREADS) {
             const int row = i / PIECES, channel = i % PIECES * 8;
@@ -77,41 +77,42 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
 
     DEVICE int last_query() const { return first_query + BM < p.q_tokens ? first_query + BM : p.q_tokens; }
 
-    /// Whether a walk visits a block of keys.
-    template <Sight SIGHT> DEVICE bool visits(int block) const {
+    /// Whether the main loop of this side visits a block of keys.
+    template <BandSide SIDE> DEVICE bool is_visited(int block) const {
         const int k0 = block * BN, k1 = k0 + BN < p.kv_tokens ? k0 + BN : p.kv_tokens;
-        if (SIGHT == INSIDE) return band.touches(first_query, last_query(), k0, k1);
-        if (SIGHT == OUTSIDE) return !band.covers(first_query, last_query(), k0, k1);
+        if (SIDE == INSIDE) return band.intersects(first_query, last_query(), k0, k1);
+        if (SIDE == OUTSIDE) return !band.covers(first_query, last_query(), k0, k1);
         return true;
     }
 
-    template <Sight SIGHT> DEVICE int next(int block, int blocks) const {
-        while (block < blocks && !visits<SIGHT>(block)) block++;
+    template <BandSide SIDE> DEVICE int next_block(int block, int blocks) const {
+        while (block < blocks && !is_visited<SIDE>(block)) block++;
         return block;
     }
 
-    /// Whether some key of the block is hidden from some query of this walk, by band or end of the sequence.
-    template <Sight SIGHT> DEVICE bool has_edge(int block) const {
+    /// Whether some key of the block is hidden from some query on this side, by band or end of the sequence.
+    template <BandSide SIDE> DEVICE bool needs_mask(int block) const {
         const int k0 = block * BN, k1 = k0 + BN;
-        bool edge = k1 > p.kv_tokens;
-        if (SIGHT == INSIDE) edge = edge || !band.covers(first_query, last_query(), k0, k1);
-        if (SIGHT == OUTSIDE) edge = edge || band.touches(first_query, last_query(), k0, k1);
-        return edge;
+        bool partial = k1 > p.kv_tokens;
+        if (SIDE == INSIDE) partial = partial || !band.covers(first_query, last_query(), k0, k1);
+        if (SIDE == OUTSIDE) partial = partial || band.intersects(first_query, last_query(), k0, k1);
+        return partial;
     }
 
     DEVICE int query_of(int i, int half) const { return first_query + warp * Shape::ROWS + i * 16 + half * 8 + (lane >> 2); }
 
-    DEVICE void begin() {
+    DEVICE void init() {
         UNROLL for (int i = 0; i < M; i++) {
             UNROLL for (int j = 0; j < OUT_TILES; j++) {
                 UNROLL for (int e = 0; e < 4; e++) o[i][j][e] = 0.f;
             }
-            maximum[i][0] = maximum[i][1] = negative_infinity();
-            sum[i][0] = sum[i][1] = 0.f;
+            row_max[i][0] = row_max[i][1] = negative_infinity();
+            row_sum[i][0] = row_sum[i][1] = 0.f;
         }
     }
 
-    DEVICE void scores(float (&s)[M][KEY_TILES][4]) const {
+    /// S = Q·Kᵀ.
+    DEVICE void compute_qk(float (&s)[M][KEY_TILES][4]) const {
         UNROLL for (int i = 0; i < M; i++) {
             UNROLL for (int j = 0; j < KEY_TILES; j++) {
                 UNROLL for (int e = 0; e < 4; e++) s[i][j][e] = 0.f;
@@ -121,12 +122,12 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
             u32 a[M][4];
             UNROLL for (int i = 0; i < M; i++) {
                 const int row = warp * Shape::ROWS + i * 16 + (lane & 15);
-                load_matrix_x4(a[i], q_shared + row * ROW + step * 16 + (lane >> 4) * 8);
+                load_matrix_x4(a[i], q_smem + row * ROW + step * 16 + (lane >> 4) * 8);
             }
             UNROLL for (int j = 0; j < KEY_TILES; j += 2) {
                 u32 b[4];
                 const int row = j * 8 + (lane & 7) + (lane >> 4) * 8;
-                load_matrix_x4(b, k_shared + row * ROW + step * 16 + ((lane >> 3) & 1) * 8);
+                load_matrix_x4(b, k_smem + row * ROW + step * 16 + ((lane >> 3) & 1) * 8);
                 UNROLL for (int i = 0; i < M; i++) {
                     mma<T>(s[i][j], a[i], b);
                     mma<T>(s[i][j + 1], a[i], b + 2);
@@ -135,17 +136,17 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
         }
     }
 
-    /// Scores that this walk does not look at become −∞; a mask is added, in powers of two.
-    template <Sight SIGHT> DEVICE void hide(float (&s)[M][KEY_TILES][4], int block) const {
-        const bool edge = has_edge<SIGHT>(block);
-        if (!edge && !MASKED) return;
+    /// Scores that are not on this side become −∞; a mask is added, in powers of two.
+    template <BandSide SIDE> DEVICE void apply_mask(float (&s)[M][KEY_TILES][4], int block) const {
+        const bool partial = needs_mask<SIDE>(block);
+        if (!partial && !MASKED) return;
         UNROLL for (int i = 0; i < M; i++) {
             UNROLL for (int j = 0; j < KEY_TILES; j++) {
                 UNROLL for (int e = 0; e < 4; e++) {
                     const int query = query_of(i, e >> 1), key = block * BN + j * 8 + (lane & 3) * 2 + (e & 1);
                     bool shown = key < p.kv_tokens;
-                    if (SIGHT == INSIDE) shown = shown && band.sees(query, key);
-                    if (SIGHT == OUTSIDE) shown = shown && !band.sees(query, key);
+                    if (SIDE == INSIDE) shown = shown && band.sees(query, key);
+                    if (SIDE == OUTSIDE) shown = shown && !band.sees(query, key);
                     if (MASKED) {
                         shown = shown && query < p.q_tokens;
                         float bias = negative_infinity();
@@ -159,38 +160,39 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
         }
     }
 
-    /// Scores become exponentials relative to the new maximum, and output and sums are brought up to it.
-    DEVICE void soften(float (&s)[M][KEY_TILES][4]) {
+    /// Scores become exponentials relative to the new row maximum, and output and sums are brought up to it.
+    DEVICE void online_softmax(float (&s)[M][KEY_TILES][4]) {
         const float scale = MASKED ? 1.f : p.scale_log2;
         UNROLL for (int i = 0; i < M; i++) {
             UNROLL for (int half = 0; half < 2; half++) {
-                float most = maximum[i][half];
+                float new_max = row_max[i][half];
                 UNROLL for (int j = 0; j < KEY_TILES; j++) {
-                    most = max_of(most, max_of(s[i][j][half * 2], s[i][j][half * 2 + 1]));
+                    new_max = max_of(new_max, max_of(s[i][j][half * 2], s[i][j][half * 2 + 1]));
                 }
-                most = max_of(most, shuffle_xor(most, 1));
-                most = max_of(most, shuffle_xor(most, 2));
-                // While a query has seen nothing its maximum is −∞, and −∞ − (−∞) must not be computed.
-                const float reference = most == negative_infinity() ? 0.f : most * scale;
-                const float shrink = exp2_fast(maximum[i][half] * scale - reference);
-                maximum[i][half] = most;
+                new_max = max_of(new_max, shuffle_xor(new_max, 1));
+                new_max = max_of(new_max, shuffle_xor(new_max, 2));
+                // While a query has seen nothing its row maximum is −∞, and −∞ − (−∞) must not be computed.
+                const float offset = new_max == negative_infinity() ? 0.f : new_max * scale;
+                const float rescale = exp2_fast(row_max[i][half] * scale - offset);
+                row_max[i][half] = new_max;
                 float total = 0.f;
                 UNROLL for (int j = 0; j < KEY_TILES; j++) {
                     UNROLL for (int e = half * 2; e < half * 2 + 2; e++) {
-                        s[i][j][e] = exp2_fast(s[i][j][e] * scale - reference);
+                        s[i][j][e] = exp2_fast(s[i][j][e] * scale - offset);
                         total += s[i][j][e];
                     }
                 }
-                sum[i][half] = sum[i][half] * shrink + total;
+                row_sum[i][half] = row_sum[i][half] * rescale + total;
                 UNROLL for (int j = 0; j < OUT_TILES; j++) {
-                    o[i][j][half * 2] *= shrink;
-                    o[i][j][half * 2 + 1] *= shrink;
+                    o[i][j][half * 2] *= rescale;
+                    o[i][j][half * 2 + 1] *= rescale;
                 }
             }
         }
     }
 
-    DEVICE void add_values(const float (&s)[M][KEY_TILES][4]) {
+    /// O += P·V.
+    DEVICE void compute_pv(const float (&s)[M][KEY_TILES][4]) {
         UNROLL for (int step = 0; step < BN / 16; step++) {
             u32 a[M][4];
             UNROLL for (int i = 0; i < M; i++) {
@@ -199,7 +201,7 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
                     a[i][r] = pack<T>(pair[0], pair[1]);
                 }
             }
-            const u16 *row = v_shared + (step * 16 + (lane & 15)) * ROW;
+            const u16 *row = v_smem + (step * 16 + (lane & 15)) * ROW;
             UNROLL for (int j = 0; j + 1 < OUT_TILES; j += 2) {
                 u32 b[4];
                 load_matrix_x4_transposed(b, row + j * 8 + (lane >> 4) * 8);
@@ -216,54 +218,55 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
         }
     }
 
-    /// Goes over the keys once. The first block's keys must be on their way if `fetched`, and Q with them.
-    template <Sight SIGHT> DEVICE void walk() {
+    /// Goes over the keys once. Q must be on its way to shared memory.
+    template <BandSide SIDE> DEVICE void main_loop() {
         const int blocks = (p.kv_tokens + BN - 1) / BN;
-        int block = next<SIGHT>(0, blocks);
-        if (block < blocks) fetch(k_shared, k, p.k.token, block * BN, BN, p.kv_tokens);
+        int block = next_block<SIDE>(0, blocks);
+        if (block < blocks) load_tile_async(k_smem, k, p.k.token, block * BN, BN, p.kv_tokens);
         copy_commit();
         ROLLED while (block < blocks) {
-            const int following = next<SIGHT>(block + 1, blocks);
+            const int next = next_block<SIDE>(block + 1, blocks);
             copy_wait<0>();
             sync_block();
-            fetch(v_shared, v, p.v.token, block * BN, BN, p.kv_tokens);
+            load_tile_async(v_smem, v, p.v.token, block * BN, BN, p.kv_tokens);
             copy_commit();
             float s[M][KEY_TILES][4];
-            scores(s);
-            hide<SIGHT>(s, block);
+            compute_qk(s);
+            apply_mask<SIDE>(s, block);
             copy_wait<0>();
             sync_block();
-            if (following < blocks) fetch(k_shared, k, p.k.token, following * BN, BN, p.kv_tokens);
+            if (next < blocks) load_tile_async(k_smem, k, p.k.token, next * BN, BN, p.kv_tokens);
             copy_commit();
-            soften(s);
-            add_values(s);
-            block = following;
+            online_softmax(s);
+            compute_pv(s);
+            block = next;
         }
     }
 
     /// 1 / Σ of the exponentials of a query; `empty` if it has seen nothing.
     DEVICE float inverse_sum(int i, int half, float empty) const {
-        float total = sum[i][half];
+        float total = row_sum[i][half];
         total += shuffle_xor(total, 1);
         total += shuffle_xor(total, 2);
         return total == 0.f ? empty : 1.f / total;
     }
 
     /// W goes to shared memory, where each thread finds its own numbers again.
-    DEVICE void note_window() {
+    DEVICE void store_window_output() {
         UNROLL for (int i = 0; i < M; i++) {
             UNROLL for (int half = 0; half < 2; half++) {
                 const float inverse = inverse_sum(i, half, 0.f);
                 UNROLL for (int j = 0; j < OUT_TILES; j++) {
                     UNROLL for (int e = half * 2; e < half * 2 + 2; e++) {
-                        snapshot[((i * OUT_TILES + j) * 4 + e) * THREADS + thread_index()] = o[i][j][e] * inverse;
+                        window_smem[((i * OUT_TILES + j) * 4 + e) * THREADS + thread_index()] = o[i][j][e] * inverse;
                     }
                 }
             }
         }
     }
 
-    DEVICE void finish() const {
+    /// Normalises O, forms O = W + R or R = O − W, and stores.
+    DEVICE void epilogue() const {
         const float empty = MODE == WINDOW || !MASKED || p.mask.guarded ? 0.f : not_a_number();
         bool finite = true;
         UNROLL for (int i = 0; i < M; i++) {
@@ -282,7 +285,7 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
                         }
                         *(u32 *)(out + query * p.out.token + channel) = pack<T>(x, y);
                         if (MODE == CAPTURE) {
-                            const float *w = snapshot + ((i * OUT_TILES + j) * 4 + half * 2) * THREADS + thread_index();
+                            const float *w = window_smem + ((i * OUT_TILES + j) * 4 + half * 2) * THREADS + thread_index();
                             const u32 r = pack<T>(x - w[0], y - w[THREADS]);
                             *(u32 *)(residual_out + at) = r;
                             finite = finite && pair_is_finite<T>(r);
@@ -295,15 +298,15 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
     }
 
     DEVICE void run() {
-        begin();
-        fetch(q_shared, q, p.q.token, first_query, BM, p.q_tokens);
-        if (MODE == FULL) walk<ALL>();
-        if (MODE != FULL) walk<INSIDE>();
+        init();
+        load_tile_async(q_smem, q, p.q.token, first_query, BM, p.q_tokens);
+        if (MODE == FULL) main_loop<ALL>();
+        if (MODE != FULL) main_loop<INSIDE>();
         if (MODE == CAPTURE) {
-            note_window();
-            walk<OUTSIDE>();
+            store_window_output();
+            main_loop<OUTSIDE>();
         }
         copy_wait<0>();
-        finish();
+        epilogue();
     }
 };

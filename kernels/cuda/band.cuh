@@ -2,8 +2,8 @@
 #pragma once
 #include "device.cuh"
 
-/// The keys that one walk over the sequence looks at.
-enum Sight {
+/// Which side of the band one main loop over the keys takes.
+enum BandSide {
     /// All of them.
     ALL = 0,
     /// Those inside the band.
@@ -23,7 +23,7 @@ struct BandView {
     }
 
     /// Whether a query of [q0, q1) sees a key of [k0, k1). May say yes where the truth is no.
-    DEVICE bool touches(int q0, int q1, int k0, int k1) const {
+    DEVICE bool intersects(int q0, int q1, int k0, int k1) const {
         bool text = text_begin < text_end &&
                     ((q0 < text_end && q1 > text_begin) || (k0 < text_end && k1 > text_begin));
         return text || (k0 - (q1 - 1) <= half_width && q0 - (k1 - 1) <= half_width);

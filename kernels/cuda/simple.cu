@@ -1,4 +1,4 @@
-// One attention kernel on the plain cores, chosen by macros: DFA_NAME, DFA_TYPE (F32 | F16 | BF16), DFA_DIM (the largest
+// One attention kernel on CUDA cores, chosen by macros: DFA_NAME, DFA_TYPE (F32 | F16 | BF16), DFA_DIM (the largest
 // head dimension: a multiple of 4) and DFA_MODE. May be included several times.
 #include "simple.cuh"
 

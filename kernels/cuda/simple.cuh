@@ -1,7 +1,7 @@
-// Attention on the plain cores: any element type, strides, scale and head dimensions up to MAX_DIM. For float32, and for
+// Attention on CUDA cores: any element type, strides, scale and head dimensions up to MAX_DIM. For float32, and for
 // what the tensor-core kernels do not take. Products, sums and softmax are float32.
 //
-// A block of 128 threads owns 32 queries of one head; four neighbouring threads share a query, each with a quarter of its
+// A thread block of 128 threads owns 32 queries of one head; four neighbouring threads share a query, each with a quarter of its
 // keys in the scores and of its channels in the output.
 #pragma once
 #include "attention.cuh"
@@ -9,20 +9,20 @@
 template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
     static constexpr int BM = 32, BN = 32, THREADS = 128, ROW = MAX_DIM + 1, OWN = MAX_DIM / 4;
     /// Queries, then keys or values, then scores.
-    static constexpr int SHARED = (2 * BM * ROW + BM * (BN + 1)) * 4;
+    static constexpr int SMEM_BYTES = (2 * BM * ROW + BM * (BN + 1)) * 4;
 
     const AttentionParams &p;
     const BandView band;
-    float *const q_shared, *const kv_shared, *const s_shared;
+    float *const q_smem, *const kv_smem, *const s_smem;
     i64 q_at, k_at, v_at, out_at, residual_at, mask_at;
     const int own_query, quarter;
     int first_query;
     float o[OWN], w[OWN];
-    float maximum, sum;
+    float row_max, row_sum;
 
     DEVICE SimpleKernel(const AttentionParams &p_, unsigned char *shared)
-        : p(p_), band{p_.half_width, p_.text_begin, p_.text_end, p_.kv_tokens}, q_shared((float *)shared),
-          kv_shared(q_shared + BM * ROW), s_shared(kv_shared + BN * ROW), own_query(thread_index() / 4),
+        : p(p_), band{p_.half_width, p_.text_begin, p_.text_end, p_.kv_tokens}, q_smem((float *)shared),
+          kv_smem(q_smem + BM * ROW), s_smem(kv_smem + BN * ROW), own_query(thread_index() / 4),
           quarter(thread_index() % 4) {
         const int tiles = (p.q_tokens + BM - 1) / BM;
         const int plane = block_index() / tiles;
@@ -39,7 +39,7 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
     DEVICE int query() const { return first_query + own_query; }
 
     /// 32 rows of `dim` channels, as float32; zeros beyond `limit`.
-    DEVICE void fetch(float *to, const Operand &from, i64 at, int first, int limit, int dim) const {
+    DEVICE void load_tile(float *to, const Operand &from, i64 at, int first, int limit, int dim) const {
         ROLLED for (int i = thread_index(); i < 32 * dim; i += THREADS) {
             const int row = i / dim, channel = i % dim;
             float x = 0.f;
@@ -50,84 +50,84 @@ template <class T, int MAX_DIM, AttentionMode MODE> struct SimpleKernel {
         }
     }
 
-    template <Sight SIGHT> DEVICE float score(int key) const {
+    template <BandSide SIDE> DEVICE float score(int key) const {
         bool shown = key < p.kv_tokens && query() < p.q_tokens;
-        if (SIGHT == INSIDE) shown = shown && band.sees(query(), key);
-        if (SIGHT == OUTSIDE) shown = shown && !band.sees(query(), key);
+        if (SIDE == INSIDE) shown = shown && band.sees(query(), key);
+        if (SIDE == OUTSIDE) shown = shown && !band.sees(query(), key);
         if (!shown) return negative_infinity();
         float bias = 0.f;
         if (p.mask.data) bias = mask_value(p.mask, mask_at + query() * p.mask.query + key * p.mask.key);
         if (bias == negative_infinity()) return bias;
-        const float *a = q_shared + own_query * ROW, *b = kv_shared + key % BN * ROW;
+        const float *a = q_smem + own_query * ROW, *b = kv_smem + key % BN * ROW;
         float dot = 0.f;
         UNROLL_BY_4 for (int c = 0; c < p.head_dim; c++) dot += a[c] * b[c];
         return dot * p.scale_log2 + bias;
     }
 
-    template <Sight SIGHT> DEVICE void block(int k0) {
+    template <BandSide SIDE> DEVICE void process_block(int k0) {
         sync_block();
-        fetch(kv_shared, p.k, k_at, k0, p.kv_tokens, p.head_dim);
+        load_tile(kv_smem, p.k, k_at, k0, p.kv_tokens, p.head_dim);
         sync_block();
-        float *s = s_shared + own_query * (BN + 1);
-        float most = maximum;
+        float *s = s_smem + own_query * (BN + 1);
+        float new_max = row_max;
         ROLLED for (int j = quarter; j < BN; j += 4) {
-            s[j] = score<SIGHT>(k0 + j);
-            most = max_of(most, s[j]);
+            s[j] = score<SIDE>(k0 + j);
+            new_max = max_of(new_max, s[j]);
         }
-        most = max_of(most, shuffle_xor(most, 1));
-        most = max_of(most, shuffle_xor(most, 2));
-        const float reference = most == negative_infinity() ? 0.f : most;
-        const float shrink = exp2_fast(maximum - reference);
-        maximum = most;
+        new_max = max_of(new_max, shuffle_xor(new_max, 1));
+        new_max = max_of(new_max, shuffle_xor(new_max, 2));
+        const float offset = new_max == negative_infinity() ? 0.f : new_max;
+        const float rescale = exp2_fast(row_max - offset);
+        row_max = new_max;
         float total = 0.f;
         ROLLED for (int j = quarter; j < BN; j += 4) {
-            s[j] = exp2_fast(s[j] - reference);
+            s[j] = exp2_fast(s[j] - offset);
             total += s[j];
         }
         total += shuffle_xor(total, 1);
         total += shuffle_xor(total, 2);
-        sum = sum * shrink + total;
+        row_sum = row_sum * rescale + total;
         sync_block();
-        fetch(kv_shared, p.v, v_at, k0, p.kv_tokens, p.v_dim);
+        load_tile(kv_smem, p.v, v_at, k0, p.kv_tokens, p.v_dim);
         sync_block();
-        UNROLL for (int c = 0; c < OWN; c++) o[c] *= shrink;
+        UNROLL for (int c = 0; c < OWN; c++) o[c] *= rescale;
         ROLLED for (int j = 0; j < BN; j++) {
             // What is hidden takes no part, whatever its value. Beyond v_dim there is garbage, which nobody reads.
             if (s[j] == 0.f) continue;
-            const float *row = kv_shared + j * ROW + quarter;
+            const float *row = kv_smem + j * ROW + quarter;
             UNROLL for (int c = 0; c < OWN; c++) o[c] += s[j] * row[c * 4];
         }
     }
 
-    template <Sight SIGHT> DEVICE void walk() {
+    template <BandSide SIDE> DEVICE void main_loop() {
         const int last = first_query + BM < p.q_tokens ? first_query + BM : p.q_tokens;
         for (int k0 = 0; k0 < p.kv_tokens; k0 += BN) {
             const int k1 = k0 + BN < p.kv_tokens ? k0 + BN : p.kv_tokens;
-            if (SIGHT == INSIDE && !band.touches(first_query, last, k0, k1)) continue;
-            if (SIGHT == OUTSIDE && band.covers(first_query, last, k0, k1)) continue;
-            block<SIGHT>(k0);
+            if (SIDE == INSIDE && !band.intersects(first_query, last, k0, k1)) continue;
+            if (SIDE == OUTSIDE && band.covers(first_query, last, k0, k1)) continue;
+            process_block<SIDE>(k0);
         }
     }
 
     DEVICE void run() {
         UNROLL for (int c = 0; c < OWN; c++) o[c] = w[c] = 0.f;
-        maximum = negative_infinity();
-        sum = 0.f;
-        fetch(q_shared, p.q, q_at, first_query, p.q_tokens, p.head_dim);
-        if (MODE == FULL) walk<ALL>();
-        if (MODE != FULL) walk<INSIDE>();
+        row_max = negative_infinity();
+        row_sum = 0.f;
+        load_tile(q_smem, p.q, q_at, first_query, p.q_tokens, p.head_dim);
+        if (MODE == FULL) main_loop<ALL>();
+        if (MODE != FULL) main_loop<INSIDE>();
         if (MODE == CAPTURE) {
-            const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+            const float inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
             UNROLL for (int c = 0; c < OWN; c++) w[c] = o[c] * inverse;
-            walk<OUTSIDE>();
+            main_loop<OUTSIDE>();
         }
-        finish();
+        epilogue();
     }
 
-    DEVICE void finish() const {
+    DEVICE void epilogue() const {
         if (query() >= p.q_tokens) return;
         const bool zero = MODE == WINDOW || !p.mask.data || p.mask.guarded;
-        const float inverse = sum == 0.f ? (zero ? 0.f : not_a_number()) : 1.f / sum;
+        const float inverse = row_sum == 0.f ? (zero ? 0.f : not_a_number()) : 1.f / row_sum;
         bool finite = true;
         UNROLL for (int c = 0; c < OWN; c++) {
             const int channel = c * 4 + quarter;

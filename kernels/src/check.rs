@@ -3,8 +3,9 @@
 //! After [`check`] every element a kernel touches lies inside its slice, and no two output elements coincide: this
 //! is what lets [`attention`](crate::attention) be a safe function over many threads.
 
-use crate::api::{Attention, Band, Mode, Strides};
+use crate::api::{Attention, Band, Mode};
 use crate::error::{KernelError, MASK};
+use crate::tensor::Strides;
 
 pub(crate) fn check(a: &Attention<'_>) -> Result<(), KernelError> {
     let s = &a.shape;

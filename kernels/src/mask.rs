@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::api::{DType, Element};
+use crate::tensor::{DType, Element};
 
 /// Distances, in elements, between neighbours of a mask `[batch, heads, q_tokens, kv_tokens]`; 0 repeats it along that
 /// dimension.

@@ -5,10 +5,11 @@
 
 use half::{bf16, f16};
 
-use crate::api::{Attention, Band, DType, Input, Mode, Shape, Strides};
+use crate::api::{Attention, Band, Mode, Shape};
 use crate::check::check;
 use crate::error::KernelError;
 use crate::mask::{Mask, MaskType};
+use crate::tensor::{DType, Input, Strides};
 
 /// What the definition gives, as contiguous `[batch, heads, q_tokens, v_dim]` in float64.
 #[derive(Clone, Debug, PartialEq)]

@@ -32,7 +32,7 @@ fn same(x: &[f32], y: &[f32]) -> bool {
     x.len() == y.len() && x.iter().zip(y).all(|(x, y)| x.to_bits() == y.to_bits())
 }
 
-fn any_pool<T: Element>(level: Level, products: Products) {
+fn any_pool<T: Element>(isa: Isa, products: Products) {
     for kind in KINDS {
         let band = Band {
             half_width: 20,
@@ -41,7 +41,7 @@ fn any_pool<T: Element>(level: Level, products: Products) {
         };
         let mut p = Problem::<T>::new(kind, shape(2, 3, 300, 24), band, [Layout::Bshd; 4], 8);
         p.products = products;
-        let first = p.run(level, &Sequential);
+        let first = p.run(isa, &Sequential);
         for pool in [
             &Backwards as &dyn Parallel,
             &Threads(2),
@@ -49,7 +49,7 @@ fn any_pool<T: Element>(level: Level, products: Products) {
             &Threads(1000),
         ] {
             // A residual that is read was made before; one that is written is overwritten.
-            let again = p.run(level, pool);
+            let again = p.run(isa, pool);
             assert!(same(&first.0, &again.0));
             assert!(same(
                 &first.1.clone().unwrap_or_default(),
@@ -61,27 +61,29 @@ fn any_pool<T: Element>(level: Level, products: Products) {
 
 #[test]
 fn results_do_not_depend_on_the_pool() {
-    for level in Level::available() {
-        any_pool::<f32>(level, Products::Float32);
+    for isa in Isa::available() {
+        any_pool::<f32>(isa, Products::Float32);
     }
-    any_pool::<f16>(Level::best(), Products::Bfloat16);
-    any_pool::<bf16>(Level::best(), Products::Bfloat16);
+    any_pool::<f16>(Isa::best(), Products::Bfloat16);
+    any_pool::<bf16>(Isa::best(), Products::Bfloat16);
 }
 
 #[test]
 fn products_in_bfloat16_are_for_half_precision_and_machines_that_have_them() {
-    fn differ<T: Element>(level: Level) -> bool {
+    fn differ<T: Element>(isa: Isa) -> bool {
         let s = shape(1, 2, 150, 24);
         let mut p = Problem::<T>::new(Kind::Full, s, Band::new(9), [Layout::Bshd; 4], 8);
-        let plain = p.run(level, &Sequential).0;
+        let plain = p.run(isa, &Sequential).0;
         p.products = Products::Bfloat16;
-        !same(&plain, &p.run(level, &Sequential).0)
+        !same(&plain, &p.run(isa, &Sequential).0)
     }
-    for level in Level::available() {
-        let there = level == Level::best() && Products::Bfloat16.available();
-        assert!(!differ::<f32>(level));
-        assert_eq!(differ::<f16>(level), there, "{level:?}");
-        assert_eq!(differ::<bf16>(level), there, "{level:?}");
+    for isa in Isa::available() {
+        let there = matrix_kernels()
+            .iter()
+            .any(|kernel| kernel.isa == isa && kernel.precision == "bf16");
+        assert!(!differ::<f32>(isa));
+        assert_eq!(differ::<f16>(isa), there, "{isa:?}");
+        assert_eq!(differ::<bf16>(isa), there, "{isa:?}");
     }
     // One input in float32 is enough.
     let s = shape(1, 2, 150, 24);
@@ -115,7 +117,7 @@ fn work_is_split_into_independent_tasks() {
         8,
     );
     let pool = Counting(Mutex::new(0));
-    p.run(Level::best(), &pool);
+    p.run(Isa::best(), &pool);
     let tasks = pool.0.into_inner().unwrap();
     assert!(
         (8..=32).contains(&tasks),
@@ -124,7 +126,7 @@ fn work_is_split_into_independent_tasks() {
 }
 
 /// R = O − W: adding the window back gives O again, within one rounding of each.
-fn capture_then_window<T: Element>(step: f32, levels: &[Level], products: Products) {
+fn capture_then_window<T: Element>(step: f32, isas: &[Isa], products: Products) {
     for band in [
         Band::new(31),
         Band {
@@ -133,7 +135,7 @@ fn capture_then_window<T: Element>(step: f32, levels: &[Level], products: Produc
             text_at_start: true,
         },
     ] {
-        for &level in levels {
+        for &isa in isas {
             let mut p = Problem::<T>::new(
                 Kind::Capture,
                 shape(1, 2, 250, 72),
@@ -142,13 +144,13 @@ fn capture_then_window<T: Element>(step: f32, levels: &[Level], products: Produc
                 2,
             );
             p.products = products;
-            let (full, residual) = p.run(level, &Sequential);
+            let (full, residual) = p.run(isa, &Sequential);
             p.kind = Kind::Window;
-            let (window, _) = p.run(level, &Sequential);
+            let (window, _) = p.run(isa, &Sequential);
             p.kind = Kind::WindowResidual;
-            let (shared, _) = p.run(level, &Sequential);
+            let (shared, _) = p.run(isa, &Sequential);
             p.kind = Kind::Full;
-            let (plain, _) = p.run(level, &Sequential);
+            let (plain, _) = p.run(isa, &Sequential);
             let residual = residual.unwrap();
             assert!(
                 residual.iter().any(|r| r.abs() > 0.01),
@@ -171,24 +173,24 @@ fn capture_then_window<T: Element>(step: f32, levels: &[Level], products: Produc
 #[test]
 fn window_and_residual_give_full_attention_float32() {
     // Sums in another order differ by a few roundings.
-    capture_then_window::<f32>(8.0 * f32::EPSILON, &Level::available(), Products::Float32);
+    capture_then_window::<f32>(8.0 * f32::EPSILON, &Isa::available(), Products::Float32);
 }
 
 #[test]
 fn window_and_residual_give_full_attention_float16() {
-    capture_then_window::<f16>(1.0 / 1024.0, &Level::available(), Products::Float32);
+    capture_then_window::<f16>(1.0 / 1024.0, &Isa::available(), Products::Float32);
 }
 
 #[test]
 fn window_and_residual_give_full_attention_bfloat16() {
-    capture_then_window::<bf16>(1.0 / 128.0, &Level::available(), Products::Float32);
+    capture_then_window::<bf16>(1.0 / 128.0, &Isa::available(), Products::Float32);
 }
 
 #[test]
 fn window_and_residual_give_full_attention_with_products_in_bfloat16() {
     // Probabilities are rounded alike in each mode, so this is no worse than with products in float32.
-    capture_then_window::<f16>(1.0 / 1024.0, &[Level::best()], Products::Bfloat16);
-    capture_then_window::<bf16>(1.0 / 128.0, &[Level::best()], Products::Bfloat16);
+    capture_then_window::<f16>(1.0 / 1024.0, &[Isa::best()], Products::Bfloat16);
+    capture_then_window::<bf16>(1.0 / 128.0, &[Isa::best()], Products::Bfloat16);
 }
 
 #[test]
@@ -208,16 +210,16 @@ fn a_band_over_everything_is_full_attention_without_residual() {
             [Layout::Bhsd; 4],
             2,
         );
-        let (full, residual) = p.run(Level::best(), &Sequential);
+        let (full, residual) = p.run(Isa::best(), &Sequential);
         p.kind = Kind::Window;
-        assert!(same(&full, &p.run(Level::best(), &Sequential).0));
+        assert!(same(&full, &p.run(Isa::best(), &Sequential).0));
         assert!(residual.unwrap().iter().all(|&r| r == 0.0));
     }
 }
 
 #[test]
 fn a_query_that_sees_one_key_returns_its_value() {
-    for level in Level::available() {
+    for isa in Isa::available() {
         let mut p = Problem::<f32>::new(
             Kind::Window,
             shape(1, 1, 150, 20),
@@ -225,7 +227,7 @@ fn a_query_that_sees_one_key_returns_its_value() {
             [Layout::Bhsd; 4],
             1,
         );
-        let (out, _) = p.run(level, &Sequential);
+        let (out, _) = p.run(isa, &Sequential);
         for (x, v) in out.iter().zip(p.v.values()) {
             assert!((x - v).abs() <= 2.0 * f32::EPSILON * v.abs(), "{x} {v}");
         }
@@ -234,9 +236,9 @@ fn a_query_that_sees_one_key_returns_its_value() {
     let s = shape(1, 1, 150, 20);
     let mut p = Problem::<bf16>::new(Kind::Window, s, Band::new(0), [Layout::Bhsd; 4], 1);
     p.products = Products::Bfloat16;
-    assert_eq!(p.run(Level::best(), &Sequential).0, p.v.values());
+    assert_eq!(p.run(Isa::best(), &Sequential).0, p.v.values());
     (p.kind, p.v.data) = (Kind::Full, vec![bf16::from_f32(1.7); 150 * 20]);
-    assert_eq!(p.run(Level::best(), &Sequential).0, p.v.values());
+    assert_eq!(p.run(Isa::best(), &Sequential).0, p.v.values());
 }
 
 #[test]
@@ -261,7 +263,7 @@ fn gaps_between_elements_stay_untouched() {
                 .filter(|(_, own)| !**own)
                 .for_each(|(x, _)| *x = 123.0);
         }
-        p.run(Level::best(), &Threads(3));
+        p.run(Isa::best(), &Threads(3));
         for t in [&p.out, &p.residual] {
             assert!(t.data.iter().zip(&own).all(|(x, own)| *own || *x == 123.0));
         }
@@ -288,7 +290,7 @@ fn empty_tensors_are_no_work() {
     for s in empty {
         for kind in KINDS {
             let (out, _) = Problem::<f32>::new(kind, s, Band::new(1), [Layout::Bhsd; 4], 1)
-                .run(Level::best(), &Sequential);
+                .run(Isa::best(), &Sequential);
             assert!(out.is_empty());
         }
     }
@@ -301,7 +303,7 @@ fn no_keys_give_zeros_and_no_channels_give_the_mean() {
         ..shape(1, 2, 5, 3)
     };
     let (out, _) = Problem::<f32>::new(Kind::Full, s, Band::new(1), [Layout::Bhsd; 4], 1)
-        .run(Level::best(), &Sequential);
+        .run(Isa::best(), &Sequential);
     assert_eq!(out, [0.0; 30]);
 
     let s = Shape {
@@ -310,14 +312,14 @@ fn no_keys_give_zeros_and_no_channels_give_the_mean() {
     };
     let mut p = Problem::<f32>::new(Kind::Full, s, Band::new(1), [Layout::Bhsd; 4], 1);
     p.v.data = vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
-    assert_eq!(p.run(Level::best(), &Sequential).0, [4.0, 5.0].repeat(4));
+    assert_eq!(p.run(Isa::best(), &Sequential).0, [4.0, 5.0].repeat(4));
 }
 
 /// Puts `bad` at one element of one input and compares which results are not finite with the definition.
 fn spoil<T: Element>(
     kind: Kind,
     band: Band,
-    level: Level,
+    isa: Isa,
     products: Products,
     bad: f32,
     which: usize,
@@ -334,7 +336,7 @@ fn spoil<T: Element>(
     let at = t.at([0, 0, token, 5]);
     t.data[at] = T::from_f32(bad);
     let want = p.oracle();
-    let got = p.run(level, &Sequential);
+    let got = p.run(isa, &Sequential);
     let compare = |got: &[f32], want: &[f64], what: &str| {
         for (i, (x, y)) in got.iter().zip(want).enumerate() {
             let same = (x.is_nan() && y.is_nan())
@@ -342,7 +344,7 @@ fn spoil<T: Element>(
                 || (x.is_finite() && y.is_finite() && (f64::from(*x) - y).abs() < tolerance);
             assert!(
                 same,
-                "{what} [{}, {}] is {x}, by definition {y}: {kind:?} {band:?} {level:?} {bad} in {which} at {token}",
+                "{what} [{}, {}] is {x}, by definition {y}: {kind:?} {band:?} {isa:?} {bad} in {which} at {token}",
                 i / 8,
                 i % 8
             );
@@ -361,20 +363,20 @@ fn numbers_that_are_not_finite_go_where_they_go_by_definition() {
         text: 11,
         text_at_start: false,
     };
-    for level in Level::available() {
+    for isa in Isa::available() {
         for kind in KINDS {
             for band in [Band::new(20), text] {
                 for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                     for which in 0..3 {
                         for token in [0, 63, 64, 90, 130, 199] {
-                            spoil::<f32>(kind, band, level, Products::Float32, bad, which, token);
+                            spoil::<f32>(kind, band, isa, Products::Float32, bad, which, token);
                         }
                     }
                 }
             }
         }
     }
-    let level = Level::best();
+    let isa = Isa::best();
     for kind in KINDS {
         for band in [Band::new(20), Band::new(21), text] {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -382,8 +384,8 @@ fn numbers_that_are_not_finite_go_where_they_go_by_definition() {
                     // Even and odd ones, which share a pair with a key that others see; 189 is the first of the text.
                     for token in [0, 63, 64, 90, 131, 188, 199] {
                         let products = Products::Bfloat16;
-                        spoil::<bf16>(kind, band, level, products, bad, which, token);
-                        spoil::<f16>(kind, band, level, products, bad, which, token);
+                        spoil::<bf16>(kind, band, isa, products, bad, which, token);
+                        spoil::<f16>(kind, band, isa, products, bad, which, token);
                     }
                 }
             }
@@ -393,7 +395,7 @@ fn numbers_that_are_not_finite_go_where_they_go_by_definition() {
 
 #[test]
 fn a_row_of_nothing_but_minus_infinity_is_nan() {
-    for level in Level::available() {
+    for isa in Isa::available() {
         let mut p = Problem::<f32>::new(
             Kind::Full,
             shape(1, 1, 130, 1),
@@ -403,7 +405,7 @@ fn a_row_of_nothing_but_minus_infinity_is_nan() {
         );
         p.k.data.fill(f32::NEG_INFINITY);
         p.q.data.fill(1.0);
-        let (out, _) = p.run(level, &Sequential);
+        let (out, _) = p.run(isa, &Sequential);
         assert!(
             out.iter().all(|x| x.is_nan()),
             "−∞ − −∞ is NaN in the definition"
@@ -433,7 +435,7 @@ fn residual_in_place(spoilt: bool, shape: Shape) {
     if spoilt {
         p.v.data[0] = f32::INFINITY;
     }
-    let want = p.run(Level::best(), &Sequential).0;
+    let want = p.run(Isa::selected(), &Sequential).0;
     assert!(want.iter().any(|x| x.is_finite()));
     let mut both = p.residual.clone();
     let data = both.data.as_mut_ptr().cast::<u8>();

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use common::*;
 use ditfastattn_emulator::{Buffer, Process, Sources};
-use ditfastattn_kernels::cuda::{self, AttentionParams, Job, Limits, Variant, choose};
+use ditfastattn_kernels::cuda::{self, AttentionMode, AttentionParams, Limits, Variant, choose};
 use ditfastattn_kernels::*;
 use half::{bf16, f16};
 
@@ -401,16 +401,16 @@ fn a_residual_that_is_not_finite_is_reported() {
 #[test]
 fn other_head_dimensions() {
     let dims = [8, 24, 40, 48, 88, 112, 120];
-    let variant = |dim, job| Variant::TensorCore {
+    let variant = |dim, mode| Variant::TensorCore {
         dtype: DType::BF16,
         dim,
         queries: 64,
-        job,
+        mode,
         masked: false,
     };
     let variants = dims
         .into_iter()
-        .flat_map(|dim| Job::ALL.map(|job| variant(dim, job)));
+        .flat_map(|dim| AttentionMode::ALL.map(|mode| variant(dim, mode)));
     let program = Sources::new().only(variants).program();
     let mut process = Process::start(&program);
     for dim in dims {
@@ -439,22 +439,22 @@ fn victim(kind: Kind) -> Problem<f16> {
 }
 
 /// Runs a kernel with `new` in place of `old`.
-fn planted(job: Job, file: &str, old: &str, new: &str) -> Result<Outcome, String> {
+fn planted(mode: AttentionMode, file: &str, old: &str, new: &str) -> Result<Outcome, String> {
     let variant = Variant::TensorCore {
         dtype: DType::F16,
         dim: 72,
         queries: 64,
-        job,
+        mode,
         masked: false,
     };
     let program = Sources::new()
         .only([variant])
         .with(file, old, new)
         .program();
-    let kind = match job {
-        Job::Full => Kind::Full,
-        Job::Capture => Kind::Capture,
-        Job::Window => Kind::WindowResidual,
+    let kind = match mode {
+        AttentionMode::Full => Kind::Full,
+        AttentionMode::Capture => Kind::Capture,
+        AttentionMode::Window => Kind::WindowResidual,
     };
     run(
         &mut Process::start(&program),
@@ -484,7 +484,8 @@ fn is_wrong(got: &Outcome) -> bool {
 fn nothing_is_wrong_where_nothing_is_planted() {
     // The same text: what the tests below see comes from what they plant.
     let line = "apart <= half_width &&";
-    let got = planted(Job::Capture, "band.cuh", line, line).expect("no sanitizer objects");
+    let got =
+        planted(AttentionMode::Capture, "band.cuh", line, line).expect("no sanitizer objects");
     assert!(!is_wrong(&got));
 }
 
@@ -502,7 +503,7 @@ fn a_wrong_index_is_caught() {
             "apart < half_width &&",
         ),
     ] {
-        let got = planted(Job::Capture, file, old, new).expect("it computes something");
+        let got = planted(AttentionMode::Capture, file, old, new).expect("it computes something");
         assert!(is_wrong(&got), "{new} was not caught");
     }
 }
@@ -510,7 +511,7 @@ fn a_wrong_index_is_caught() {
 #[test]
 fn a_store_out_of_bounds_is_caught() {
     let error = planted(
-        Job::Capture,
+        AttentionMode::Capture,
         "attention.cuh",
         "if (query < p.q_tokens) {",
         "if (query <= p.q_tokens) {",
@@ -524,10 +525,10 @@ fn a_store_out_of_bounds_is_caught() {
 fn a_read_of_shared_memory_out_of_bounds_is_caught() {
     // V is the last thing in a full kernel's shared memory.
     let error = planted(
-        Job::Full,
+        AttentionMode::Full,
         "attention.cuh",
-        "v_shared + (step * 16 + (lane & 15)) * ROW",
-        "v_shared + (step * 64 + (lane & 15)) * ROW",
+        "v_smem + (step * 16 + (lane & 15)) * ROW",
+        "v_smem + (step * 64 + (lane & 15)) * ROW",
     )
     .err();
     let error = error.expect("the sanitizer ends the process");
@@ -537,10 +538,10 @@ fn a_read_of_shared_memory_out_of_bounds_is_caught() {
 #[test]
 fn a_missing_wait_is_caught() {
     let got = planted(
-        Job::Capture,
+        AttentionMode::Capture,
         "attention.cuh",
-        "            copy_wait<0>();\n            sync_block();\n            fetch(v_shared",
-        "            sync_block();\n            fetch(v_shared",
+        "            copy_wait<0>();\n            sync_block();\n            load_tile_async(v_smem",
+        "            sync_block();\n            load_tile_async(v_smem",
     );
     assert!(is_wrong(&got.expect("it computes something")));
 }
@@ -569,7 +570,7 @@ fn the_choice_of_kernels() {
         queries(of(&mut problem(Kind::Full, 2049, 72, Layout::Bshd), &LARGE)),
         Some(128)
     );
-    // 99 KiB, as on devices of compute capability 8.6, hold no snapshot of 128 queries with 128 channels.
+    // 99 KiB, as on devices of compute capability 8.6, hold no window output of 128 queries with 128 channels.
     let small = Limits {
         shared_bytes: 99 << 10,
         ..LARGE

@@ -42,12 +42,12 @@ fn broadcasts([b, h, n]: [usize; 3]) -> [[usize; 4]; 7] {
     ]
 }
 
-fn every_broadcast<T: Element>(tokens: usize, levels: &[Level]) {
+fn every_broadcast<T: Element>(tokens: usize, isas: &[Isa]) {
     let mut shape = shape(2, 4, tokens, 18);
     shape.kv_heads = 2;
     shape.v_dim = 7;
     let mut seed = 0;
-    for &level in levels {
+    for &isa in isas {
         for kind in KINDS {
             for dims in broadcasts([2, 4, tokens]) {
                 for boolean in [false, true] {
@@ -59,7 +59,7 @@ fn every_broadcast<T: Element>(tokens: usize, levels: &[Level]) {
                     let mut mask = some(dims, gap, boolean, 0.3, seed);
                     mask.guarded = seed % 4 < 2;
                     p.mask = Some(mask.convert());
-                    check(p, level);
+                    check(p, isa);
                 }
             }
         }
@@ -68,20 +68,20 @@ fn every_broadcast<T: Element>(tokens: usize, levels: &[Level]) {
 
 #[test]
 fn every_broadcast_float32() {
-    every_broadcast::<f32>(70, &Level::available());
+    every_broadcast::<f32>(70, &Isa::available());
     for tokens in [1, 2, 17, 64, 130, 257] {
-        every_broadcast::<f32>(tokens, &[Level::best()]);
+        every_broadcast::<f32>(tokens, &[Isa::best()]);
     }
 }
 
 #[test]
 fn every_broadcast_float16() {
-    every_broadcast::<f16>(70, &Level::available());
+    every_broadcast::<f16>(70, &Isa::available());
 }
 
 #[test]
 fn every_broadcast_bfloat16() {
-    every_broadcast::<bf16>(70, &Level::available());
+    every_broadcast::<bf16>(70, &Isa::available());
 }
 
 /// Masks that hide whole blocks: causal, blocks on the diagonal, padding at either end.
@@ -96,7 +96,7 @@ fn masks_with_structure() {
         |i, j| i < 128 || j < 5,
     ];
     let tokens = 300;
-    for level in Level::available() {
+    for isa in Isa::available() {
         for kind in KINDS {
             for rule in rules {
                 for boolean in [false, true] {
@@ -119,7 +119,7 @@ fn masks_with_structure() {
                         };
                         p.mask = Some(TestMask::new([1, 1, tokens, tokens], 1, boolean, next));
                         p.scale = scale;
-                        check(p, level);
+                        check(p, isa);
                     }
                 }
             }
@@ -133,7 +133,7 @@ fn same(x: &[f32], y: &[f32]) -> bool {
 
 #[test]
 fn a_mask_that_shows_everything_is_no_mask_bit_for_bit() {
-    for level in Level::available() {
+    for isa in Isa::available() {
         for kind in KINDS {
             for boolean in [false, true] {
                 for dims in [[1, 1, 1, 200], [1, 2, 200, 200]] {
@@ -144,9 +144,9 @@ fn a_mask_that_shows_everything_is_no_mask_bit_for_bit() {
                         [Layout::Bshd; 4],
                         1,
                     );
-                    let plain = p.run(level, &Sequential);
+                    let plain = p.run(isa, &Sequential);
                     p.mask = Some(TestMask::new(dims, 1, boolean, || 0.0));
-                    let masked = p.run(level, &Sequential);
+                    let masked = p.run(isa, &Sequential);
                     assert!(same(&plain.0, &masked.0));
                     assert!(same(
                         &plain.1.unwrap_or_default(),
@@ -170,9 +170,9 @@ fn results_do_not_depend_on_the_pool() {
                 8,
             );
             p.mask = Some(some(dims, 1, false, 0.2, 3));
-            let first = p.run(Level::best(), &Sequential);
+            let first = p.run(Isa::best(), &Sequential);
             for threads in [2, 5, 100] {
-                let again = p.run(Level::best(), &Threads(threads));
+                let again = p.run(Isa::best(), &Threads(threads));
                 assert!(same(&first.0, &again.0));
             }
         }
@@ -184,7 +184,7 @@ fn results_do_not_depend_on_the_pool() {
 #[test]
 fn large_finite_numbers_are_added() {
     let tokens = 130;
-    for level in Level::available() {
+    for isa in Isa::available() {
         for kind in KINDS {
             for low in [-1e4f32, -65504.0, -1e9, -1e30, f32::MIN] {
                 let mut p = Problem::<f32>::new(
@@ -202,7 +202,7 @@ fn large_finite_numbers_are_added() {
                     let pushed = i == 3 || j > 90 || (i == 100 && j > 50);
                     if pushed { low } else { 0.0 }
                 }));
-                check(p, level);
+                check(p, isa);
             }
         }
     }
@@ -214,14 +214,14 @@ fn large_finite_numbers_are_added() {
         7,
     );
     p.mask = Some(TestMask::new([1, 1, 1, tokens], 1, false, || -65504.0));
-    check(p, Level::best());
+    check(p, Isa::best());
 }
 
 /// What rows that see nothing give, spelt out: W is 0; O is 0 or, by definition, 0 / 0.
 #[test]
 fn rows_that_see_nothing() {
     let tokens = 150;
-    for level in Level::available() {
+    for isa in Isa::available() {
         for (boolean, guarded) in [(true, false), (false, true), (false, false)] {
             for dims in [[1, 1, tokens, tokens], [1, 1, tokens, 1]] {
                 let mut p = Problem::<f32>::new(
@@ -243,13 +243,13 @@ fn rows_that_see_nothing() {
                 p.mask = Some(mask);
                 let row = |x: &[f32], i: usize| x[i * 8..(i + 1) * 8].to_vec();
                 let zero = boolean || guarded;
-                let (o, r) = p.run(level, &Sequential);
+                let (o, r) = p.run(isa, &Sequential);
                 let r = r.expect("captured");
                 for x in [row(&o, 70), row(&r, 70)].concat() {
                     assert!(if zero { x == 0.0 } else { x.is_nan() }, "{x}");
                 }
                 p.kind = Kind::Window;
-                let (w, _) = p.run(level, &Sequential);
+                let (w, _) = p.run(isa, &Sequential);
                 assert_eq!(row(&w, 70), [0.0; 8]);
                 if dims[3] > 1 {
                     assert_eq!(row(&w, 71), [0.0; 8]);
@@ -258,7 +258,7 @@ fn rows_that_see_nothing() {
                 }
                 for kind in KINDS {
                     p.kind = kind;
-                    check(p.clone(), level);
+                    check(p.clone(), isa);
                 }
             }
         }
@@ -267,14 +267,14 @@ fn rows_that_see_nothing() {
 
 #[test]
 fn hidden_keys_and_values_may_be_anything() {
-    for level in Level::available() {
-        hidden_numbers::<f32>(level, Products::Float32, 1e-4);
+    for isa in Isa::available() {
+        hidden_numbers::<f32>(isa, Products::Float32, 1e-4);
     }
-    hidden_numbers::<bf16>(Level::best(), Products::Bfloat16, 0.03);
-    hidden_numbers::<f16>(Level::best(), Products::Bfloat16, 0.03);
+    hidden_numbers::<bf16>(Isa::best(), Products::Bfloat16, 0.03);
+    hidden_numbers::<f16>(Isa::best(), Products::Bfloat16, 0.03);
 }
 
-fn hidden_numbers<T: Element>(level: Level, products: Products, tolerance: f64) {
+fn hidden_numbers<T: Element>(isa: Isa, products: Products, tolerance: f64) {
     let tokens = 200;
     for kind in KINDS {
         for boolean in [false, true] {
@@ -304,7 +304,7 @@ fn hidden_numbers<T: Element>(level: Level, products: Products, tolerance: f64) 
                         p.k.data[at[0]] = T::from_f32(bad);
                         p.v.data[at[1]] = T::from_f32(bad);
                     }
-                    let (want, got) = (p.oracle(), p.run(level, &Sequential));
+                    let (want, got) = (p.oracle(), p.run(isa, &Sequential));
                     let pairs = got.0.iter().zip(&want.out).enumerate();
                     for (i, (x, y)) in pairs {
                         let close = (f64::from(*x) - y).abs() < tolerance;
@@ -322,7 +322,7 @@ fn hidden_numbers<T: Element>(level: Level, products: Products, tolerance: f64) 
 
 #[test]
 fn numbers_in_a_mask_that_are_not_finite_go_where_they_go_by_definition() {
-    for level in Level::available() {
+    for isa in Isa::available() {
         for kind in KINDS {
             for bad in [f32::NAN, f32::INFINITY] {
                 let mut p = Problem::<f32>::new(
@@ -337,7 +337,7 @@ fn numbers_in_a_mask_that_are_not_finite_go_where_they_go_by_definition() {
                     at += 1;
                     if at == 66 * 130 + 60 { bad } else { 0.5 }
                 }));
-                check(p, level);
+                check(p, isa);
             }
         }
     }
@@ -414,7 +414,7 @@ fn empty_tensors_are_no_work() {
         };
         let mut p = Problem::<f32>::new(Kind::Full, s, Band::new(1), [Layout::Bhsd; 4], 1);
         p.mask = Some(some([1, 1, q_tokens, kv_tokens], 1, false, 0.0, 1));
-        let (out, _) = p.run(Level::best(), &Sequential);
+        let (out, _) = p.run(Isa::best(), &Sequential);
         assert!(out.iter().all(|&x| x == 0.0));
     }
 }
@@ -467,8 +467,8 @@ proptest! {
 
     #[test]
     fn random_masks((p, _) in problems()) {
-        for level in Level::available() {
-            check(p.clone(), level);
+        for isa in Isa::available() {
+            check(p.clone(), isa);
         }
     }
 }

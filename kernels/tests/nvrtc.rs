@@ -2,27 +2,27 @@
 //! installed it. `DITFASTATTN_NVRTC` names its folder.
 
 use ditfastattn_kernels::DType;
-use ditfastattn_kernels::cuda::{Job, Variant, compile_at_run_time};
+use ditfastattn_kernels::cuda::{AttentionMode, Variant, compile_at_run_time};
 
 #[test]
 #[ignore = "needs NVRTC; scripts/cuda-kernels runs it"]
 fn kernels_compile_at_run_time_for_every_architecture() {
-    let tensor_core = |dim, job, masked| Variant::TensorCore {
+    let tensor_core = |dim, mode, masked| Variant::TensorCore {
         dtype: DType::BF16,
         dim,
         queries: 64,
-        job,
+        mode,
         masked,
     };
     for variant in [
-        tensor_core(72, Job::Capture, false),
-        tensor_core(72, Job::Window, true),
-        tensor_core(40, Job::Full, false),
+        tensor_core(72, AttentionMode::Capture, false),
+        tensor_core(72, AttentionMode::Window, true),
+        tensor_core(40, AttentionMode::Full, false),
         Variant::Copy { dtype: DType::F16 },
         Variant::Simple {
             dtype: DType::F32,
             max_dim: 64,
-            job: Job::Window,
+            mode: AttentionMode::Window,
         },
     ] {
         for arch in [80, 86, 90, 100, 120] {

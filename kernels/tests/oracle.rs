@@ -32,7 +32,7 @@ const TOKENS: [usize; 9] = [1, 2, 3, 17, 63, 64, 65, 130, 257];
 
 #[test]
 fn every_mode_width_and_band_at_every_level() {
-    for level in Level::available() {
+    for isa in Isa::available() {
         let mut seed = 0;
         for dim in DIMS {
             for tokens in TOKENS {
@@ -45,7 +45,7 @@ fn every_mode_width_and_band_at_every_level() {
                         let layout = LAYOUTS[(seed as usize / 3) % 4];
                         let p =
                             Problem::new(kind, shape(1, 1, tokens, dim), band, [layout; 4], seed);
-                        check::<f32>(p, level);
+                        check::<f32>(p, isa);
                     }
                 }
             }
@@ -60,7 +60,7 @@ fn every_band_of_every_length() {
             for kind in [Kind::Capture, Kind::WindowResidual] {
                 check::<f32>(
                     Problem::new(kind, shape(1, 1, tokens, 8), band, [Layout::Bhsd; 4], 5),
-                    Level::best(),
+                    Isa::best(),
                 );
             }
         }
@@ -76,7 +76,7 @@ fn every_layout<T: Element>() {
         text: 5,
         text_at_start: true,
     };
-    for level in Level::available() {
+    for isa in Isa::available() {
         for (i, kind) in KINDS.into_iter().enumerate() {
             for n in 0..16 {
                 // All pairs of layouts for K and V; Q and the outputs go along.
@@ -86,7 +86,7 @@ fn every_layout<T: Element>() {
                     LAYOUTS[n % 4],
                     LAYOUTS[(n / 4 + i) % 4],
                 ];
-                check::<T>(Problem::new(kind, shape, band, layouts, n as u32), level);
+                check::<T>(Problem::new(kind, shape, band, layouts, n as u32), isa);
             }
         }
     }
@@ -104,11 +104,11 @@ fn long_sequences_in_every_layout() {
             let layouts = [layout, layout, LAYOUTS[(n + 1) % 4], layout];
             check::<f32>(
                 Problem::new(kind, shape, wide, layouts, n as u32),
-                Level::best(),
+                Isa::best(),
             );
             check::<f16>(
                 Problem::new(kind, shape, wide, layouts, n as u32),
-                Level::best(),
+                Isa::best(),
             );
         }
     }
@@ -136,11 +136,11 @@ fn half_precision_at_real_widths() {
             let (shape, band) = (shape(1, 2, 257, dim), Band::new(32));
             check::<f16>(
                 Problem::new(kind, shape, band, [Layout::Bshd; 4], 1),
-                Level::best(),
+                Isa::best(),
             );
             check::<bf16>(
                 Problem::new(kind, shape, band, [Layout::Bshd; 4], 2),
-                Level::best(),
+                Isa::best(),
             );
         }
     }
@@ -178,13 +178,13 @@ fn cross_attention_of_any_lengths() {
         (65, 121),
         (200, 333),
     ] {
-        for level in Level::available() {
+        for isa in Isa::available() {
             let s = Shape {
                 q_tokens,
                 kv_tokens,
                 ..shape(2, 2, 0, 24)
             };
-            check::<f32>(Problem::new(Kind::Full, s, Band::new(0), LAYOUTS, 9), level);
+            check::<f32>(Problem::new(Kind::Full, s, Band::new(0), LAYOUTS, 9), isa);
         }
     }
 }
@@ -205,8 +205,8 @@ fn large_and_drifting_scores() {
                 *k = *k * 0.5 + slope * (i / 8) as f32 * 0.1;
             }
             p.q.data.iter_mut().for_each(|q| *q = q.abs());
-            for level in Level::available() {
-                check(p.clone(), level);
+            for isa in Isa::available() {
+                check(p.clone(), isa);
             }
         }
     }
@@ -219,8 +219,8 @@ fn scales_of_any_sign_and_none() {
             let mut p =
                 Problem::<f32>::new(kind, shape(1, 1, 70, 8), Band::new(9), [Layout::Bhsd; 4], 6);
             p.scale = scale;
-            for level in Level::available() {
-                check(p.clone(), level);
+            for isa in Isa::available() {
+                check(p.clone(), isa);
             }
         }
     }
@@ -268,9 +268,9 @@ proptest! {
 
     #[test]
     fn random_shapes((kind, shape, band, layouts, seed) in shapes()) {
-        for level in Level::available() {
-            check::<f32>(Problem::new(kind, shape, band, layouts, seed), level);
+        for isa in Isa::available() {
+            check::<f32>(Problem::new(kind, shape, band, layouts, seed), isa);
         }
-        check::<f16>(Problem::new(kind, shape, band, layouts, seed), Level::best());
+        check::<f16>(Problem::new(kind, shape, band, layouts, seed), Isa::best());
     }
 }

@@ -2,22 +2,8 @@
 //!
 //! x = n + r with n the nearest integer and |r| ≤ 1/2; 2^r by a polynomial, 2^n by placing n in the exponent bits.
 
+use super::isa::{Backend, EXP2_COEFFICIENTS as C, Native, mul_add};
 use pulp::Simd;
-
-use super::vector::mul_add;
-#[cfg(target_arch = "x86_64")]
-use super::vector::{as_avx512, from_avx512};
-
-/// Coefficients of r, r², … r⁵ in 2^r. The constant term is exactly 1, so that 2^0 = 1 exactly.
-/// Weighted minimax fit on [−1/2, 1/2]: relative error 9.2e-8.
-#[allow(clippy::approx_constant)] // The first is near ln 2, as it should be, but not ln 2.
-const C: [f32; 5] = [
-    0.693_147,
-    0.240_222_42,
-    0.055_507_336,
-    0.009_671_513,
-    0.001_326_472_7,
-];
 
 /// 1.5·2²³ + 127: adding it rounds to an integer, and leaves that integer plus the exponent bias in the low bits.
 const MAGIC: f32 = 12_583_039.0;
@@ -27,10 +13,8 @@ const MAGIC: f32 = 12_583_039.0;
 /// NaN gives NaN. Above 127 the result is meaningless; a softmax never gets there unless the row is NaN anyway.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(x) = as_avx512::<S>(x) {
-        // SAFETY: vectors of that type exist only where AVX-512 does.
-        return from_avx512::<S>(unsafe { exp2_avx512(x) });
+    if let Some(y) = Native::exp2::<S>(x) {
+        return y;
     }
     // A comparison and not `max`: whether `max` drops a NaN differs between instruction sets.
     let low = simd.splat_f32s(-127.0);
@@ -47,31 +31,10 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.mul_f32s(p, simd.transmute_f32s_u32s(scale))
 }
 
-/// The same polynomial; rounding and scaling are instructions of their own, and zeroing rides along with the scaling.
-///
-/// # Safety
-/// The machine must have AVX-512 F.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn exp2_avx512(x: std::arch::x86_64::__m512) -> std::arch::x86_64::__m512 {
-    use std::arch::x86_64::*;
-    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    let n = _mm512_roundscale_ps::<NEAREST>(x);
-    let r = _mm512_sub_ps(x, n);
-    let mut p = _mm512_set1_ps(C[4]);
-    for c in [C[3], C[2], C[1], C[0], 1.0] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    }
-    // Not greater than the limit: true for NaN too, which stays NaN.
-    let keeps = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.5));
-    _mm512_maskz_scalef_ps(keeps, p, n)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::Level;
     use super::*;
+    use crate::cpu::Isa;
     use pulp::WithSimd;
 
     struct Each<'a>(&'a mut [f32]);
@@ -91,13 +54,13 @@ mod tests {
 
     #[test]
     fn error_over_the_whole_range() {
-        for level in Level::available() {
+        for isa in Isa::available() {
             let n = 1 << 20;
             let x: Vec<f32> = (0..n)
                 .map(|i| 127.0 - 253.5 * i as f32 / n as f32)
                 .collect();
             let mut y = x.clone();
-            level.run(Each(&mut y));
+            isa.run(Each(&mut y));
             let mut worst = 0f64;
             for (&x, &y) in x.iter().zip(&y).filter(|&(&x, _)| x > -126.5) {
                 let want = f64::from(x).exp2();
@@ -105,13 +68,13 @@ mod tests {
                 let error = (f64::from(y) - want).abs() - 2f64.powi(-149);
                 worst = worst.max(error / want);
             }
-            assert!(worst < 2.5e-7, "{level:?}: {worst:.2e}");
+            assert!(worst < 2.5e-7, "{isa:?}: {worst:.2e}");
         }
     }
 
     #[test]
     fn exact_and_special_values() {
-        for level in Level::available() {
+        for isa in Isa::available() {
             let mut x = [
                 0.0,
                 1.0,
@@ -125,7 +88,7 @@ mod tests {
                 127.0,
             ]
             .repeat(8);
-            level.run(Each(&mut x));
+            isa.run(Each(&mut x));
             for x in x.chunks(10) {
                 assert_eq!(
                     x[..8],

@@ -1,41 +1,35 @@
 //! Attention on the CPU: splits a call into tasks and hands each to the best instruction set.
 //!
-//! The way of the data is described at the [crate's root](crate); `task` follows it step by step.
+//! The data flow is described at the [crate's root](crate); `task` follows it step by step.
 
-mod ahead;
-mod arithmetic;
 mod block;
 mod context;
+mod epilogue;
 mod exp;
-mod finish;
 mod gemm;
-#[cfg(target_arch = "x86_64")]
-mod in_registers;
-mod keys;
-mod level;
-mod limits;
-mod mask;
-mod pack;
-mod pairs;
+mod isa;
+mod key_ranges;
+mod kv;
+mod load_store;
+mod mask_tile;
+mod pack_bf16;
+mod prefetch;
 mod scratch;
-mod sight;
 mod softmax;
-mod step;
 mod task;
+mod tile_step;
 mod transpose;
-mod vector;
 
-pub use level::Level;
+pub use isa::{Isa, MatrixKernel, kernels};
 
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
-use crate::Computed;
-use crate::api::{Attention, DType, Mode, Products};
+use crate::api::{Attention, Computed, Mode, Products};
 use crate::parallel::Parallel;
-use arithmetic::{Arithmetic, Float32};
-use keys::{Keys, Part, Places};
-use limits::{Limits, MOST_TASKS};
+use crate::tensor::DType;
+use isa::{Backend, DotArithmetic, Float32, MAX_TASKS, Native, Tuning};
+use kv::{KvChunk, KvPlan, KvSource};
 
 /// Shares a call between threads.
 #[derive(Clone, Copy)]
@@ -54,12 +48,12 @@ impl<'a, 'b> Shared<'a, 'b> {
 pub(crate) fn attention(
     a: &Attention<'_>,
     pool: &dyn Parallel,
-    level: Level,
+    isa: Isa,
     products: Products,
 ) -> Computed {
     let finite = AtomicBool::new(true);
     if !is_empty(a) {
-        run(a, pool, level, products, Limits::best(level), &finite);
+        run(a, pool, isa, products, isa::tuning(isa), &finite);
     }
     Computed {
         residual_is_finite: finite.into_inner(),
@@ -71,105 +65,107 @@ fn is_empty(a: &Attention<'_>) -> bool {
     s.batch * s.heads * s.q_tokens * s.v_dim == 0
 }
 
-/// Whether this machine multiplies pairs of bfloat16 at `level`.
-pub(crate) fn has_bfloat16(level: Level) -> bool {
-    arithmetic::bfloat16(level).is_some()
+impl Products {
+    /// Whether this machine has the instructions; without them the choice makes no difference.
+    pub fn available(self) -> bool {
+        self == Products::Float32 || Native::bfloat16(Isa::selected()).is_some()
+    }
 }
 
 fn run(
     a: &Attention<'_>,
     pool: &dyn Parallel,
-    level: Level,
+    isa: Isa,
     products: Products,
-    limits: Limits,
+    tuning: Tuning,
     finite: &AtomicBool,
 ) {
     let half = [a.q.dtype, a.k.dtype, a.v.dtype]
         .iter()
         .all(|&dtype| dtype != DType::F32);
-    match arithmetic::bfloat16(level) {
+    match Native::bfloat16(isa) {
         Some(pairs) if half && products == Products::Bfloat16 => {
-            run_in(pairs, a, pool, level, limits, finite);
+            run_in(pairs, a, pool, isa, tuning, finite);
         }
-        _ => run_in(Float32, a, pool, level, limits, finite),
+        _ => run_in(Float32, a, pool, isa, tuning, finite),
     }
 }
 
-fn run_in<A: Arithmetic + Sync>(
+fn run_in<A: DotArithmetic + Sync>(
     arithmetic: A,
     a: &Attention<'_>,
     pool: &dyn Parallel,
-    level: Level,
-    limits: Limits,
+    isa: Isa,
+    tuning: Tuning,
     finite: &AtomicBool,
 ) {
     let shared = Shared(a);
-    let places = Places::of(a, A::EACH, limits);
-    scratch::with_keys(|memory| {
-        for part in Part::all(a, places, limits) {
-            let keys = Keys::new(a, places, &part, memory, pool);
-            let cut = Cut::new(a, &part, level.queries(), limits.tasks);
-            pool.run(cut.tasks(), &|i| {
-                let (batch, heads, blocks) = cut.task(i);
+    let plan = KvPlan::of(a, A::ELEMS_PER_WORD, tuning);
+    scratch::with_kv(|memory| {
+        for chunk in KvChunk::all(a, plan, tuning) {
+            let kv = KvSource::new(a, plan, &chunk, memory, pool);
+            let grid = TaskGrid::new(a, &chunk, isa.block_m(), tuning.min_tasks);
+            pool.run(grid.tasks(), &|i| {
+                let (batch, heads, blocks) = grid.task(i);
                 scratch::with(|scratch| {
                     let task = task::Task {
                         a: shared.get(),
                         arithmetic,
-                        keys: &keys,
+                        kv: &kv,
                         finite,
                         batch,
                         heads,
                         blocks,
                         scratch,
                     };
-                    arithmetic.run(level, task);
+                    arithmetic.run(isa, task);
                 });
             });
         }
     });
 }
 
-/// How a part of a call is cut into tasks. No result depends on it: each query block meets the same blocks of keys.
+/// How a chunk of a call is cut into tasks. No result depends on it: each query block meets the same blocks of keys.
 #[derive(Clone, Debug)]
-struct Cut {
+struct TaskGrid {
     batch: Range<usize>,
     heads: Range<usize>,
     /// Query blocks.
     blocks: usize,
     /// Neighbouring heads in a task.
-    heads_each: usize,
+    heads_per_task: usize,
     /// Query blocks in a task.
-    blocks_each: usize,
+    blocks_per_task: usize,
     /// Whether tasks go along the heads first, then along the queries.
     heads_first: bool,
 }
 
-impl Cut {
-    /// `queries` are those of a block, `tasks` what a part is cut into at least, if it has so many blocks and no band.
-    fn new(a: &Attention<'_>, part: &Part, queries: usize, tasks: usize) -> Self {
+impl TaskGrid {
+    /// `queries` are those of a block, `tasks` what a chunk is cut into at least, if it has so many blocks and no band.
+    fn new(a: &Attention<'_>, chunk: &KvChunk, queries: usize, tasks: usize) -> Self {
         let s = a.shape;
         let per_kv = s.heads / s.kv_heads;
-        let heads = part.kv_heads.start * per_kv..part.kv_heads.end * per_kv;
+        let heads = chunk.kv_heads.start * per_kv..chunk.kv_heads.end * per_kv;
         let blocks = s.q_tokens.div_ceil(queries);
         // Heads that share a mask share what it takes to read it.
-        let heads_each = match a.mask {
+        let heads_per_task = match a.mask {
             Some(mask) if mask.strides.head == 0 => 2.min(heads.len()),
             _ => 1,
         };
         // Queries in one task share keys and values in the cache; more of them save traffic, fewer of them balance better.
-        let blocks_all = part.batch.len() * heads.len() * blocks;
+        let blocks_all = chunk.batch.len() * heads.len() * blocks;
         let band = matches!(a.mode, Mode::Window { .. });
         // Of a band's keys a larger task sees more, not the same ones for longer.
-        let tasks = if band { MOST_TASKS } else { tasks };
-        let blocks_each = (blocks_all / heads_each / tasks)
+        let tasks = if band { MAX_TASKS } else { tasks };
+        let blocks_per_task = (blocks_all / heads_per_task / tasks)
             .clamp(1, 512 / queries)
             .min(blocks);
-        Cut {
-            batch: part.batch.clone(),
+        TaskGrid {
+            batch: chunk.batch.clone(),
             heads,
             blocks,
-            heads_each,
-            blocks_each,
+            heads_per_task,
+            blocks_per_task,
             // A band's queries, keys and values lie together, also in pages of memory that heads share.
             heads_first: band,
         }
@@ -177,8 +173,8 @@ impl Cut {
 
     /// Tasks along the heads and along the queries.
     fn grid(&self) -> (usize, usize) {
-        let along_heads = self.heads.len().div_ceil(self.heads_each);
-        (along_heads, self.blocks.div_ceil(self.blocks_each))
+        let along_heads = self.heads.len().div_ceil(self.heads_per_task);
+        (along_heads, self.blocks.div_ceil(self.blocks_per_task))
     }
 
     fn tasks(&self) -> usize {
@@ -198,12 +194,12 @@ impl Cut {
         } else {
             (i / along_queries, i % along_queries)
         };
-        let head = self.heads.start + head * self.heads_each;
-        let block = block * self.blocks_each;
+        let head = self.heads.start + head * self.heads_per_task;
+        let block = block * self.blocks_per_task;
         (
             self.batch.start + batch,
-            head..self.heads.end.min(head + self.heads_each),
-            block..self.blocks.min(block + self.blocks_each),
+            head..self.heads.end.min(head + self.heads_per_task),
+            block..self.blocks.min(block + self.blocks_per_task),
         )
     }
 }
@@ -212,11 +208,12 @@ impl Cut {
 mod tests {
     use half::{bf16, f16};
 
-    use super::keys::TasksCopy;
-    use super::pack::{Plane, offset};
+    use super::isa::TaskPacking;
+    use super::load_store::{BatchHead, offset};
     use super::*;
-    use crate::api::{Band, Element, Input, Output, Shape, Strides};
+    use crate::api::{Band, Shape};
     use crate::parallel::Threads;
+    use crate::tensor::{Element, Input, Output, Strides};
 
     const SHAPE: Shape = Shape {
         batch: 3,
@@ -237,7 +234,7 @@ mod tests {
 
     /// The bits of output and residual, and whether the latter is finite.
     fn compute<T: Element>(
-        limits: Limits,
+        tuning: Tuning,
         products: Products,
         kind: Kind,
         layout: fn(usize, usize, usize) -> Strides,
@@ -246,7 +243,12 @@ mod tests {
         let numbers = |seed: usize, heads: usize, channels: usize| -> Vec<T> {
             let (batch, head) = (s.batch - 1, heads - 1);
             let layout = layout(heads, s.q_tokens, channels);
-            let last = offset(layout, Plane { batch, head }, s.q_tokens - 1, channels - 1);
+            let last = offset(
+                layout,
+                BatchHead { batch, head },
+                s.q_tokens - 1,
+                channels - 1,
+            );
             let n = last as usize + 1;
             let number = |i: usize| ((i * 7919 + seed) % 1009) as f32 / 252.0 - 2.0;
             (0..n).map(|i| T::from_f32(number(i))).collect()
@@ -281,47 +283,47 @@ mod tests {
         };
         crate::check::check(&call).expect("a valid call");
         let finite = AtomicBool::new(true);
-        run(&call, &Threads(2), Level::best(), products, limits, &finite);
+        run(&call, &Threads(2), Isa::best(), products, tuning, &finite);
         let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect();
         (bits(&out), bits(&residual), finite.into_inner())
     }
 
-    /// Short sequences are read where they are, which is compared with the definition in `tests/oracle.rs`.
+    /// Short sequences are read in place, which is compared with the definition in `tests/oracle.rs`.
     #[test]
-    fn where_keys_are_read_and_in_how_many_parts_changes_nothing() {
+    fn where_k_and_v_are_packed_and_in_how_many_chunks_changes_nothing() {
         let s = SHAPE;
-        let plane = s.kv_tokens.next_multiple_of(keys::KEYS) * (s.head_dim + s.v_dim);
+        let head_words = s.kv_tokens.next_multiple_of(kv::BLOCK_N) * (s.head_dim + s.v_dim);
         for layout in [Strides::bshd, Strides::bhds, Strides::bhsd] {
             for kind in [Kind::Full, Kind::Capture, Kind::Window] {
-                let all = |limits| {
+                let all = |tuning| {
                     let [float32, bfloat16] = [Products::Float32, Products::Bfloat16];
                     [
-                        compute::<f32>(limits, float32, kind, layout),
-                        compute::<f16>(limits, float32, kind, layout),
+                        compute::<f32>(tuning, float32, kind, layout),
+                        compute::<f16>(tuning, float32, kind, layout),
                         // Where the machine cannot, the same once more.
-                        compute::<f16>(limits, bfloat16, kind, layout),
-                        compute::<bf16>(limits, bfloat16, kind, layout),
+                        compute::<f16>(tuning, bfloat16, kind, layout),
+                        compute::<bf16>(tuning, bfloat16, kind, layout),
                     ]
                 };
-                let want = all(Limits::best(Level::best()));
-                // No copy in advance; a head at a time; two heads, so a row; two rows and one; all at once. A plane of
+                let want = all(isa::tuning(Isa::best()));
+                // No packing per call; a head at a time; two heads, so a row; two rows and one; all at once. A head of
                 // pairs has a little more than half as many words.
                 for words in [
-                    plane / 2,
-                    plane - 1,
-                    plane,
-                    2 * plane,
-                    5 * plane,
+                    head_words / 2,
+                    head_words - 1,
+                    head_words,
+                    2 * head_words,
+                    5 * head_words,
                     usize::MAX,
                 ] {
-                    for tasks_copy in [TasksCopy::Nothing, TasksCopy::All] {
-                        let limits = Limits {
-                            queries: 0,
-                            tasks_copy,
-                            words,
-                            tasks: MOST_TASKS,
+                    for task_packing in [TaskPacking::Never, TaskPacking::Always] {
+                        let tuning = Tuning {
+                            pack_threshold_queries: 0,
+                            task_packing,
+                            max_packed_words: words,
+                            min_tasks: MAX_TASKS,
                         };
-                        assert!(want == all(limits));
+                        assert!(want == all(tuning));
                     }
                 }
             }
@@ -333,26 +335,26 @@ mod tests {
     fn how_a_call_is_cut_into_tasks_changes_nothing() {
         for kind in [Kind::Full, Kind::Capture] {
             let in_tasks = |tasks| {
-                let limits = Limits {
-                    tasks,
-                    ..Limits::best(Level::best())
+                let tuning = Tuning {
+                    min_tasks: tasks,
+                    ..isa::tuning(Isa::best())
                 };
                 let [float32, bfloat16] = [Products::Float32, Products::Bfloat16];
                 (
-                    compute::<f32>(limits, float32, kind, Strides::bshd),
-                    compute::<bf16>(limits, bfloat16, kind, Strides::bshd),
+                    compute::<f32>(tuning, float32, kind, Strides::bshd),
+                    compute::<bf16>(tuning, bfloat16, kind, Strides::bshd),
                 )
             };
             let whole_heads = in_tasks(1);
-            for tasks in [16, MOST_TASKS, usize::MAX] {
+            for tasks in [16, MAX_TASKS, usize::MAX] {
                 assert!(whole_heads == in_tasks(tasks), "{tasks} tasks");
             }
         }
     }
 
-    /// Windows have no other copies by tasks.
+    /// In windows tasks pack nothing else.
     #[test]
-    fn copying_lines_that_collide_changes_nothing() {
+    fn packing_rows_that_alias_changes_nothing() {
         // Rows of the batch beside each other, tokens 4 KB of float16 apart.
         let layout = |heads: usize, _: usize, channels: usize| Strides {
             batch: (heads * channels) as isize,
@@ -360,23 +362,23 @@ mod tests {
             token: 2048,
             channel: 1,
         };
-        let queries = usize::MAX;
+        let pack_threshold_queries = usize::MAX;
         for kind in [Kind::Full, Kind::Capture, Kind::Window] {
-            let both = |tasks_copy| {
-                let limits = Limits {
-                    queries,
-                    tasks_copy,
-                    words: 0,
-                    tasks: MOST_TASKS,
+            let both = |task_packing| {
+                let tuning = Tuning {
+                    pack_threshold_queries,
+                    task_packing,
+                    max_packed_words: 0,
+                    min_tasks: MAX_TASKS,
                 };
                 (
-                    compute::<f32>(limits, Products::Float32, kind, layout),
-                    compute::<bf16>(limits, Products::Bfloat16, kind, layout),
+                    compute::<f32>(tuning, Products::Float32, kind, layout),
+                    compute::<bf16>(tuning, Products::Bfloat16, kind, layout),
                 )
             };
-            let nothing = both(TasksCopy::Nothing);
-            assert!(nothing == both(TasksCopy::CollidingValues));
-            assert!(nothing == both(TasksCopy::All));
+            let nothing = both(TaskPacking::Never);
+            assert!(nothing == both(TaskPacking::AliasedValues));
+            assert!(nothing == both(TaskPacking::Always));
         }
     }
 }

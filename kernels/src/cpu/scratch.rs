@@ -7,9 +7,9 @@ use std::panic::resume_unwind;
 #[derive(Clone, Copy)]
 struct Line([f32; 16]);
 
-/// Lines of the smallest buffer, 32 KiB: threads keep theirs, and small requests may be served from a reserve that is for
+/// Cache lines of the smallest buffer, 32 KiB: threads keep theirs, and small requests may be served from a reserve that is for
 /// what ends.
-const LEAST: usize = 512;
+const MIN_LINES: usize = 512;
 
 /// A growing buffer of floats on cache-line boundaries.
 #[derive(Default)]
@@ -23,7 +23,7 @@ impl Scratch {
     pub fn cut<const N: usize>(&mut self, lens: [usize; N]) -> [&mut [f32]; N] {
         let lines: usize = lens.iter().map(|n| n.div_ceil(16)).sum();
         if lines > self.0.len() {
-            let lines = lines.max(LEAST);
+            let lines = lines.max(MIN_LINES);
             // Unwinding can become an error of the run; an allocation that fails ends the process. Not a panic: its hook may
             // want a backtrace, and memory for that.
             if self.0.try_reserve(lines - self.0.len()).is_err() {
@@ -44,12 +44,12 @@ impl Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-    static KEYS: RefCell<Scratch> = RefCell::default();
+    static KV: RefCell<Scratch> = RefCell::default();
 }
 
 /// Lends the calling thread's memory for the keys and values of a call, which all of its tasks read.
-pub(crate) fn with_keys<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
-    borrow(&KEYS, f)
+pub(crate) fn with_kv<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+    borrow(&KV, f)
 }
 
 /// Lends the calling thread's scratch. A task that runs inside another one (a pool that helps while it waits) gets

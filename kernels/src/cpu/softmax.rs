@@ -1,125 +1,130 @@
-//! The online softmax: scores of a block become probabilities, relative to a reference that sums so far share.
+//! The online softmax: scores of a block become probabilities, relative to a running maximum.
 
 use std::ops::Range;
 
 use pulp::Simd;
 
-use super::arithmetic::Arithmetic;
-use super::block::Sums;
+use super::block::SoftmaxState;
 use super::exp::exp2;
-use super::gemm::row_len;
-use super::sight::Segment;
-use super::vector::{load, mul_add, store};
+use super::isa::{DotArithmetic, block_m, load, mul_add, store};
+use super::key_ranges::KeySegment;
 
-/// How much a row's scores (in powers of two) may exceed its reference before sums are rescaled.
-const SLACK: f32 = 8.0;
+/// How much a row's scores (in powers of two) may exceed its running maximum before the state is rescaled (FlashAttention-4's
+/// lazy rescaling).
+const RESCALE_THRESHOLD: f32 = 8.0;
 
-/// Online softmax of one vector of queries: scores become probabilities relative to the row's reference, which is
-/// raised (and sums so far rescaled) only where scores exceed it by more than [`SLACK`].
+/// Online softmax of one vector of queries: scores become probabilities relative to the row's running maximum, which is
+/// raised (and the state rescaled) only where scores exceed it by more than [`RESCALE_THRESHOLD`].
 ///
-/// `known` is the largest score of the keys that segments show to all of these queries, if that is known.
+/// `precomputed_max` is the largest score of the keys that all of these queries see, if that is known.
 ///
 /// Where probabilities are rounded to bfloat16 the rounded ones are summed: what values are multiplied with adds up to 1.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-pub(super) fn softmax<S: Simd, A: Arithmetic>(
+pub(super) fn softmax<S: Simd, A: DotArithmetic>(
     simd: S,
     arithmetic: A,
     scale: f32,
     scores: &mut [f32],
-    sums: &mut Sums<'_>,
+    state: &mut SoftmaxState<'_>,
     dv: usize,
     first: usize,
-    segments: &[Segment],
-    v: usize,
-    known: Option<S::f32s>,
+    segments: &[KeySegment],
+    lane_group: usize,
+    precomputed_max: Option<S::f32s>,
 ) {
-    let at = v * S::F32_LANES;
+    let at = lane_group * S::F32_LANES;
     let scores = scores.as_mut_ptr();
-    let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+    let neg_inf = simd.splat_f32s(f32::NEG_INFINITY);
     let scale = simd.splat_f32s(scale);
-    // SAFETY (all of the function): keys and vectors of a segment lie inside the block, whose lengths `step` asserts.
+    // SAFETY (all of the function): keys and vectors of a segment lie inside the block, whose lengths `tile_step` asserts.
     unsafe {
-        let mut tops = [lowest; 4];
-        tops[0] = known.unwrap_or(lowest);
+        let mut partial_max = [neg_inf; 4];
+        partial_max[0] = precomputed_max.unwrap_or(neg_inf);
         for seg in segments {
-            if !seg.vectors.contains(&v) || known.is_some() && seg.shows(v) {
+            if !seg.vectors.contains(&lane_group)
+                || precomputed_max.is_some() && seg.is_fully_visible(lane_group)
+            {
                 continue;
             }
             let mut p = scores
-                .add((seg.keys.start - first) * row_len::<S>() + at)
+                .add((seg.keys.start - first) * block_m::<S>() + at)
                 .cast_const();
             let n = seg.keys.len();
             for _ in 0..n / 4 {
-                for (i, top) in tops.iter_mut().enumerate() {
-                    *top = simd.max_f32s(*top, load(simd, p.add(i * row_len::<S>())));
+                for (i, max) in partial_max.iter_mut().enumerate() {
+                    *max = simd.max_f32s(*max, load(simd, p.add(i * block_m::<S>())));
                 }
-                p = p.wrapping_add(4 * row_len::<S>());
+                p = p.wrapping_add(4 * block_m::<S>());
             }
             for _ in 0..n % 4 {
-                tops[0] = simd.max_f32s(tops[0], load(simd, p));
-                p = p.wrapping_add(row_len::<S>());
+                partial_max[0] = simd.max_f32s(partial_max[0], load(simd, p));
+                p = p.wrapping_add(block_m::<S>());
             }
         }
-        let top = simd.max_f32s(
-            simd.max_f32s(tops[0], tops[1]),
-            simd.max_f32s(tops[2], tops[3]),
+        let row_max = simd.max_f32s(
+            simd.max_f32s(partial_max[0], partial_max[1]),
+            simd.max_f32s(partial_max[2], partial_max[3]),
         );
-        let top = simd.mul_f32s(top, scale);
+        let row_max = simd.mul_f32s(row_max, scale);
 
-        let mut reference = load(simd, sums.reference.as_ptr().add(at));
-        let mut sum = load(simd, sums.sum.as_ptr().add(at));
-        let limit = simd.add_f32s(reference, simd.splat_f32s(SLACK));
-        if simd.first_true_m32s(simd.greater_than_f32s(top, limit)) < S::F32_LANES {
-            let raises = simd.greater_than_f32s(top, reference);
-            // Relative to a whole power of two, what is rounded is rounded alike whatever the reference, so that O − W plus
+        let mut running_max = load(simd, state.running_max.as_ptr().add(at));
+        let mut row_sum = load(simd, state.row_sum.as_ptr().add(at));
+        let limit = simd.add_f32s(running_max, simd.splat_f32s(RESCALE_THRESHOLD));
+        if simd.first_true_m32s(simd.greater_than_f32s(row_max, limit)) < S::F32_LANES {
+            let raised = simd.greater_than_f32s(row_max, running_max);
+            // Relative to a whole power of two, what is rounded is rounded alike whatever the running maximum, so that O − W plus
             // W is O.
-            let top = if A::EACH == 2 { round(simd, top) } else { top };
-            let new = simd.select_f32s(raises, top, reference);
-            let factor = rescale(simd, reference, new);
+            let row_max = if A::ELEMS_PER_WORD == 2 {
+                round(simd, row_max)
+            } else {
+                row_max
+            };
+            let new = simd.select_f32s(raised, row_max, running_max);
+            let factor = rescale(simd, running_max, new);
             for c in 0..dv {
-                let p = sums.o.as_mut_ptr().add(c * row_len::<S>() + at);
+                let p = state.o.as_mut_ptr().add(c * block_m::<S>() + at);
                 store(simd, p, simd.mul_f32s(load(simd, p), factor));
             }
-            sum = simd.mul_f32s(sum, factor);
-            reference = new;
-            store(simd, sums.reference.as_mut_ptr().add(at), reference);
+            row_sum = simd.mul_f32s(row_sum, factor);
+            running_max = new;
+            store(simd, state.running_max.as_mut_ptr().add(at), running_max);
         }
         // A row that has seen −∞ only keeps probabilities of 0, not NaN.
-        let nothing = simd.equal_f32s(reference, lowest);
-        let shift = simd.sub_f32s(simd.splat_f32s(0.0), reference);
-        let shift = simd.select_f32s(nothing, simd.splat_f32s(0.0), shift);
+        let is_empty = simd.equal_f32s(running_max, neg_inf);
+        let shift = simd.sub_f32s(simd.splat_f32s(0.0), running_max);
+        let shift = simd.select_f32s(is_empty, simd.splat_f32s(0.0), shift);
 
-        let mut added = [simd.splat_f32s(0.0); 2];
+        let mut block_sum = [simd.splat_f32s(0.0); 2];
         for seg in segments {
-            if !seg.vectors.contains(&v) {
+            if !seg.vectors.contains(&lane_group) {
                 continue;
             }
-            if A::EACH == 2 {
+            if A::ELEMS_PER_WORD == 2 {
                 let keys = seg.keys.start - first..seg.keys.end - first;
                 let p = scores.add(at);
-                added[0] = probabilities(simd, arithmetic, scale, shift, p, keys, added[0]);
+                block_sum[0] = probabilities(simd, arithmetic, scale, shift, p, keys, block_sum[0]);
                 continue;
             }
-            let mut p = scores.add((seg.keys.start - first) * row_len::<S>() + at);
+            let mut p = scores.add((seg.keys.start - first) * block_m::<S>() + at);
             let n = seg.keys.len();
             for _ in 0..n / 2 {
-                for (i, sum) in added.iter_mut().enumerate() {
-                    let p = p.add(i * row_len::<S>());
+                for (i, sum) in block_sum.iter_mut().enumerate() {
+                    let p = p.add(i * block_m::<S>());
                     let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
                     store(simd, p, e);
                     *sum = simd.add_f32s(*sum, e);
                 }
-                p = p.wrapping_add(2 * row_len::<S>());
+                p = p.wrapping_add(2 * block_m::<S>());
             }
             if n % 2 == 1 {
                 let e = exp2(simd, mul_add(simd, load(simd, p), scale, shift));
                 store(simd, p, e);
-                added[0] = simd.add_f32s(added[0], e);
+                block_sum[0] = simd.add_f32s(block_sum[0], e);
             }
         }
-        let sum = simd.add_f32s(sum, simd.add_f32s(added[0], added[1]));
-        store(simd, sums.sum.as_mut_ptr().add(at), sum);
+        let row_sum = simd.add_f32s(row_sum, simd.add_f32s(block_sum[0], block_sum[1]));
+        store(simd, state.row_sum.as_mut_ptr().add(at), row_sum);
     }
 }
 
@@ -140,13 +145,13 @@ fn round<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.sub_f32s(simd.add_f32s(x, magic), magic)
 }
 
-/// Scores of a segment become words of probabilities, in place (see `step`), and are added to `sum`. A key of a pair that
+/// Scores of a segment become words of probabilities, in place (see `tile_step`), and are added to `sum`. A key of a pair that
 /// the segment does not contain has the probability 0 in it.
 ///
 /// # Safety
-/// `scores` must point to a vector of `[KEYS, queries]`, of which `keys` are the segment's lines.
+/// `scores` must point to a vector of `[BLOCK_N, queries]`, of which `keys` are the segment's lines.
 #[inline(always)]
-unsafe fn probabilities<S: Simd, A: Arithmetic>(
+unsafe fn probabilities<S: Simd, A: DotArithmetic>(
     simd: S,
     arithmetic: A,
     scale: S::f32s,
@@ -156,18 +161,18 @@ unsafe fn probabilities<S: Simd, A: Arithmetic>(
     mut sum: S::f32s,
 ) -> S::f32s {
     let none = simd.splat_f32s(0.0);
-    let ones = arithmetic.join(simd, simd.splat_f32s(1.0), simd.splat_f32s(1.0));
-    let mut to = scores.wrapping_add(keys.start * row_len::<S>());
+    let ones = arithmetic.pack_pair(simd, simd.splat_f32s(1.0), simd.splat_f32s(1.0));
+    let mut to = scores.wrapping_add(keys.start * block_m::<S>());
     // SAFETY (both): the lines are the segment's; words are written no later than the lines they come from.
     let at = |key: usize| unsafe {
-        let score = load(simd, scores.add(key * row_len::<S>()));
+        let score = load(simd, scores.add(key * block_m::<S>()));
         exp2(simd, mul_add(simd, score, scale, shift))
     };
     let mut write = |first: S::f32s, second: S::f32s| {
-        let word = arithmetic.join(simd, first, second);
+        let word = arithmetic.pack_pair(simd, first, second);
         unsafe { store(simd, to, word) };
         sum = arithmetic.mul_add(simd, word, ones, sum);
-        to = to.wrapping_add(row_len::<S>());
+        to = to.wrapping_add(block_m::<S>());
     };
     let whole = keys.start.next_multiple_of(2)..keys.end / 2 * 2;
     if keys.start % 2 == 1 {

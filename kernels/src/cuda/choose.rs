@@ -1,11 +1,12 @@
 //! From a call to a kernel and its parameters.
 
-use crate::api::{Attention, DType, Mode, Strides};
+use crate::api::{Attention, Mode};
 use crate::check::check;
 use crate::error::KernelError;
+use crate::tensor::{DType, Strides};
 
 use super::params::{AttentionParams, MaskOperand, Operand};
-use super::variant::{Job, SIMPLE_DIMS, Variant};
+use super::variant::{AttentionMode, SIMPLE_DIMS, Variant};
 
 /// What a device can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,7 +140,7 @@ fn one_type(a: &Attention<'_>) -> Result<DType, Refusal> {
 const SHORT: usize = 2048;
 
 fn variant(a: &Attention<'_>, dtype: DType, limits: &Limits) -> Result<Variant, Refusal> {
-    let (s, job) = (a.shape, job(&a.mode));
+    let (s, mode) = (a.shape, attention_mode(&a.mode));
     let masked = a.mask.is_some();
     let mut candidates = Vec::new();
     if limits.tensor_cores && suits_tensor_cores(a, dtype) {
@@ -147,7 +148,7 @@ fn variant(a: &Attention<'_>, dtype: DType, limits: &Limits) -> Result<Variant, 
             dtype,
             dim: s.head_dim,
             queries,
-            job,
+            mode,
             masked,
         };
         if s.q_tokens > SHORT && !masked {
@@ -163,7 +164,7 @@ fn variant(a: &Attention<'_>, dtype: DType, limits: &Limits) -> Result<Variant, 
             .map(|max_dim| Variant::Simple {
                 dtype,
                 max_dim,
-                job,
+                mode,
             }),
     );
     let fits = |variant: &Variant| variant.shared_bytes() <= limits.shared_bytes;
@@ -177,11 +178,11 @@ fn variant(a: &Attention<'_>, dtype: DType, limits: &Limits) -> Result<Variant, 
         })
 }
 
-fn job(mode: &Mode<'_>) -> Job {
+fn attention_mode(mode: &Mode<'_>) -> AttentionMode {
     match mode {
-        Mode::Full => Job::Full,
-        Mode::FullCapture { .. } => Job::Capture,
-        Mode::Window { .. } => Job::Window,
+        Mode::Full => AttentionMode::Full,
+        Mode::FullCapture { .. } => AttentionMode::Capture,
+        Mode::Window { .. } => AttentionMode::Window,
     }
 }
 

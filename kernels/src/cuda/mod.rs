@@ -12,16 +12,18 @@ mod image;
 mod nvrtc;
 mod params;
 mod run;
+mod sources;
 mod variant;
 
 pub use buffer::Buffer;
 pub use choose::{Launch, Limits, Refusal, choose};
 pub use device::{Device, copy};
 pub use driver::{CudaError, Stream, is_available};
-pub use image::{MANIFEST, SOURCES, source_hash};
+pub use image::MANIFEST;
 pub use params::{AttentionParams, CopyParams, MaskOperand, Operand, Params};
 pub use run::Failure;
-pub use variant::{DIMS, Job, SIMPLE_DIMS, Variant, translation_units};
+pub use sources::{SOURCES, source_hash};
+pub use variant::{AttentionMode, DIMS, SIMPLE_DIMS, Variant, translation_units};
 
 /// Compiles a kernel for one compute capability with NVIDIA's run-time compiler; for tests.
 #[doc(hidden)]

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 
 use cudarc::nvrtc::sys;
 
-use super::image::SOURCES;
+use super::sources::SOURCES;
 use super::variant::Variant;
 
 /// Compiles one kernel for one compute capability (90 for 9.0) into a cubin.

@@ -2,8 +2,8 @@
 
 use std::ffi::c_void;
 
-use crate::api::{DType, Strides};
 use crate::mask::{MaskStrides, MaskType};
+use crate::tensor::{DType, Strides};
 
 /// A tensor `[batch, heads, tokens, channels]` in device memory, strides in elements.
 #[repr(C)]

@@ -3,7 +3,8 @@
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use crate::api::{Attention, DType};
+use crate::api::Attention;
+use crate::tensor::DType;
 
 use super::choose::{Launch, Limits, Refusal, choose};
 use super::device::Device;

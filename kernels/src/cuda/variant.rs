@@ -2,24 +2,28 @@
 
 use std::collections::BTreeMap;
 
-use crate::api::DType;
+use crate::tensor::DType;
 
 /// What a kernel computes; [`Mode`](crate::Mode) without its tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Job {
+pub enum AttentionMode {
     Full,
     Capture,
     Window,
 }
 
-impl Job {
-    pub const ALL: [Job; 3] = [Job::Full, Job::Capture, Job::Window];
+impl AttentionMode {
+    pub const ALL: [AttentionMode; 3] = [
+        AttentionMode::Full,
+        AttentionMode::Capture,
+        AttentionMode::Window,
+    ];
 
     fn word(self) -> &'static str {
         match self {
-            Job::Full => "full",
-            Job::Capture => "capture",
-            Job::Window => "window",
+            AttentionMode::Full => "full",
+            AttentionMode::Capture => "capture",
+            AttentionMode::Window => "window",
         }
     }
 }
@@ -34,14 +38,14 @@ pub enum Variant {
         dim: usize,
         /// Queries per block: 64 or 128.
         queries: usize,
-        job: Job,
+        mode: AttentionMode,
         masked: bool,
     },
     /// `simple.cu`: any type and strides, head dimensions up to `max_dim`.
     Simple {
         dtype: DType,
         max_dim: usize,
-        job: Job,
+        mode: AttentionMode,
     },
     /// `dfa_copy_*` of `support.cu`.
     Copy { dtype: DType },
@@ -69,11 +73,11 @@ impl Variant {
         let mut all = Vec::new();
         for dtype in DTYPES {
             all.push(Variant::Copy { dtype });
-            for job in Job::ALL {
+            for mode in AttentionMode::ALL {
                 all.extend(SIMPLE_DIMS.map(|max_dim| Variant::Simple {
                     dtype,
                     max_dim,
-                    job,
+                    mode,
                 }));
                 if dtype == DType::F32 {
                     continue;
@@ -84,7 +88,7 @@ impl Variant {
                             dtype,
                             dim,
                             queries,
-                            job,
+                            mode,
                             masked,
                         });
                     }
@@ -109,19 +113,23 @@ impl Variant {
                 dtype,
                 dim,
                 queries,
-                job,
+                mode,
                 masked,
             } => format!(
                 "dfa_attention_{}_d{dim}_m{queries}_{}{}",
                 dtype_word(dtype),
-                job.word(),
+                mode.word(),
                 if masked { "_masked" } else { "" }
             ),
             Variant::Simple {
                 dtype,
                 max_dim,
-                job,
-            } => format!("dfa_simple_{}_d{max_dim}_{}", dtype_word(dtype), job.word()),
+                mode,
+            } => format!(
+                "dfa_simple_{}_d{max_dim}_{}",
+                dtype_word(dtype),
+                mode.word()
+            ),
             Variant::Copy { dtype } => format!("dfa_copy_{}", dtype_word(dtype)),
         }
     }
@@ -154,26 +162,26 @@ impl Variant {
                 dtype,
                 dim,
                 queries,
-                job,
+                mode,
                 masked,
             } => vec![
                 ("DFA_NAME", self.name()),
                 ("DFA_TYPE", upper(dtype)),
                 ("DFA_DIM", dim.to_string()),
                 ("DFA_BM", queries.to_string()),
-                ("DFA_MODE", job.word().to_uppercase()),
+                ("DFA_MODE", mode.word().to_uppercase()),
                 ("DFA_MASKED", masked.to_string()),
                 ("DFA_BLOCKS", self.blocks_per_processor().to_string()),
             ],
             Variant::Simple {
                 dtype,
                 max_dim,
-                job,
+                mode,
             } => vec![
                 ("DFA_NAME", self.name()),
                 ("DFA_TYPE", upper(dtype)),
                 ("DFA_DIM", max_dim.to_string()),
-                ("DFA_MODE", job.word().to_uppercase()),
+                ("DFA_MODE", mode.word().to_uppercase()),
             ],
             Variant::Copy { .. } => Vec::new(),
         }
@@ -201,16 +209,16 @@ impl Variant {
     pub fn shared_bytes(&self) -> usize {
         match *self {
             Variant::TensorCore {
-                dim, queries, job, ..
+                dim, queries, mode, ..
             } => {
                 let row = dim.next_multiple_of(16) + 8;
                 let operands = (queries + 2 * 64) * row * 2;
-                let snapshot = if job == Job::Capture {
+                let window = if mode == AttentionMode::Capture {
                     queries * dim * 4
                 } else {
                     0
                 };
-                operands + snapshot
+                operands + window
             }
             Variant::Simple { max_dim, .. } => (2 * 32 * (max_dim + 1) + 32 * 33) * 4,
             Variant::Copy { .. } => 0,

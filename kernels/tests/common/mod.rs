@@ -331,9 +331,9 @@ impl<T: Element> Problem<T> {
     }
 
     /// Output and, in captures, residual, in the order (batch, head, token, channel).
-    pub fn run(&mut self, level: Level, pool: &dyn Parallel) -> (Vec<f32>, Option<Vec<f32>>) {
+    pub fn run(&mut self, isa: Isa, pool: &dyn Parallel) -> (Vec<f32>, Option<Vec<f32>>) {
         let products = self.products;
-        self.call(|a| attention_at(a, pool, level, products))
+        self.call(|a| attention_at(a, pool, isa, products))
             .expect("a valid call");
         let residual = (self.kind == Kind::Capture).then(|| self.residual.values());
         (self.out.values(), residual)
@@ -496,27 +496,27 @@ pub fn shape(batch: usize, heads: usize, tokens: usize, dim: usize) -> Shape {
 
 /// Compares a call with its definition; at the best level of a machine that multiplies bfloat16 once more, in half precision
 /// with such products.
-pub fn check<T: Element>(p: Problem<T>, level: Level) {
-    if level == Level::best() && bfloat16_products() {
+pub fn check<T: Element>(p: Problem<T>, isa: Isa) {
+    if isa == Isa::best() && bfloat16_products() {
         if T::DTYPE != DType::BF16 {
-            check_once(p.in_bfloat16::<f16>(), level);
+            check_once(p.in_bfloat16::<f16>(), isa);
         }
         if T::DTYPE != DType::F16 {
-            check_once(p.in_bfloat16::<bf16>(), level);
+            check_once(p.in_bfloat16::<bf16>(), isa);
         }
     }
-    check_once(p, level);
+    check_once(p, isa);
 }
 
-fn check_once<T: Element>(mut p: Problem<T>, level: Level) {
+fn check_once<T: Element>(mut p: Problem<T>, isa: Isa) {
     let (want, naive) = (p.oracle(), p.naive());
-    let got = p.run(level, &Sequential);
+    let got = p.run(isa, &Sequential);
     let mask = p
         .mask
         .as_ref()
         .map(|mask| (mask.mask().kind(), mask.strides));
     let what = format!(
-        "{:?} {:?} {:?} {:?} {mask:?} {level:?} {:?}",
+        "{:?} {:?} {:?} {:?} {mask:?} {isa:?} {:?}",
         T::DTYPE,
         p.kind,
         p.shape,

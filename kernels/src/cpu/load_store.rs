@@ -1,4 +1,4 @@
-//! Moving tensors in and out: any strides and dtype on the outside, float32 in two dense orders on the inside.
+//! Loads and stores of tensors: any strides and dtype on the outside, float32 in two dense layouts on the inside.
 //!
 //! Owns every access to the caller's memory. All conversions between dtypes happen here.
 
@@ -10,65 +10,65 @@ use pulp::Simd;
 
 use super::transpose::transpose;
 
-use crate::api::{DType, Input, Output, Strides};
+use crate::tensor::{DType, Input, Output, Strides};
 
-/// One (batch, head) of a tensor.
+/// One (batch, head) of a tensor: a matrix of tokens and channels.
 #[derive(Clone, Copy)]
-pub(crate) struct Plane {
+pub(crate) struct BatchHead {
     pub batch: usize,
     pub head: usize,
 }
 
 /// Which index of a dense float32 matrix runs fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Order {
+pub(crate) enum Layout {
     /// `[tokens, channels]`, rows `channels` apart.
-    Tokens,
+    RowMajor,
     /// `[channels, stride]`, the first columns of which are tokens.
-    Channels { stride: usize },
+    ColMajor { stride: usize },
 }
 
-impl Order {
-    /// The order that can be copied from or to `strides` line by line.
+impl Layout {
+    /// The layout that can be copied from or to `strides` line by line.
     pub fn natural(strides: Strides, stride: usize) -> Self {
         if strides.channel != 1 && strides.token == 1 {
-            Order::Channels { stride }
+            Layout::ColMajor { stride }
         } else {
-            Order::Tokens
+            Layout::RowMajor
         }
     }
 }
 
-pub(crate) fn offset(s: Strides, p: Plane, token: usize, channel: usize) -> isize {
+pub(crate) fn offset(s: Strides, p: BatchHead, token: usize, channel: usize) -> isize {
     p.batch as isize * s.batch
         + p.head as isize * s.head
         + token as isize * s.token
         + channel as isize * s.channel
 }
 
-/// Reads tokens `tokens` of a plane into `to`, in `order`.
+/// Reads tokens `tokens` of a (batch, head) into `to`, in `layout`.
 ///
 /// # Safety
 /// The elements must lie inside the tensor, as `check` has made sure of for every index inside the shape.
 #[inline(always)]
 pub(crate) unsafe fn gather(
     t: &Input<'_>,
-    p: Plane,
+    p: BatchHead,
     tokens: Range<usize>,
     channels: usize,
-    order: Order,
+    layout: Layout,
     to: &mut [f32],
 ) {
     let s = t.strides;
-    match order {
-        Order::Tokens => {
+    match layout {
+        Layout::RowMajor => {
             for (i, token) in tokens.enumerate() {
                 let line = &mut to[i * channels..(i + 1) * channels];
                 // SAFETY: the line is `channels` elements from this token on.
                 unsafe { read_line(t, offset(s, p, token, 0), s.channel, line) }
             }
         }
-        Order::Channels { stride } => {
+        Layout::ColMajor { stride } => {
             for c in 0..channels {
                 let line = &mut to[c * stride..c * stride + tokens.len()];
                 // SAFETY: the line is these tokens of this channel.
@@ -78,29 +78,29 @@ pub(crate) unsafe fn gather(
     }
 }
 
-/// Writes `from`, in `order`, to tokens `tokens` of a plane, rounding to the tensor's dtype.
+/// Writes `from`, in `layout`, to tokens `tokens` of a (batch, head), rounding to the tensor's dtype.
 ///
 /// # Safety
 /// As for [`gather`], and no other task may touch these elements.
 #[inline(always)]
 pub(crate) unsafe fn scatter(
     t: &Output<'_>,
-    p: Plane,
+    p: BatchHead,
     tokens: Range<usize>,
     channels: usize,
-    order: Order,
+    layout: Layout,
     from: &[f32],
 ) {
     let s = t.strides;
-    match order {
-        Order::Tokens => {
+    match layout {
+        Layout::RowMajor => {
             for (i, token) in tokens.enumerate() {
                 let line = &from[i * channels..(i + 1) * channels];
                 // SAFETY: the line is `channels` elements from this token on.
                 unsafe { write_line(t, offset(s, p, token, 0), s.channel, line) }
             }
         }
-        Order::Channels { stride } => {
+        Layout::ColMajor { stride } => {
             for c in 0..channels {
                 let line = &from[c * stride..c * stride + tokens.len()];
                 // SAFETY: the line is these tokens of this channel.
@@ -255,14 +255,14 @@ unsafe fn write_part<T: Copy>(p: *mut T, stride: isize, part: &[T]) {
     }
 }
 
-/// Reads tokens `tokens` of a plane into `to`, `[channels, stride]`, whatever the tensor's layout.
+/// Reads tokens `tokens` of a (batch, head) into `to`, `[channels, stride]`, whatever the tensor's layout.
 ///
 /// # Safety
 /// As for [`gather`]; `rows` must hold `[tokens, channels]`.
 #[inline(always)]
 pub(crate) unsafe fn gather_channels<S: Simd>(
     t: &Input<'_>,
-    p: Plane,
+    p: BatchHead,
     tokens: Range<usize>,
     channels: usize,
     stride: usize,
@@ -273,8 +273,8 @@ pub(crate) unsafe fn gather_channels<S: Simd>(
     assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= to.len()));
     // SAFETY: the caller says that the elements are readable; `to` was compared above.
     unsafe {
-        match Order::natural(t.strides, stride) {
-            Order::Tokens if t.dtype == DType::F32 && t.strides.channel == 1 => {
+        match Layout::natural(t.strides, stride) {
+            Layout::RowMajor if t.dtype == DType::F32 && t.strides.channel == 1 => {
                 let from = t
                     .data
                     .cast::<f32>()
@@ -288,8 +288,8 @@ pub(crate) unsafe fn gather_channels<S: Simd>(
                     channels,
                 );
             }
-            Order::Tokens => {
-                gather(t, p, tokens, channels, Order::Tokens, rows);
+            Layout::RowMajor => {
+                gather(t, p, tokens, channels, Layout::RowMajor, rows);
                 let from = rows[..n * channels].as_ptr();
                 transpose::<S, true>(
                     from,
@@ -300,45 +300,45 @@ pub(crate) unsafe fn gather_channels<S: Simd>(
                     channels,
                 );
             }
-            order => gather(t, p, tokens, channels, order, to),
+            layout => gather(t, p, tokens, channels, layout, to),
         }
     }
 }
 
-/// Writes `from`, `[channels, stride]`, to tokens `tokens` of a plane, whatever the tensor's layout, with `plus` added
+/// Writes `from`, `[channels, stride]`, to tokens `tokens` of a (batch, head), whatever the tensor's layout, with `add` added
 /// in float32.
 ///
-/// Sums are made of lines of channels, so that `plus` needs no transposition of its own.
+/// Sums are made of lines of channels, so that `add` needs no transposition of its own.
 ///
 /// # Safety
-/// As for [`gather`] and [`scatter`]; `rows` must hold `[tokens, channels]`, `room` `[channels, stride]`.
+/// As for [`gather`] and [`scatter`]; `rows` must hold `[tokens, channels]`, `buf` `[channels, stride]`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub(crate) unsafe fn scatter_channels<S: Simd>(
     t: &Output<'_>,
-    plus: Option<&Input<'_>>,
-    p: Plane,
+    add: Option<&Input<'_>>,
+    p: BatchHead,
     tokens: Range<usize>,
     channels: usize,
     stride: usize,
     from: &mut [f32],
     rows: &mut [f32],
-    room: &mut [f32],
+    buf: &mut [f32],
 ) {
     let n = tokens.len();
     assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= from.len()));
-    // SAFETY: the caller says that the elements are this task's to write, and those of `plus` readable; `from` was
+    // SAFETY: the caller says that the elements are this task's to write, and those of `add` readable; `from` was
     // compared above.
     unsafe {
-        if let order @ Order::Channels { .. } = Order::natural(t.strides, stride) {
-            if let Some(plus) = plus {
-                gather_channels::<S>(plus, p, tokens.clone(), channels, stride, room, rows);
-                add(from, room);
+        if let layout @ Layout::ColMajor { .. } = Layout::natural(t.strides, stride) {
+            if let Some(add) = add {
+                gather_channels::<S>(add, p, tokens.clone(), channels, stride, buf, rows);
+                add_to(from, buf);
             }
-            scatter(t, p, tokens, channels, order, from);
+            scatter(t, p, tokens, channels, layout, from);
             return;
         }
-        let dense = t.dtype == DType::F32 && t.strides.channel == 1 && plus.is_none();
+        let dense = t.dtype == DType::F32 && t.strides.channel == 1 && add.is_none();
         let (to, to_stride) = if dense {
             let at = offset(t.strides, p, tokens.start, 0);
             (t.data.cast::<f32>().offset(at), t.strides.token)
@@ -353,10 +353,10 @@ pub(crate) unsafe fn scatter_channels<S: Simd>(
         for (i, token) in tokens.enumerate() {
             let line = &mut rows[i * channels..(i + 1) * channels];
             let at = |s: Strides| offset(s, p, token, 0);
-            if let Some(plus) = plus {
-                let room = &mut room[..channels];
-                read_line(plus, at(plus.strides), plus.strides.channel, room);
-                add(line, room);
+            if let Some(add) = add {
+                let buf = &mut buf[..channels];
+                read_line(add, at(add.strides), add.strides.channel, buf);
+                add_to(line, buf);
             }
             write_line(t, at(t.strides), t.strides.channel, line);
         }
@@ -364,7 +364,7 @@ pub(crate) unsafe fn scatter_channels<S: Simd>(
 }
 
 #[inline(always)]
-fn add(to: &mut [f32], x: &[f32]) {
+fn add_to(to: &mut [f32], x: &[f32]) {
     for (to, x) in to.iter_mut().zip(x) {
         *to += x;
     }

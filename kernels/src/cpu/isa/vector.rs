@@ -4,7 +4,7 @@ use std::any::TypeId;
 
 use pulp::Simd;
 
-/// Whether S is the level L.
+/// Whether the vectors S are those of the instruction set L.
 #[inline(always)]
 pub(crate) fn is<S: Simd, L: Simd>() -> bool {
     TypeId::of::<S>() == TypeId::of::<L>()
@@ -36,21 +36,4 @@ pub(crate) fn mul_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S
     } else {
         simd.mul_add_e_f32s(a, b, c)
     }
-}
-
-/// A vector as AVX-512 names it, `None` at other levels.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) fn as_avx512<S: Simd>(x: S::f32s) -> Option<std::arch::x86_64::__m512> {
-    // SAFETY: vectors of that level are 16 floats.
-    is::<S, pulp::x86::V4>().then(|| unsafe { std::mem::transmute_copy(&x) })
-}
-
-/// The way back from [`as_avx512`], at the level that gave it.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) fn from_avx512<S: Simd>(x: std::arch::x86_64::__m512) -> S::f32s {
-    assert!(size_of::<S::f32s>() == 64);
-    // SAFETY: 16 floats both.
-    unsafe { std::mem::transmute_copy(&x) }
 }

@@ -1,7 +1,7 @@
-//! One query block against one key block: scores, softmax, values.
+//! One query block against one key block: Q·Kᵀ, online softmax, P·V.
 //!
 //! Captures need sums over the keys inside the band and over the others. Scores are computed for both at once, and each
-//! vector of queries then turns those of either side into probabilities where they are. Only at the band's edges, where some
+//! vector of queries then turns those of either side into probabilities in place. Only at the band's edges, where some
 //! queries of a vector see a key and others do not, both sides need them. Two passes over the keys instead, one for each
 //! side, took 2 to 4 % longer at 1024 tokens.
 //!
@@ -11,61 +11,63 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::arithmetic::Arithmetic;
-use super::block::Block;
-use super::context::{Context, Packed};
-use super::gemm::{Gemm, MOST_VECTORS, row_len};
-use super::keys::KEYS;
-use super::mask::Effect;
-use super::sight::{Segment, Side, Sight};
+use super::block::QueryBlock;
+use super::context::{Context, KvBlock};
+use super::gemm::Gemm;
+use super::isa::{DotArithmetic, MAX_NR, block_m, load, mul_add, store};
+use super::key_ranges::{BandSide, KeySegment, VisibleKeys};
+use super::kv::BLOCK_N;
+use super::mask_tile::TileKind;
 use super::softmax::softmax;
-use super::vector::{load, mul_add, store};
 
-/// Adds what `block` sees of `keys` to its sums. For each of them, there is a sight, and its segments of these keys.
+/// Adds what `block` sees of `keys` to its softmax states. For each state there are its visible keys, and the segments of these
+/// keys.
 #[inline(always)]
-pub(super) fn step<S: Simd, A: Arithmetic>(
+pub(super) fn tile_step<S: Simd, A: DotArithmetic>(
     simd: S,
     context: &mut Context<'_, A>,
-    block: &mut Block<'_>,
+    block: &mut QueryBlock<'_>,
     keys: Range<usize>,
-    sights: &[Sight],
-    segments: &[Vec<Segment>],
+    visible: &[VisibleKeys],
+    segments: &[Vec<KeySegment>],
 ) {
     let lanes = S::F32_LANES;
     let (d, dv) = (context.head_dim, context.v_dim);
     let (first, count) = (keys.start, keys.len());
-    assert!(context.scores.len() >= KEYS * row_len::<S>() && block.q.len() >= d * row_len::<S>());
-    for sums in &block.sums[..sights.len()] {
+    assert!(
+        context.scores.len() >= BLOCK_N * block_m::<S>() && block.q.len() >= d * block_m::<S>()
+    );
+    for state in &block.state[..visible.len()] {
         assert!(
-            sums.o.len() >= dv * row_len::<S>()
-                && sums.sum.len() >= row_len::<S>()
-                && sums.reference.len() >= row_len::<S>()
+            state.o.len() >= dv * block_m::<S>()
+                && state.row_sum.len() >= block_m::<S>()
+                && state.running_max.len() >= block_m::<S>()
         );
     }
 
     let (arithmetic, scores) = (context.arithmetic, context.scores.as_mut_ptr());
-    let Packed { k, v, .. } = context.packed[block.kv];
-    let (k_row, k_step) = context.keys.k.strides();
+    let KvBlock { k, v, .. } = context.kv_blocks[block.kv_head];
+    let (k_row, k_step) = context.kv.k.strides();
     let (whole, scored);
     match segments {
         [one] => scored = &one[..],
         _ => {
-            whole = [Segment::whole(keys, sights[0].vectors())];
+            whole = [KeySegment::whole(keys, visible[0].vectors())];
             scored = &whole;
         }
     }
     let tile = context
         .tile
         .as_ref()
-        .filter(|tile| tile.effect() == Effect::Adds);
-    let adds = tile.is_some();
-    let lowest = simd.splat_f32s(f32::NEG_INFINITY);
-    // The largest scores of keys that all queries of a vector see; nobody asks where a mask is still to be added.
-    let mut tops = [lowest; MOST_VECTORS];
+        .filter(|tile| tile.kind() == TileKind::Additive);
+    let has_mask = tile.is_some();
+    let neg_inf = simd.splat_f32s(f32::NEG_INFINITY);
+    // The largest scores of keys that all queries of a vector see; unused where a mask is still to be added.
+    let mut row_max = [neg_inf; MAX_NR];
     for seg in scored {
         let key = seg.keys.start - first;
         let lane = seg.vectors.start * lanes;
-        let mut largest = [lowest; MOST_VECTORS];
+        let mut segment_max = [neg_inf; MAX_NR];
         // SAFETY: keys and lanes of a segment lie inside the packed block; the matrices are separate scratch.
         unsafe {
             Gemm {
@@ -73,21 +75,21 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
                 a_row: k_row,
                 a_step: k_step,
                 b: block.q.as_ptr().add(lane),
-                c: scores.add(key * row_len::<S>() + lane),
+                c: scores.add(key * block_m::<S>() + lane),
                 rows: seg.keys.len(),
-                steps: d.div_ceil(A::EACH),
+                steps: d.div_ceil(A::ELEMS_PER_WORD),
                 vectors: seg.vectors.len(),
                 add: false,
-                tops: if adds {
+                row_max: if has_mask {
                     std::ptr::null_mut()
                 } else {
-                    largest.as_mut_ptr().cast::<f32>().add(lane)
+                    segment_max.as_mut_ptr().cast::<f32>().add(lane)
                 },
             }
             .run(simd, arithmetic, |steps| context.prefetch.run(steps));
         }
-        for v in (0..MOST_VECTORS).filter(|&v| seg.shows(v)) {
-            tops[v] = simd.max_f32s(tops[v], largest[v]);
+        for v in (0..MAX_NR).filter(|&v| seg.is_fully_visible(v)) {
+            row_max[v] = simd.max_f32s(row_max[v], segment_max[v]);
         }
     }
     let mut scale = context.scale;
@@ -99,65 +101,65 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
         scale = 1.0;
     }
     if let [_, outside] = segments {
-        keep_corners(simd, context.scores, context.corners, first, outside);
+        save_edge_scores(simd, context.scores, context.edge_scores, first, outside);
     }
 
-    let (v_step, v_row) = context.keys.v.strides();
-    for (side, (sight, segments)) in sights.iter().zip(segments).enumerate() {
-        let corners = (side == 1).then_some(&*context.corners);
-        mask(
+    let (v_step, v_row) = context.kv.v.strides();
+    for (side, (side_keys, segments)) in visible.iter().zip(segments).enumerate() {
+        let edge_scores = (side == 1).then_some(&*context.edge_scores);
+        apply_band(
             simd,
             context.scores,
-            corners,
+            edge_scores,
             block,
             first,
-            sight.side(),
+            side_keys.side(),
             segments,
         );
-        let sums = &mut block.sums[side];
+        let state = &mut block.state[side];
         let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
-        for (v, &top) in tops[..vectors].iter().enumerate() {
+        for (v, &known_max) in row_max[..vectors].iter().enumerate() {
             let shows_all = || {
-                let shown = segments.iter().filter(|seg| seg.shows(v));
+                let shown = segments.iter().filter(|seg| seg.is_fully_visible(v));
                 shown.map(|seg| seg.keys.len()).sum::<usize>() == count
             };
             // Each side needs its own, which that of all keys is if none of them are on the other side.
-            let known = !adds && (sights.len() == 1 || shows_all());
+            let is_known = !has_mask && (visible.len() == 1 || shows_all());
             softmax(
                 simd,
                 arithmetic,
                 scale,
                 context.scores,
-                sums,
+                state,
                 dv,
                 first,
                 segments,
                 v,
-                known.then_some(top),
+                is_known.then_some(known_max),
             );
         }
         for seg in segments {
             let (key, end) = (seg.keys.start - first, seg.keys.end - first);
             // The other half of a pair may be of a key that the segment does not contain.
-            let hides = seg.masked != 0 || adds || A::EACH == 2;
-            if context.packed[block.kv].wild && hides {
-                values_seen(simd, context, block, side, first, sight, seg);
+            let hides = seg.masked != 0 || has_mask || A::ELEMS_PER_WORD == 2;
+            if context.kv_blocks[block.kv_head].has_non_finite && hides {
+                accumulate_masked_pv(simd, context, block, side, first, side_keys, seg);
                 continue;
             }
             let lane = seg.vectors.start * lanes;
             // SAFETY: as for the scores.
             unsafe {
                 Gemm {
-                    a: v.add(key / A::EACH * v_step),
+                    a: v.add(key / A::ELEMS_PER_WORD * v_step),
                     a_row: v_row,
                     a_step: v_step,
-                    b: scores.add(key * row_len::<S>() + lane),
-                    c: block.sums[side].o.as_mut_ptr().add(lane),
+                    b: scores.add(key * block_m::<S>() + lane),
+                    c: block.state[side].o.as_mut_ptr().add(lane),
                     rows: dv,
-                    steps: end.div_ceil(A::EACH) - key / A::EACH,
+                    steps: end.div_ceil(A::ELEMS_PER_WORD) - key / A::ELEMS_PER_WORD,
                     vectors: seg.vectors.len(),
                     add: true,
-                    tops: std::ptr::null_mut(),
+                    row_max: std::ptr::null_mut(),
                 }
                 .run(simd, arithmetic, |steps| context.prefetch.run(steps));
             }
@@ -170,24 +172,33 @@ pub(super) fn step<S: Simd, A: Arithmetic>(
 ///
 /// Words of pairs lie in the first lines of their segment, which has no fewer lines than pairs, however it cuts them.
 #[inline(always)]
-fn place<A: Arithmetic>(key: usize, start: usize) -> (usize, usize) {
-    (start + key / A::EACH - start / A::EACH, key % A::EACH)
+fn probability_index<A: DotArithmetic>(key: usize, start: usize) -> (usize, usize) {
+    (
+        start + key / A::ELEMS_PER_WORD - start / A::ELEMS_PER_WORD,
+        key % A::ELEMS_PER_WORD,
+    )
 }
 
-/// Which queries of a vector see a key, `shift` and `width` being theirs in [`Block`].
+/// Which queries of a vector see a key, `shift` and `width` being theirs in [`QueryBlock`].
 #[inline(always)]
-fn seen<S: Simd>(simd: S, side: Side, key: usize, shift: S::u32s, width: S::u32s) -> S::m32s {
+fn band_mask<S: Simd>(
+    simd: S,
+    side: BandSide,
+    key: usize,
+    shift: S::u32s,
+    width: S::u32s,
+) -> S::m32s {
     let from_first = simd.add_u32s(simd.splat_u32s(key as u32), shift);
     let inside = simd.less_than_or_equal_u32s(from_first, width);
     match side {
-        Side::Outside(_) => simd.not_m32s(inside),
+        BandSide::Outside(_) => simd.not_m32s(inside),
         _ => inside,
     }
 }
 
 /// `shift` and `width` of vector `v`.
 #[inline(always)]
-fn sees<S: Simd>(simd: S, block: &Block<'_>, v: usize) -> [S::u32s; 2] {
+fn band_bounds<S: Simd>(simd: S, block: &QueryBlock<'_>, v: usize) -> [S::u32s; 2] {
     let lanes = v * S::F32_LANES..(v + 1) * S::F32_LANES;
     let [shift, width] = [&block.shift[lanes.clone()], &block.width[lanes]];
     // SAFETY: a vector's length each.
@@ -199,23 +210,23 @@ fn sees<S: Simd>(simd: S, block: &Block<'_>, v: usize) -> [S::u32s; 2] {
     }
 }
 
-/// Keeps the scores of the band's edges for the other side.
+/// Saves the scores at the band's edges for the other side.
 #[inline(always)]
-fn keep_corners<S: Simd>(
+fn save_edge_scores<S: Simd>(
     simd: S,
     scores: &[f32],
-    corners: &mut [f32],
+    edge_scores: &mut [f32],
     first: usize,
-    segments: &[Segment],
+    segments: &[KeySegment],
 ) {
-    assert!(corners.len() >= KEYS * row_len::<S>());
-    let mut to = corners.as_mut_ptr();
+    assert!(edge_scores.len() >= BLOCK_N * block_m::<S>());
+    let mut to = edge_scores.as_mut_ptr();
     for seg in segments {
-        for v in seg.masked_vectors() {
+        for v in seg.partial_vectors() {
             for key in seg.partial.clone() {
                 // SAFETY: keys and vectors of a segment lie inside the block, and segments are disjoint.
                 unsafe {
-                    let at = (key - first) * row_len::<S>() + v * S::F32_LANES;
+                    let at = (key - first) * block_m::<S>() + v * S::F32_LANES;
                     store(simd, to, load(simd, scores.as_ptr().add(at)));
                     to = to.add(S::F32_LANES);
                 }
@@ -224,32 +235,32 @@ fn keep_corners<S: Simd>(
     }
 }
 
-/// Sets the scores that a query does not see on this side to −∞, the others of the band's edges to those in `corners`, which
-/// [`keep_corners`] has kept, if there are any.
+/// Sets the scores that a query does not see on this side to −∞, the others of the band's edges to those in `edge_scores`, which
+/// [`save_edge_scores`] has saved, if there are any.
 #[inline(always)]
-fn mask<S: Simd>(
+fn apply_band<S: Simd>(
     simd: S,
     scores: &mut [f32],
-    corners: Option<&[f32]>,
-    block: &Block<'_>,
+    edge_scores: Option<&[f32]>,
+    block: &QueryBlock<'_>,
     first: usize,
-    side: Side,
-    segments: &[Segment],
+    side: BandSide,
+    segments: &[KeySegment],
 ) {
     let hidden = simd.splat_f32s(f32::NEG_INFINITY);
-    let mut kept = corners.map(<[f32]>::as_ptr);
+    let mut saved = edge_scores.map(<[f32]>::as_ptr);
     for seg in segments {
-        for v in seg.masked_vectors() {
-            let [shift, width] = sees(simd, block, v);
+        for v in seg.partial_vectors() {
+            let [shift, width] = band_bounds(simd, block, v);
             for key in seg.partial.clone() {
-                // SAFETY: keys and vectors of a segment lie inside the block; so many scores were kept.
+                // SAFETY: keys and vectors of a segment lie inside the block; so many scores were saved.
                 unsafe {
-                    let at = (key - first) * row_len::<S>() + v * S::F32_LANES;
+                    let at = (key - first) * block_m::<S>() + v * S::F32_LANES;
                     let to = scores.as_mut_ptr().add(at);
-                    let score = load(simd, kept.unwrap_or(to));
-                    let shown = seen(simd, side, key, shift, width);
+                    let score = load(simd, saved.unwrap_or(to));
+                    let shown = band_mask(simd, side, key, shift, width);
                     store(simd, to, simd.select_f32s(shown, score, hidden));
-                    kept = kept.map(|kept| kept.wrapping_add(S::F32_LANES));
+                    saved = saved.map(|saved| saved.wrapping_add(S::F32_LANES));
                 }
             }
         }
@@ -259,43 +270,50 @@ fn mask<S: Simd>(
 /// O += Vᵀ·P where masked probabilities stand beside values that are not finite: 0 · ∞ would spoil queries that do
 /// not see the key, so each product is selected. Slow and rare.
 #[inline(always)]
-fn values_seen<S: Simd, A: Arithmetic>(
+fn accumulate_masked_pv<S: Simd, A: DotArithmetic>(
     simd: S,
     context: &Context<'_, A>,
-    block: &mut Block<'_>,
+    block: &mut QueryBlock<'_>,
     side: usize,
     first: usize,
-    sight: &Sight,
-    seg: &Segment,
+    visible: &VisibleKeys,
+    seg: &KeySegment,
 ) {
-    let text = sight.text();
+    let text = visible.text();
     let tile = context
         .tile
         .as_ref()
-        .filter(|tile| tile.effect() == Effect::Adds);
+        .filter(|tile| tile.kind() == TileKind::Additive);
     let hidden = simd.splat_f32s(f32::NEG_INFINITY);
-    let values = context.packed[block.kv].v;
-    let (v_step, v_row) = context.keys.v.strides();
+    let values = context.kv_blocks[block.kv_head].v;
+    let (v_step, v_row) = context.kv.v.strides();
     for v in seg.vectors.clone() {
         let at = v * S::F32_LANES;
-        let [shift, width] = sees(simd, block, v);
+        let [shift, width] = band_bounds(simd, block, v);
         for key in seg.keys.clone() {
-            let (line, number) = place::<A>(key - first, seg.keys.start - first);
+            let (line, number) = probability_index::<A>(key - first, seg.keys.start - first);
             for c in 0..context.v_dim {
                 // SAFETY: keys and vectors of a segment lie inside the block.
                 unsafe {
-                    let o = block.sums[side].o.as_mut_ptr().add(c * row_len::<S>() + at);
+                    let o = block.state[side]
+                        .o
+                        .as_mut_ptr()
+                        .add(c * block_m::<S>() + at);
                     let p = load(
                         simd,
-                        context.scores.as_ptr().add(line * row_len::<S>() + at),
+                        context.scores.as_ptr().add(line * block_m::<S>() + at),
                     );
-                    let value = *values.add((key - first) / A::EACH * v_step + c * v_row);
-                    let value = simd.splat_f32s(A::numbers(value)[number]);
+                    let value = *values.add((key - first) / A::ELEMS_PER_WORD * v_step + c * v_row);
+                    let value = simd.splat_f32s(A::unpack(value)[number]);
                     let old = load(simd, o);
-                    let new = mul_add(simd, A::number(simd, p, number), value, old);
-                    let hides = seg.hides(v) && !text.contains(&key);
+                    let new = mul_add(simd, A::unpack_lane(simd, p, number), value, old);
+                    let hides = seg.is_partially_masked(v) && !text.contains(&key);
                     let mut new = if hides {
-                        simd.select_f32s(seen(simd, sight.side(), key, shift, width), new, old)
+                        simd.select_f32s(
+                            band_mask(simd, visible.side(), key, shift, width),
+                            new,
+                            old,
+                        )
                     } else {
                         new
                     };

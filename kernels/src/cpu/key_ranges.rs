@@ -1,18 +1,18 @@
-//! Which keys a block of queries sees: pure index arithmetic, no tensors.
+//! Visible key ranges of a query block under a band: which tiles are skipped, full, or masked. Index arithmetic, no tensors.
 //!
-//! A block of keys is cut into [`Segment`]s within which the same vectors of queries are at work, so that corners of
+//! A block of keys is cut into [`KeySegment`]s within which the same vectors of queries are at work, so that the edges of
 //! the band cost what they contain (to one vector of queries), and blocks outside the band cost nothing.
 
 use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::gemm::MOST_VECTORS;
+use super::isa::MAX_NR;
 use crate::api::Band;
 
-/// Which of its keys a query is asked about.
+/// Which side of the band's edge is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Side {
+pub(crate) enum BandSide {
     /// Every key: there is no band.
     All,
     /// The keys the band lets a query see.
@@ -21,30 +21,30 @@ pub(crate) enum Side {
     Outside(Band),
 }
 
-impl Side {
+impl BandSide {
     pub fn band(&self) -> Option<&Band> {
         match self {
-            Side::All => None,
-            Side::Inside(band) | Side::Outside(band) => Some(band),
+            BandSide::All => None,
+            BandSide::Inside(band) | BandSide::Outside(band) => Some(band),
         }
     }
 }
 
 /// Keys `keys` (counted in the sequence) times the query vectors `vectors` (counted in the query block).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
+pub(crate) struct KeySegment {
     pub keys: Range<usize>,
     pub vectors: Range<usize>,
     /// Bit v: some key of the segment is hidden from some query of vector v, so scores must be masked.
     pub masked: u64,
-    /// The first to the last of such keys; none are elsewhere, and no text is among them.
+    /// From the first to the last of such keys; no text is among them.
     pub partial: Range<usize>,
 }
 
-impl Segment {
+impl KeySegment {
     /// All of a block.
     pub fn whole(keys: Range<usize>, vectors: Range<usize>) -> Self {
-        Segment {
+        KeySegment {
             keys,
             vectors,
             masked: 0,
@@ -53,24 +53,24 @@ impl Segment {
     }
 
     /// Vectors of which some query does not see some key of the segment.
-    pub fn masked_vectors(&self) -> impl Iterator<Item = usize> {
-        (self.vectors.clone()).filter(|&v| self.hides(v))
+    pub fn partial_vectors(&self) -> impl Iterator<Item = usize> {
+        (self.vectors.clone()).filter(|&v| self.is_partially_masked(v))
     }
 
     /// Whether some query of vector `v` does not see some of its keys.
-    pub fn hides(&self, v: usize) -> bool {
+    pub fn is_partially_masked(&self, v: usize) -> bool {
         self.masked >> v & 1 == 1
     }
 
     /// Whether every query of vector `v` sees all of its keys.
-    pub fn shows(&self, v: usize) -> bool {
-        self.vectors.contains(&v) && !self.hides(v)
+    pub fn is_fully_visible(&self, v: usize) -> bool {
+        self.vectors.contains(&v) && !self.is_partially_masked(v)
     }
 }
 
-/// What one vector of queries sees.
+/// What one vector of queries (a group of lanes) sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Vector {
+struct LaneGroup {
     /// Keys some query sees, text columns aside.
     some: Range<usize>,
     /// Keys every query sees, text columns aside.
@@ -79,7 +79,7 @@ struct Vector {
 
 /// Keys between which nothing changes: the same queries see all of them, alone or with others of their vector.
 #[derive(Clone, Debug)]
-struct Stretch {
+struct Interval {
     keys: Range<usize>,
     /// Bit v: some query of vector v sees them. Not zero.
     active: u64,
@@ -89,27 +89,27 @@ struct Stretch {
 
 /// What the queries of one block see of a sequence on one side, vector by vector.
 #[derive(Clone, Debug)]
-pub(crate) struct Sight {
-    side: Side,
+pub(crate) struct VisibleKeys {
+    side: BandSide,
     text: Range<usize>,
     vectors: usize,
     /// In the order of the keys.
-    stretches: SmallVec<[Stretch; EDGES - 1]>,
+    intervals: SmallVec<[Interval; MAX_EDGES - 1]>,
 }
 
 /// Keys at which something changes for the largest block of queries. Lists of so many need no memory
 /// of their own: with AVX2, where blocks are small, these cost 2 % of a window of 1024 tokens and 6 % of one of 256.
-const EDGES: usize = 4 + 4 * MOST_VECTORS;
+const MAX_EDGES: usize = 4 + 4 * MAX_NR;
 
-impl Sight {
+impl VisibleKeys {
     /// For the queries `queries` of a sequence, `lanes` of them to a vector; the last vector may be ragged.
-    pub fn new(side: Side, queries: Range<usize>, kv_tokens: usize, lanes: usize) -> Self {
+    pub fn new(side: BandSide, queries: Range<usize>, kv_tokens: usize, lanes: usize) -> Self {
         let text = side.band().map_or(0..0, |band| band.text_range(kv_tokens));
-        let vectors: SmallVec<[Vector; MOST_VECTORS]> = queries
+        let vectors: SmallVec<[LaneGroup; MAX_NR]> = queries
             .clone()
             .step_by(lanes)
             .map(|first| {
-                vector(
+                lane_group(
                     side.band(),
                     first..queries.end.min(first + lanes),
                     kv_tokens,
@@ -120,9 +120,9 @@ impl Sight {
         // Where vectors begin and end to see something, in part and as a whole: bits that change there. All but in order, which
         // is what sorting them is fast with.
         let bits = || vectors.iter().enumerate().map(|(i, v)| (1u64 << i, v));
-        let mut edges = SmallVec::<[(usize, u64, u64); EDGES]>::new();
+        let mut edges = SmallVec::<[(usize, u64, u64); MAX_EDGES]>::new();
         edges.push((0, 0, 0));
-        if side != Side::All {
+        if side != BandSide::All {
             edges.extend(bits().map(|(bit, v)| (v.some.start, bit, 0)));
             edges.extend(bits().map(|(bit, v)| (v.every.start, 0, bit)));
             edges.extend(bits().map(|(bit, v)| (v.every.end, 0, bit)));
@@ -133,7 +133,7 @@ impl Sight {
         edges.sort_unstable_by_key(|edge| edge.0);
         let all = ones(vectors.len());
         let (mut some, mut every) = (0, 0);
-        let mut stretches = SmallVec::new();
+        let mut intervals = SmallVec::new();
         for pair in edges.windows(2) {
             let ((start, begins, fills), (end, ..)) = (pair[0], pair[1]);
             some ^= begins;
@@ -146,47 +146,47 @@ impl Sight {
                 false => (some, every),
             };
             let (active, masked) = match side {
-                Side::All => (all, 0),
-                Side::Inside(_) => (some, some & !every),
-                Side::Outside(_) => (all & !every, some & !every),
+                BandSide::All => (all, 0),
+                BandSide::Inside(_) => (some, some & !every),
+                BandSide::Outside(_) => (all & !every, some & !every),
             };
             if active != 0 {
-                stretches.push(Stretch {
+                intervals.push(Interval {
                     keys: start..end,
                     active,
                     masked,
                 });
             }
         }
-        Sight {
+        VisibleKeys {
             side,
             text,
             vectors: vectors.len(),
-            stretches,
+            intervals,
         }
     }
 
-    /// The stretches of `keys`, cut to them.
-    fn cut(&self, keys: Range<usize>) -> impl Iterator<Item = Stretch> {
-        let both = move |s: &Stretch| keys.start.max(s.keys.start)..keys.end.min(s.keys.end);
-        let cut = (self.stretches.iter()).map(move |s| Stretch {
+    /// The intervals, clipped to `keys`.
+    fn clip(&self, keys: Range<usize>) -> impl Iterator<Item = Interval> {
+        let both = move |s: &Interval| keys.start.max(s.keys.start)..keys.end.min(s.keys.end);
+        let clipped = (self.intervals.iter()).map(move |s| Interval {
             keys: both(s),
             ..*s
         });
-        cut.filter(|s| !s.keys.is_empty())
+        clipped.filter(|s| !s.keys.is_empty())
     }
 
     /// Whether some query of the block sees some key of `keys` on this side.
-    pub fn touches(&self, keys: &Range<usize>) -> bool {
-        self.cut(keys.clone()).next().is_some()
+    pub fn intersects(&self, keys: &Range<usize>) -> bool {
+        self.clip(keys.clone()).next().is_some()
     }
 
-    /// The keys of `keys` that queries of the block see on this side lie in this range.
-    pub fn part(&self, keys: &Range<usize>) -> Range<usize> {
-        hull(self.cut(keys.clone()).map(|s| s.keys))
+    /// The smallest range that contains all of `keys` that some query of the block sees on this side.
+    pub fn bounding_range(&self, keys: &Range<usize>) -> Range<usize> {
+        hull(self.clip(keys.clone()).map(|s| s.keys))
     }
 
-    pub fn side(&self) -> Side {
+    pub fn side(&self) -> BandSide {
         self.side
     }
 
@@ -201,48 +201,49 @@ impl Sight {
     }
 
     /// Cuts the block of keys `keys` into segments, in the order of the keys.
-    pub fn segments(&self, keys: Range<usize>, segments: &mut Vec<Segment>) {
+    pub fn segments(&self, keys: Range<usize>, segments: &mut Vec<KeySegment>) {
         segments.clear();
         // Neighbours at which the same vectors are at work are merged, for a segment costs a product of its own.
-        let mut last: Option<(Stretch, Range<usize>)> = None;
-        for stretch in self.cut(keys) {
-            let partial = match stretch.masked {
+        let mut last: Option<(Interval, Range<usize>)> = None;
+        for interval in self.clip(keys) {
+            let partial = match interval.masked {
                 0 => 0..0,
-                _ => stretch.keys.clone(),
+                _ => interval.keys.clone(),
             };
             match &mut last {
                 Some((before, all))
-                    if before.active == stretch.active && before.keys.end == stretch.keys.start =>
+                    if before.active == interval.active
+                        && before.keys.end == interval.keys.start =>
                 {
-                    before.keys.end = stretch.keys.end;
-                    before.masked |= stretch.masked;
+                    before.keys.end = interval.keys.end;
+                    before.masked |= interval.masked;
                     *all = hull([all.clone(), partial].into_iter());
                 }
                 _ => {
-                    if let Some((stretch, partial)) = last.replace((stretch, partial)) {
-                        split(&stretch, &partial, segments);
+                    if let Some((interval, partial)) = last.replace((interval, partial)) {
+                        split(&interval, &partial, segments);
                     }
                 }
             }
         }
-        if let Some((stretch, partial)) = last {
-            split(&stretch, &partial, segments);
+        if let Some((interval, partial)) = last {
+            split(&interval, &partial, segments);
         }
     }
 }
 
 /// A segment for each group of neighbouring vectors that are at work.
-fn split(stretch: &Stretch, partial: &Range<usize>, segments: &mut Vec<Segment>) {
-    let mut rest = stretch.active;
+fn split(interval: &Interval, partial: &Range<usize>, segments: &mut Vec<KeySegment>) {
+    let mut rest = interval.active;
     while rest != 0 {
         let first = rest.trailing_zeros() as usize;
         let n = (rest >> first).trailing_ones() as usize;
         let bits = ones(n) << first;
         rest &= !bits;
-        segments.push(Segment {
-            keys: stretch.keys.clone(),
+        segments.push(KeySegment {
+            keys: interval.keys.clone(),
             vectors: first..first + n,
-            masked: stretch.masked & bits,
+            masked: interval.masked & bits,
             partial: partial.clone(),
         });
     }
@@ -268,21 +269,21 @@ fn trim(keys: &Range<usize>, text: &Range<usize>) -> Range<usize> {
     }
 }
 
-fn vector(
+fn lane_group(
     band: Option<&Band>,
     queries: Range<usize>,
     tokens: usize,
     text: &Range<usize>,
-) -> Vector {
+) -> LaneGroup {
     let Some(band) = band else {
-        return Vector {
+        return LaneGroup {
             some: 0..tokens,
             every: 0..tokens,
         };
     };
     let image = trim(&queries, text);
     if image.is_empty() {
-        return Vector {
+        return LaneGroup {
             some: 0..tokens,
             every: 0..tokens,
         };
@@ -296,30 +297,34 @@ fn vector(
     } else {
         0..tokens
     };
-    Vector { some, every }
+    LaneGroup { some, every }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Segments, masks and `touches` of every key block against the definition, pair by pair.
+    /// Segments, masks and `intersects` of every key block against the definition, pair by pair.
     fn compare(band: Band, tokens: usize, lanes: usize, block: usize) {
         let mut segments = Vec::new();
-        for side in [Side::All, Side::Inside(band), Side::Outside(band)] {
+        for side in [
+            BandSide::All,
+            BandSide::Inside(band),
+            BandSide::Outside(band),
+        ] {
             let shown = |i: usize, j: usize| match side {
-                Side::All => true,
-                Side::Inside(band) => band.sees(i, j, tokens),
-                Side::Outside(band) => !band.sees(i, j, tokens),
+                BandSide::All => true,
+                BandSide::Inside(band) => band.sees(i, j, tokens),
+                BandSide::Outside(band) => !band.sees(i, j, tokens),
             };
             for first in (0..tokens).step_by(32) {
                 let queries = first..tokens.min(first + 32);
-                let sight = Sight::new(side, queries.clone(), tokens, lanes);
+                let visible = VisibleKeys::new(side, queries.clone(), tokens, lanes);
                 for keys in (0..tokens).step_by(block).map(|k| k..tokens.min(k + block)) {
-                    sight.segments(keys.clone(), &mut segments);
-                    assert_eq!(sight.touches(&keys), !segments.is_empty());
+                    visible.segments(keys.clone(), &mut segments);
+                    assert_eq!(visible.intersects(&keys), !segments.is_empty());
                     let seen = hull(segments.iter().map(|s| s.keys.clone()));
-                    assert_eq!(sight.part(&keys), seen);
+                    assert_eq!(visible.bounding_range(&keys), seen);
                     for key in keys {
                         for (v, start) in queries.clone().step_by(lanes).enumerate() {
                             let rows = start..queries.end.min(start + lanes);
@@ -371,16 +376,16 @@ mod tests {
 
     #[test]
     fn a_wide_block_is_one_segment() {
-        let sight = Sight::new(Side::Inside(Band::new(500)), 1000..1064, 2000, 16);
+        let visible = VisibleKeys::new(BandSide::Inside(Band::new(500)), 1000..1064, 2000, 16);
         let mut segments = Vec::new();
-        sight.segments(900..1000, &mut segments);
-        let all = Segment {
+        visible.segments(900..1000, &mut segments);
+        let all = KeySegment {
             keys: 900..1000,
             vectors: 0..4,
             masked: 0,
             partial: 0..0,
         };
         assert_eq!(segments, [all]);
-        assert!(!sight.touches(&(300..500)) && !sight.touches(&(1564..1700)));
+        assert!(!visible.intersects(&(300..500)) && !visible.intersects(&(1564..1700)));
     }
 }

@@ -1,4 +1,4 @@
-//! A mask, a tile at a time: read in any layout, turned so that a query is a lane, added to the scores of a block.
+//! A mask, a tile at a time: read in any layout, transposed so that a query is a lane, added to the scores of a block.
 //!
 //! In a tile everything is a number in powers of two, and hidden keys are −∞, so that booleans and biases are one.
 
@@ -6,69 +6,73 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::ahead::Ahead;
-use super::gemm::row_len;
-use super::pack::{Plane, read_line};
+use super::isa::{block_m, load, mul_add, store};
+use super::load_store::{BatchHead, read_line};
+use super::prefetch::LineStream;
 use super::transpose::transpose;
-use super::vector::{load, mul_add, store};
-use crate::api::{Input, Strides};
 use crate::mask::{Mask, MaskType};
+use crate::tensor::{Input, Strides};
 
 /// The largest finite number in a tile. Larger ones would overflow when a score is added, and a finite mask must not
 /// become an infinite one: a row that is pushed down everywhere is still a row.
 const LARGEST: f32 = 3e38;
 
-/// What a tile does to a block of scores.
+/// What a tile does to the scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Effect {
+pub(crate) enum TileKind {
     /// All numbers are zero.
-    Nothing,
-    Adds,
+    Zero,
+    Additive,
     /// Every key is hidden from every query.
-    HidesAll,
+    FullyMasked,
 }
 
 /// One block of the mask.
-pub(crate) struct Tile<'s> {
+pub(crate) struct MaskTile<'s> {
     mask: Mask<'s>,
     /// `[keys, queries]`
-    turned: &'s mut [f32],
+    transposed: &'s mut [f32],
     /// `[queries, keys]`
     rows: &'s mut [f32],
-    effect: Effect,
-    /// What is in the tile: where the block begins in the mask, how many queries (1 if all have the same line) and keys.
-    holds: Option<(isize, usize, usize)>,
+    kind: TileKind,
+    /// What the tile holds: where the block begins in the mask, how many queries (1 if all have the same line) and keys.
+    cached: Option<(isize, usize, usize)>,
 }
 
-impl<'s> Tile<'s> {
+impl<'s> MaskTile<'s> {
     /// Floats that a tile of `keys` keys needs, twice.
     pub const fn len<S: Simd>(keys: usize) -> usize {
-        keys * row_len::<S>()
+        keys * block_m::<S>()
     }
 
-    pub fn new(mask: Mask<'s>, turned: &'s mut [f32], rows: &'s mut [f32]) -> Self {
-        Tile {
+    pub fn new(mask: Mask<'s>, transposed: &'s mut [f32], rows: &'s mut [f32]) -> Self {
+        MaskTile {
             mask,
-            turned,
+            transposed,
             rows,
-            effect: Effect::Nothing,
-            holds: None,
+            kind: TileKind::Zero,
+            cached: None,
         }
     }
 
-    pub fn effect(&self) -> Effect {
-        self.effect
+    pub fn kind(&self) -> TileKind {
+        self.kind
     }
 
-    /// Asks for the memory of a block that will be read.
-    pub fn ahead(&self, plane: Plane, queries: Range<usize>, keys: Range<usize>) -> Ahead {
+    /// The cache lines of a block that will be read.
+    pub fn prefetch(
+        &self,
+        batch_head: BatchHead,
+        queries: Range<usize>,
+        keys: Range<usize>,
+    ) -> LineStream {
         let s = self.mask.strides;
         if s.query == 0 || s.key != 1 {
-            return Ahead::nothing();
+            return LineStream::empty();
         }
         let size = self.mask.kind.size() as isize;
-        let first = offset(&self.mask, plane, queries.start, keys.start);
-        Ahead::lines(
+        let first = offset(&self.mask, batch_head, queries.start, keys.start);
+        LineStream::strided(
             self.mask.data.wrapping_offset(first * size),
             s.query * size,
             keys.len() * self.mask.kind.size(),
@@ -76,14 +80,14 @@ impl<'s> Tile<'s> {
         )
     }
 
-    /// Reads the block of `queries` and `keys` of one (batch, head), unless that is what the tile holds.
+    /// Reads the block of `queries` and `keys` of one (batch, head), unless that is what is cached.
     ///
     /// # Safety
     /// Both must lie inside the shape that `check` has compared the mask with.
     #[inline(always)]
     pub unsafe fn read<S: Simd>(
         &mut self,
-        plane: Plane,
+        batch_head: BatchHead,
         queries: Range<usize>,
         keys: Range<usize>,
     ) {
@@ -91,55 +95,56 @@ impl<'s> Tile<'s> {
         let repeats = self.mask.strides.query == 0;
         let lines = if repeats { 1 } else { queries.len() };
         let block = (
-            offset(&self.mask, plane, queries.start, keys.start),
+            offset(&self.mask, batch_head, queries.start, keys.start),
             lines,
             n,
         );
-        if self.holds == Some(block) {
+        if self.cached == Some(block) {
             return;
         }
-        self.holds = Some(block);
+        self.cached = Some(block);
         assert!(
-            lines <= row_len::<S>() && n * row_len::<S>() <= self.turned.len().min(self.rows.len())
+            lines <= block_m::<S>()
+                && n * block_m::<S>() <= self.transposed.len().min(self.rows.len())
         );
         let (mut zero, mut hidden) = (true, true);
         for i in 0..lines {
             let line = &mut self.rows[i * n..(i + 1) * n];
             // SAFETY: promised by the caller.
-            unsafe { read(&self.mask, plane, queries.start + i, keys.start, line) };
+            unsafe { read(&self.mask, batch_head, queries.start + i, keys.start, line) };
             let (z, h) = in_powers_of_two(line);
             zero &= z;
             hidden &= h;
         }
-        self.effect = match (zero, hidden) {
-            (true, _) => Effect::Nothing,
-            (_, true) => Effect::HidesAll,
-            _ => Effect::Adds,
+        self.kind = match (zero, hidden) {
+            (true, _) => TileKind::Zero,
+            (_, true) => TileKind::FullyMasked,
+            _ => TileKind::Additive,
         };
-        if self.effect != Effect::Adds {
+        if self.kind != TileKind::Additive {
             return;
         }
         if repeats {
             for (lanes, &x) in self
-                .turned
-                .chunks_exact_mut(row_len::<S>())
+                .transposed
+                .chunks_exact_mut(block_m::<S>())
                 .zip(&self.rows[..n])
             {
                 lanes.fill(x);
             }
             return;
         }
-        if lines < row_len::<S>() {
+        if lines < block_m::<S>() {
             // Lanes without a query share decisions with those beside them.
-            self.turned[..n * row_len::<S>()].fill(0.0);
+            self.transposed[..n * block_m::<S>()].fill(0.0);
         }
         // SAFETY: `lines` rows of n, and n rows of queries, are there by the assertion above.
         unsafe {
             transpose::<S, true>(
                 self.rows.as_ptr(),
                 n as isize,
-                self.turned.as_mut_ptr(),
-                row_len::<S>() as isize,
+                self.transposed.as_mut_ptr(),
+                block_m::<S>() as isize,
                 lines,
                 n,
             );
@@ -148,7 +153,7 @@ impl<'s> Tile<'s> {
 
     /// The tile's numbers of one key, a query per lane.
     pub fn lanes<S: Simd>(&self, key: usize) -> &[f32] {
-        &self.turned[key * row_len::<S>()..(key + 1) * row_len::<S>()]
+        &self.transposed[key * block_m::<S>()..(key + 1) * block_m::<S>()]
     }
 
     /// scores = scores · scale + mask, for some keys (counted in the tile) and vectors of queries; hidden keys get −∞
@@ -162,14 +167,14 @@ impl<'s> Tile<'s> {
         keys: Range<usize>,
         vectors: Range<usize>,
     ) {
-        let block = keys.start * row_len::<S>()..keys.end * row_len::<S>();
+        let block = keys.start * block_m::<S>()..keys.end * block_m::<S>();
         let lanes = vectors.start * S::F32_LANES..vectors.end * S::F32_LANES;
-        assert!(lanes.end <= row_len::<S>());
+        assert!(lanes.end <= block_m::<S>());
         add(
             simd,
             scale,
             &mut scores[block.clone()],
-            &self.turned[block],
+            &self.transposed[block],
             lanes,
         );
     }
@@ -191,10 +196,10 @@ fn add<S: Simd>(simd: S, scale: f32, scores: &mut [f32], tile: &[f32], lanes: Ra
         fn with_simd<S: Simd>(self, simd: S) {
             let scale = simd.splat_f32s(self.scale);
             let hidden = simd.splat_f32s(f32::NEG_INFINITY);
-            let rows = self.scores.chunks_exact_mut(row_len::<S>());
-            for (scores, tile) in rows.zip(self.tile.chunks_exact(row_len::<S>())) {
+            let rows = self.scores.chunks_exact_mut(block_m::<S>());
+            for (scores, tile) in rows.zip(self.tile.chunks_exact(block_m::<S>())) {
                 for at in self.lanes.clone().step_by(S::F32_LANES) {
-                    // SAFETY: whole vectors inside rows of queries, which `Tile::add` asserts.
+                    // SAFETY: whole vectors inside rows of queries, which `MaskTile::add` asserts.
                     unsafe {
                         let (p, m) = (
                             scores.as_mut_ptr().add(at),
@@ -216,10 +221,10 @@ fn add<S: Simd>(simd: S, scale: f32, scores: &mut [f32], tile: &[f32], lanes: Ra
     });
 }
 
-fn offset(mask: &Mask<'_>, plane: Plane, query: usize, key: usize) -> isize {
+fn offset(mask: &Mask<'_>, batch_head: BatchHead, query: usize, key: usize) -> isize {
     let s = mask.strides;
-    plane.batch as isize * s.batch
-        + plane.head as isize * s.head
+    batch_head.batch as isize * s.batch
+        + batch_head.head as isize * s.head
         + query as isize * s.query
         + key as isize * s.key
 }
@@ -229,9 +234,9 @@ fn offset(mask: &Mask<'_>, plane: Plane, query: usize, key: usize) -> isize {
 /// # Safety
 /// The query and `to.len()` keys from `key` on must lie inside the shape.
 #[inline(always)]
-unsafe fn read(mask: &Mask<'_>, plane: Plane, query: usize, key: usize, to: &mut [f32]) {
+unsafe fn read(mask: &Mask<'_>, batch_head: BatchHead, query: usize, key: usize, to: &mut [f32]) {
     let s = mask.strides;
-    let at = offset(mask, plane, query, key);
+    let at = offset(mask, batch_head, query, key);
     match mask.kind {
         MaskType::Additive(dtype) => {
             // SAFETY: the same promises, in other words.
@@ -258,7 +263,7 @@ unsafe fn read(mask: &Mask<'_>, plane: Plane, query: usize, key: usize, to: &mut
     }
 }
 
-/// Turns powers of e into powers of two. Says whether all numbers are zero, and whether all of them hide.
+/// Converts powers of e to powers of two. Says whether all numbers are zero, and whether all of them hide.
 #[inline(always)]
 fn in_powers_of_two(line: &mut [f32]) -> (bool, bool) {
     let (mut other, mut shown) = (0u32, 0u32);
