@@ -65,7 +65,8 @@ template <class T, int DIM, int BM, AttentionMode MODE, bool MASKED> struct Atte
         mask_row = b * p.mask.batch + h * p.mask.head;
     }
 
-    /// Starts to load `rows` rows of DIM channels from row `first` on; rows beyond `limit` and channels beyond DIM become zeros.
+    /// Starts to load `rows` rows of DIM channels from row `first` on; rows beyond `limit` and channels beyond DIM become
+    /// zeros.
     DEVICE void load_tile_async(u16 *to, const u16 *from, i64 stride, int first, int rows, int limit) const {
         constexpr int PIECES = Shape::K_DIM / 8;
         for (int i = thread_index(); i < rows * PIECES; i += THREADS) {

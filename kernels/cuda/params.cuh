@@ -43,7 +43,8 @@ struct AttentionParams {
     Operand residual;
     /// Read by masked kernels only, whose data is never null.
     MaskOperand mask;
-    /// Set to 1 if an element of a captured residual is not finite; null: nobody asks. Host memory that the device can reach.
+    /// Set to 1 if an element of a captured residual is not finite; null: nobody asks. Host memory that the device can
+    /// reach.
     u32 *non_finite;
     int heads, group, q_tokens, kv_tokens;
     /// Token i sees j in the band iff |i − j| ≤ half_width or one of them lies in [text_begin, text_end).

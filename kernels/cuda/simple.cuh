@@ -1,8 +1,8 @@
 // Attention on CUDA cores: any element type, strides, scale and head dimensions up to MAX_DIM. For float32, and for
 // what the tensor-core kernels do not take. Products, sums and softmax are float32.
 //
-// A thread block of 128 threads owns 32 queries of one head; four neighbouring threads share a query, each with a quarter of its
-// keys in the scores and of its channels in the output.
+// A thread block of 128 threads owns 32 queries of one head; four neighbouring threads share a query, each with a quarter
+// of its keys in the scores and of its channels in the output.
 #pragma once
 #include "attention.cuh"
 

@@ -25,7 +25,7 @@ pub enum Products {
 ///
 /// q is `[batch, heads, q_tokens, head_dim]`, k `[batch, kv_heads, kv_tokens, head_dim]`,
 /// v `[batch, kv_heads, kv_tokens, v_dim]`, output and residual `[batch, heads, q_tokens, v_dim]`, each laid out
-/// by its own [`Strides`]. Query head `h` reads key/value head `h / (heads / kv_heads)`.
+/// by its own [`Strides`](crate::Strides). Query head `h` reads key/value head `h / (heads / kv_heads)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     pub batch: usize,

@@ -46,12 +46,13 @@
 //! pool, so results are the same bits on any number of threads.
 //!
 //! **Packing.** A task reads its queries into `[head_dim, BLOCK_M]`, a query per vector lane, converting float16 and
-//! bfloat16 to float32 (`load_store`, `transpose`). Then its main loop runs over the keys in blocks of BLOCK_N. Float32 K and V
-//! with contiguous channels are read in place; others are packed block by block, once for all query blocks of the task. Where
-//! many queries see a key (the last row of the table), all of K and V is packed once before the tasks begin (`kv`):
-//! with heads inside tokens, every token of a head lies in another page of memory, and tasks would translate its address again
-//! and again. Queries are packed when they meet their first keys. What comes next is prefetched from inside the matrix kernel
-//! (`prefetch`): the next block of K and V, the next queries, and residual and output of queries that are about to be done.
+//! bfloat16 to float32 (`load_store`, `transpose`). Then its main loop runs over the keys in blocks of BLOCK_N. Float32 K
+//! and V with contiguous channels are read in place; others are packed block by block, once for all query blocks of the
+//! task. Where many queries see a key (the last row of the table), all of K and V is packed once before the tasks begin
+//! (`kv`): with heads inside tokens, every token of a head lies in another page of memory, and tasks would translate its
+//! address again and again. Queries are packed when they meet their first keys. What comes next is prefetched from inside
+//! the matrix kernel (`prefetch`): the next block of K and V, the next queries, and residual and output of queries that
+//! are about to be done.
 //!
 //! **Scores.** S = K·Qᵀ, `[keys, BLOCK_M]`: six keys times all vectors of queries stay in registers over all channels
 //! (`gemm`). Since a lane is a query, keys and channels are plain loop counts: nothing is padded, head dim 72 costs
@@ -65,9 +66,10 @@
 //! **Values.** O += Vᵀ·P, `[v_dim, BLOCK_M]`, by the same matrix kernel.
 //!
 //! **Products in bfloat16** ([`Products`]). A step of both products takes a pair of elements in one 32-bit word (`precision`):
-//! two channels of K and Q, two keys of V and P. K in bfloat16 is that already, everything else is rounded and interleaved
-//! where it is packed anyway (`pack_bf16`), P in place after the exponential. A segment that begins or ends inside a pair has
-//! a probability of 0 there. Running maxima are whole powers of two then: rounded probabilities are the same in every mode.
+//! two channels of K and Q, two keys of V and P. K in bfloat16 is that already, everything else is rounded and
+//! interleaved where it is packed anyway (`pack_bf16`), P in place after the exponential. A segment that begins or ends
+//! inside a pair has a probability of 0 there. Running maxima are whole powers of two then: rounded probabilities are the
+//! same in every mode.
 //!
 //! **The band.** `key_ranges` cuts each key block into segments in which the same vectors of queries see something; blocks
 //! without any are skipped, corners are computed to one vector of queries, and scores inside a segment that a query does not
@@ -80,8 +82,8 @@
 //! in which every key is hidden are left out, so padding costs nothing and a causal mask less than none.
 //!
 //! **The epilogue.** As soon as queries have seen their last key, O is divided by the row sums, the residual is subtracted or
-//! added in float32, and rows are transposed back into the caller's layout and dtype (`epilogue`), one vector of queries at a
-//! time.
+//! added in float32, and rows are transposed back into the caller's layout and dtype (`epilogue`), one vector of queries
+//! at a time.
 //!
 //! Infinities and NaN go where the definition takes them; values that are not finite reach only queries that see
 //! them, through band and mask. [`oracle`] is that definition in float64, for tests at every level of the project.
@@ -89,7 +91,8 @@
 //! # Instruction sets
 //!
 //! AVX-512, AVX2 with FMA, NEON, or arrays the compiler vectorises, detected at run time (`cpu::isa`), through the `pulp`
-//! crate. `DITFASTATTN_ISA` forces another one that the machine has, for tests. Sums of products are fused or not according to the machine, so results differ between machines in the last bits.
+//! crate. `DITFASTATTN_ISA` forces another one that the machine has, for tests. Sums of products are fused or not
+//! according to the machine, so results differ between machines in the last bits.
 
 mod api;
 mod check;

@@ -4,7 +4,8 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-/// Element type of a tensor. Arithmetic is float32 unless [`Products`](crate::Products) asks for less; these are storage types.
+/// Element type of a tensor. Arithmetic is float32 unless [`Products`](crate::Products) asks for less; these are storage
+/// types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     F32,

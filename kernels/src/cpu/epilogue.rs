@@ -7,7 +7,7 @@ use pulp::Simd;
 
 use super::block::{LaneStrip, QueryBlock};
 use super::isa::{Backend, Native, RegisterEpilogue, block_m, load, mul_add, store};
-use super::load_store::{offset, scatter_channels};
+use super::load_store::{ScatterChannels, offset};
 use super::softmax::rescale;
 
 use crate::api::{Attention, Mode};
@@ -121,9 +121,14 @@ impl Epilogue<'_> {
                 check = simd.add_f32s(check, simd.mul_f32s(simd.mul_f32s(x, limit), zero));
             }
             let n = tokens.len();
-            scatter_channels::<S>(
-                to, add, batch_head, tokens, channels, lanes, values, rows, buf,
-            );
+            let scatter = ScatterChannels {
+                to,
+                add,
+                batch_head,
+                tokens,
+                channels,
+            };
+            scatter.run::<S>(lanes, values, rows, buf);
             are_zero(simd, check, n)
         }
     }
@@ -213,7 +218,8 @@ fn are_zero<S: Simd>(simd: S, x: S::f32s, n: usize) -> bool {
 }
 
 /// Merges the states of both sides of the band at the end of a capture: the first becomes that over all keys, and W, the
-/// output over the keys inside the band, the second's O. Where `empties` says that there may be none inside, W is 0 then, not 0 / 0.
+/// output over the keys inside the band, the second's O. Where `empties` says that there may be none inside, W is 0 then,
+/// not 0 / 0.
 #[inline(always)]
 pub(super) fn merge_states<S: Simd>(simd: S, block: &mut QueryBlock<'_>, empties: bool) {
     let row = block_m::<S>();

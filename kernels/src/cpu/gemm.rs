@@ -39,8 +39,8 @@ pub(crate) struct Gemm {
 }
 
 impl Gemm {
-    /// Computes the product. `next_prefetch` is called before each tile with its number of steps, and says what to prefetch in them:
-    /// at most one address per [`PREFETCH_INTERVAL`] steps.
+    /// Computes the product. `next_prefetch` is called before each tile with its number of steps, and says what to
+    /// prefetch in them: at most one address per [`PREFETCH_INTERVAL`] steps.
     ///
     /// # Safety
     /// For every row < rows, step < steps and lane < vectors · `S::F32_LANES`: `a + row·a_row + step·a_step` and
@@ -245,8 +245,9 @@ struct Registers<S: Simd, const MR: usize, const NR: usize> {
 ///
 /// Six rows of two vectors take 12 multiply-adds in a step, 8 loads, and 6 more instructions for the loop if it is not
 /// unrolled. With another program on the core's second hardware thread these are the bottleneck: on an EPYC (Zen 3) full
-/// attention took 5 to 10 % longer at best, 11 to 16 % as a median. Without the fence compilers load for the next step early,
-/// for which 16 registers are too few, and spill accumulators. With 32 registers a step has 24 multiply-adds, and neither was measured to matter.
+/// attention took 5 to 10 % longer at best, 11 to 16 % as a median. Without the fence compilers load for the next step
+/// early, for which 16 registers are too few, and spill accumulators. With 32 registers a step has 24 multiply-adds, and
+/// neither was measured to matter.
 const fn unrolls<S: Simd>() -> bool {
     S::REGISTER_COUNT < 32
 }

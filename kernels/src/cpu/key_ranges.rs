@@ -117,8 +117,8 @@ impl VisibleKeys {
                 )
             })
             .collect();
-        // Where vectors begin and end to see something, in part and as a whole: bits that change there. All but in order, which
-        // is what sorting them is fast with.
+        // Where vectors begin and end to see something, in part and as a whole: bits that change there. All but in order,
+        // which is what sorting them is fast with.
         let bits = || vectors.iter().enumerate().map(|(i, v)| (1u64 << i, v));
         let mut edges = SmallVec::<[(usize, u64, u64); MAX_EDGES]>::new();
         edges.push((0, 0, 0));

@@ -1,9 +1,10 @@
 //! K and V as tasks read them: float32 or pairs of bfloat16, each (batch, head) by itself, in blocks of [`BLOCK_N`] keys.
 //!
 //! Float32 tensors that are contiguous per head are used in place. Token-interleaved layouts (`[batch, tokens, heads,
-//! channels]`) are used in place where few queries see a key and [`TaskPacking`] does not say otherwise, else packed: by each
-//! task for itself, or, where many queries see a key, once per call, on all threads. In these layouts each token of a head
-//! lies in a page of its own, whose translation costs as much as its data; packing all heads at once visits it once.
+//! channels]`) are used in place where few queries see a key and [`TaskPacking`] does not say otherwise, else packed: by
+//! each task for itself, or, where many queries see a key, once per call, on all threads. In these layouts each token of
+//! a head lies in a page of its own, whose translation costs as much as its data; packing all heads at once visits it
+//! once.
 //!
 //! Owns where K and V are read and the packing per call. No result depends on either, bit for bit.
 
@@ -274,8 +275,8 @@ impl<'a> KvOperand<'a> {
         }
     }
 
-    /// The block `keys` of a (batch, head), whose first is a multiple of [`BLOCK_N`]. `buf` has [`KvOperand::task_len`] words.
-    /// Where pairs are read in the tensor itself, words are not aligned.
+    /// The block `keys` of a (batch, head), whose first is a multiple of [`BLOCK_N`]. `buf` has [`KvOperand::task_len`]
+    /// words. Where pairs are read in the tensor itself, words are not aligned.
     ///
     /// # Safety
     /// The keys must lie inside the shape.
@@ -375,8 +376,8 @@ impl<'a> KvOperand<'a> {
         }
     }
 
-    /// The cache lines of some keys of a block; where packed per call, those of the first head only, and from where the block
-    /// begins.
+    /// The cache lines of some keys of a block; where packed per call, those of the first head only, and from where the
+    /// block begins.
     pub fn prefetch(&self, p: BatchHead, heads: usize, keys: Range<usize>) -> LineStream {
         match self.placement {
             KvPlacement::PackedPerCall => {

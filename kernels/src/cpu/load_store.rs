@@ -305,60 +305,73 @@ pub(crate) unsafe fn gather_channels<S: Simd>(
     }
 }
 
-/// Writes `from`, `[channels, stride]`, to tokens `tokens` of a (batch, head), whatever the tensor's layout, with `add` added
-/// in float32.
-///
-/// Sums are made of lines of channels, so that `add` needs no transposition of its own.
-///
-/// # Safety
-/// As for [`gather`] and [`scatter`]; `rows` must hold `[tokens, channels]`, `buf` `[channels, stride]`.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-pub(crate) unsafe fn scatter_channels<S: Simd>(
-    t: &Output<'_>,
-    add: Option<&Input<'_>>,
-    p: BatchHead,
-    tokens: Range<usize>,
-    channels: usize,
-    stride: usize,
-    from: &mut [f32],
-    rows: &mut [f32],
-    buf: &mut [f32],
-) {
-    let n = tokens.len();
-    assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= from.len()));
-    // SAFETY: the caller says that the elements are this task's to write, and those of `add` readable; `from` was
-    // compared above.
-    unsafe {
-        if let layout @ Layout::ColMajor { .. } = Layout::natural(t.strides, stride) {
-            if let Some(add) = add {
-                gather_channels::<S>(add, p, tokens.clone(), channels, stride, buf, rows);
-                add_to(from, buf);
+/// Where [`ScatterChannels::run`] writes: tokens `tokens` of a (batch, head), whatever the tensor's layout, with `add`
+/// added in float32.
+pub(crate) struct ScatterChannels<'a, 'b> {
+    pub to: &'a Output<'b>,
+    pub add: Option<&'a Input<'b>>,
+    pub batch_head: BatchHead,
+    pub tokens: Range<usize>,
+    pub channels: usize,
+}
+
+impl ScatterChannels<'_, '_> {
+    /// Writes `from`, `[channels, stride]`.
+    ///
+    /// Sums are made of lines of channels, so that `add` needs no transposition of its own.
+    ///
+    /// # Safety
+    /// As for [`gather`] and [`scatter`]; `rows` must hold `[tokens, channels]`, `buf` `[channels, stride]`.
+    #[inline(always)]
+    pub unsafe fn run<S: Simd>(
+        self,
+        stride: usize,
+        from: &mut [f32],
+        rows: &mut [f32],
+        buf: &mut [f32],
+    ) {
+        let ScatterChannels {
+            to: t,
+            add,
+            batch_head: p,
+            tokens,
+            channels,
+        } = self;
+        let n = tokens.len();
+        assert!(channels == 0 || (n <= stride && (channels - 1) * stride + n <= from.len()));
+        // SAFETY: the caller says that the elements are this task's to write, and those of `add` readable; `from` was
+        // compared above.
+        unsafe {
+            if let layout @ Layout::ColMajor { .. } = Layout::natural(t.strides, stride) {
+                if let Some(add) = add {
+                    gather_channels::<S>(add, p, tokens.clone(), channels, stride, buf, rows);
+                    add_to(from, buf);
+                }
+                scatter(t, p, tokens, channels, layout, from);
+                return;
             }
-            scatter(t, p, tokens, channels, layout, from);
-            return;
-        }
-        let dense = t.dtype == DType::F32 && t.strides.channel == 1 && add.is_none();
-        let (to, to_stride) = if dense {
-            let at = offset(t.strides, p, tokens.start, 0);
-            (t.data.cast::<f32>().offset(at), t.strides.token)
-        } else {
-            (rows[..n * channels].as_mut_ptr(), channels as isize)
-        };
-        let from = from.as_ptr();
-        transpose::<S, false>(from, stride as isize, to, to_stride, channels, n);
-        if dense {
-            return;
-        }
-        for (i, token) in tokens.enumerate() {
-            let line = &mut rows[i * channels..(i + 1) * channels];
-            let at = |s: Strides| offset(s, p, token, 0);
-            if let Some(add) = add {
-                let buf = &mut buf[..channels];
-                read_line(add, at(add.strides), add.strides.channel, buf);
-                add_to(line, buf);
+            let dense = t.dtype == DType::F32 && t.strides.channel == 1 && add.is_none();
+            let (to, to_stride) = if dense {
+                let at = offset(t.strides, p, tokens.start, 0);
+                (t.data.cast::<f32>().offset(at), t.strides.token)
+            } else {
+                (rows[..n * channels].as_mut_ptr(), channels as isize)
+            };
+            let from = from.as_ptr();
+            transpose::<S, false>(from, stride as isize, to, to_stride, channels, n);
+            if dense {
+                return;
             }
-            write_line(t, at(t.strides), t.strides.channel, line);
+            for (i, token) in tokens.enumerate() {
+                let line = &mut rows[i * channels..(i + 1) * channels];
+                let at = |s: Strides| offset(s, p, token, 0);
+                if let Some(add) = add {
+                    let buf = &mut buf[..channels];
+                    read_line(add, at(add.strides), add.strides.channel, buf);
+                    add_to(line, buf);
+                }
+                write_line(t, at(t.strides), t.strides.channel, line);
+            }
         }
     }
 }

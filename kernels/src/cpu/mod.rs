@@ -11,6 +11,7 @@ mod isa;
 mod key_ranges;
 mod kv;
 mod load_store;
+mod main_loop;
 mod mask_tile;
 mod pack_bf16;
 mod prefetch;

@@ -1,7 +1,7 @@
 //! Lines of tensors as pairs of bfloat16, the first of a pair in the low half of a 32-bit word.
 //!
-//! Owns how they are rounded and interleaved. Float16 has three bits more, which are rounded to nearest. Contiguous elements are read
-//! with AVX-512, which took 15 % off a band's time in float16; the rest is for everything else.
+//! Owns how they are rounded and interleaved. Float16 has three bits more, which are rounded to nearest. Contiguous
+//! elements are read with AVX-512, which took 15 % off a band's time in float16; the rest is for everything else.
 
 use super::isa::{Backend, Native};
 use super::load_store::{read_line, round_bf16};

@@ -135,9 +135,9 @@ impl LineStream {
 }
 
 /// One prefetch is issued per this many k-steps of the matrix kernel. Prefetches share the core's line-fill buffers with
-/// demand misses of the L1. On a Xeon (Emerald Rapids, 16 of them) one per step made a window of 1024 tokens take 4 % longer,
-/// full attention 1 %; one per 6 steps 3 %, for then lines arrive late. A constant: where it was a variable, a window took 5 %
-/// longer.
+/// demand misses of the L1. On a Xeon (Emerald Rapids, 16 of them) one per step made a window of 1024 tokens take 4 %
+/// longer, full attention 1 %; one per 6 steps 3 %, for then lines arrive late. A constant: where it was a variable, a
+/// window took 5 % longer.
 pub(crate) const PREFETCH_INTERVAL: usize = 4;
 
 /// Addresses to prefetch one by one inside the matrix kernel's loop. That costs nothing there; separate loops between

@@ -7,8 +7,8 @@ use std::panic::resume_unwind;
 #[derive(Clone, Copy)]
 struct Line([f32; 16]);
 
-/// Cache lines of the smallest buffer, 32 KiB: threads keep theirs, and small requests may be served from a reserve that is for
-/// what ends.
+/// Cache lines of the smallest buffer, 32 KiB: threads keep theirs, and small requests may be served from a reserve that
+/// is for what ends.
 const MIN_LINES: usize = 512;
 
 /// A growing buffer of floats on cache-line boundaries.

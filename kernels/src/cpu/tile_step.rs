@@ -18,10 +18,10 @@ use super::isa::{DotArithmetic, MAX_NR, block_m, load, mul_add, store};
 use super::key_ranges::{BandSide, KeySegment, VisibleKeys};
 use super::kv::BLOCK_N;
 use super::mask_tile::TileKind;
-use super::softmax::softmax;
+use super::softmax::OnlineSoftmax;
 
-/// Adds what `block` sees of `keys` to its softmax states. For each state there are its visible keys, and the segments of these
-/// keys.
+/// Adds what `block` sees of `keys` to its softmax states. For each state there are its visible keys, and the segments of
+/// these keys.
 #[inline(always)]
 pub(super) fn tile_step<S: Simd, A: DotArithmetic>(
     simd: S,
@@ -116,8 +116,16 @@ pub(super) fn tile_step<S: Simd, A: DotArithmetic>(
             side_keys.side(),
             segments,
         );
-        let state = &mut block.state[side];
         let vectors = segments.iter().map(|s| s.vectors.end).max().unwrap_or(0);
+        let mut softmax = OnlineSoftmax {
+            arithmetic,
+            scale,
+            scores: &mut *context.scores,
+            state: &mut block.state[side],
+            v_dim: dv,
+            first,
+            segments,
+        };
         for (v, &known_max) in row_max[..vectors].iter().enumerate() {
             let shows_all = || {
                 let shown = segments.iter().filter(|seg| seg.is_fully_visible(v));
@@ -125,18 +133,7 @@ pub(super) fn tile_step<S: Simd, A: DotArithmetic>(
             };
             // Each side needs its own, which that of all keys is if none of them are on the other side.
             let is_known = !has_mask && (visible.len() == 1 || shows_all());
-            softmax(
-                simd,
-                arithmetic,
-                scale,
-                context.scores,
-                state,
-                dv,
-                first,
-                segments,
-                v,
-                is_known.then_some(known_max),
-            );
+            softmax.update(simd, v, is_known.then_some(known_max));
         }
         for seg in segments {
             let (key, end) = (seg.keys.start - first, seg.keys.end - first);
@@ -235,8 +232,8 @@ fn save_edge_scores<S: Simd>(
     }
 }
 
-/// Sets the scores that a query does not see on this side to −∞, the others of the band's edges to those in `edge_scores`, which
-/// [`save_edge_scores`] has saved, if there are any.
+/// Sets the scores that a query does not see on this side to −∞, the others of the band's edges to those in
+/// `edge_scores`, which [`save_edge_scores`] has saved, if there are any.
 #[inline(always)]
 fn apply_band<S: Simd>(
     simd: S,

@@ -56,8 +56,8 @@ pub(crate) trait Backend {
         None
     }
 
-    /// Transposes what it can in squares with a vector to a side, or a vector by 4; says how much of `outer` that was, all but the
-    /// last `inner` % 4 of it.
+    /// Transposes what it can in squares with a vector to a side, or a vector by 4; says how much of `outer` that was,
+    /// all but the last `inner` % 4 of it.
     ///
     /// Where lines are a multiple of 4 KB apart (16 heads of 64 channels) 16 of them alias to one set of the L1: what is not
     /// taken of a cache line at once has to be fetched again. A square of 16 takes all of it.
@@ -114,17 +114,18 @@ pub(crate) trait Backend {
     /// Packs a contiguous line of half precision, two adjacent elements to a word; beside an odd last one is 0.
     ///
     /// # Safety
-    /// [`Backend::packs_bf16`] must say so, `from` must be readable for `n` elements and `to` writable for half as many words, rounded up.
+    /// [`Backend::packs_bf16`] must say so, `from` must be readable for `n` elements and `to` writable for half as many
+    /// words, rounded up.
     unsafe fn pack_adjacent(_from: *const u16, _is_f16: bool, _n: usize, _to: *mut f32) {
         unreachable!("there is no packing of half precision")
     }
 
-    /// Packs two contiguous lines of half precision, an element of each to a word; without a second one there is 0 beside the
-    /// first.
+    /// Packs two contiguous lines of half precision, an element of each to a word; without a second one there is 0 beside
+    /// the first.
     ///
     /// # Safety
-    /// [`Backend::packs_bf16`] must say so, `first`, and `second` if there is one, must be readable for `n` elements and `to`
-    /// writable for as many words.
+    /// [`Backend::packs_bf16`] must say so, `first`, and `second` if there is one, must be readable for `n` elements and
+    /// `to` writable for as many words.
     unsafe fn pack_interleaved(
         _first: *const u16,
         _second: Option<*const u16>,

@@ -23,7 +23,8 @@ pub(super) fn from_avx512<S: Simd>(x: __m512) -> S::f32s {
     unsafe { std::mem::transmute_copy(&x) }
 }
 
-/// 2^x by the same polynomial as elsewhere; rounding and scaling are instructions of their own, and zeroing rides along with the scaling.
+/// 2^x by the same polynomial as elsewhere; rounding and scaling are instructions of their own, and zeroing rides along
+/// with the scaling.
 ///
 /// # Safety
 /// The machine must have AVX-512 F.

@@ -110,7 +110,8 @@ impl Backend for X86 {
                 }
             }
             for b in (squares..inner / 4 * 4).step_by(4) {
-                // SAFETY: `side` by 4 elements from here on lie inside, of the matrix if `READS`, else of the transposed one.
+                // SAFETY: `side` by 4 elements from here on lie inside, of the matrix if `READS`, else of the transposed
+                // one.
                 unsafe {
                     let (from, to) = at(a, b);
                     if !avx512 {
