@@ -38,7 +38,7 @@ pub enum Kind {
 /// A self-attention layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layer {
-    /// Position among the layers that are rewritten, in the order of [`super::order`]: the plan's column.
+    /// Position among the layers that are rewritten, in the order of their numbers (`order`): the plan's column.
     pub index: usize,
     pub core: Core,
     /// Text and image tokens share the sequence, from two streams.
