@@ -4,7 +4,7 @@ use bytes::Bytes;
 use ditfastattn_plans::{Action, Cfg, Plan, Side, TextTokens};
 use ditfastattn_rewriter::find::{Choice, InputsRequest, Survey, survey};
 use ditfastattn_rewriter::lower::{
-    Dense, LowerError, RequestInputs, Schedule, State, Told, lower, lower_with, plan_in,
+    Dense, DirectiveSource, LowerError, RequestInputs, Schedule, State, lower, lower_with, plan_in,
 };
 use ditfastattn_rewriter::onnx::{Graph, GraphEdit, ModelFile};
 use ditfastattn_rewriter::report::Report;
@@ -43,7 +43,7 @@ pub fn check(bytes: &[u8]) -> Reached {
             &model,
             &survey,
             &Plan::all_full(1, 2),
-            State::Io(Told::Step),
+            State::Io(DirectiveSource::Step),
         )
         .is_err();
         assert!(refused, "a model without a layer was rewritten");
@@ -81,8 +81,11 @@ fn cases(layers: usize) -> [(Plan, State); 4] {
     [
         (Plan::all_full(layers, 2), RequestInputs::Optional.into()),
         (plan(Cfg::CondFirst, &shared), RequestInputs::Triton.into()),
-        (plan(Cfg::UncondFirst, &shared), State::Io(Told::Step)),
-        (texted, State::Io(Told::Directives)),
+        (
+            plan(Cfg::UncondFirst, &shared),
+            State::Io(DirectiveSource::Step),
+        ),
+        (texted, State::Io(DirectiveSource::Directives)),
     ]
 }
 

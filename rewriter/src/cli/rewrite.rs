@@ -4,7 +4,7 @@ use super::args::{DenseArg, DenseArgs, RewriteArgs, ScheduleArg, StateArg};
 use super::triton::configuration;
 use super::{Failure, INTERRUPTED, inputs_failure, print, read_plan, watch_interrupts, write};
 use crate::find::{Survey, survey};
-use crate::lower::{Dense, RequestInputs, State, Told, check_fit, lower_with};
+use crate::lower::{Dense, DirectiveSource, RequestInputs, State, check_fit, lower_with};
 use crate::onnx::ModelFile;
 use crate::report::{DenseReport, Report};
 use crate::run::dense::{Measured, measure};
@@ -32,7 +32,7 @@ pub fn run(args: &RewriteArgs) -> Result<(), Failure> {
             State::Hidden(RequestInputs::Triton)
         }
         StateArg::Hidden => State::Hidden(args.request_inputs.into()),
-        StateArg::Io => State::Io(Told::Step),
+        StateArg::Io => State::Io(DirectiveSource::Step),
     };
     if args.state == StateArg::Io && plan.cfg == Cfg::Separate {
         return Err(Failure::No(anyhow!(

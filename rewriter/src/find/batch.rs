@@ -2,12 +2,12 @@
 //! the batch is outermost.
 
 use crate::onnx::Graph;
-use crate::shapes::{self, BATCH, Dim, Facts, Place};
+use crate::shapes::{self, AxisOffset, BATCH, Dim, Facts};
 use std::collections::HashMap;
 
 #[derive(Debug)]
 pub struct Batch {
-    places: HashMap<String, Place>,
+    places: HashMap<String, AxisOffset>,
     /// The model was exported for a single row: it has no halves, so nothing can depend on their number.
     single: bool,
 }
@@ -20,7 +20,7 @@ impl Batch {
                 .is_some_and(|s| s.iter().any(|d| d.depends_on(BATCH)))
         };
         let single = facts.static_batch.is_none() && !graph.inputs.iter().any(|i| carries(&i.name));
-        let mut places: HashMap<String, Place> = graph
+        let mut places: HashMap<String, AxisOffset> = graph
             .inputs
             .iter()
             .filter(|i| leads(facts, &i.name))
@@ -35,13 +35,13 @@ impl Batch {
                 if name.is_empty() || !carries(name) {
                     continue;
                 }
-                let mut found: Option<Place> = None;
+                let mut found: Option<AxisOffset> = None;
                 let mut agree = true;
                 for (slot, input) in node.proto.input.iter().enumerate() {
                     let Some(at) = places.get(input) else {
                         continue;
                     };
-                    if let Some(to) = shapes::follow_apart(facts, node, slot, at, out) {
+                    if let Some(to) = shapes::propagate_axis_apart(facts, node, slot, at, out) {
                         agree &= found.as_ref().is_none_or(|f| *f == to);
                         found = Some(to);
                     }

@@ -278,7 +278,7 @@ fn is_row_table(facts: &Facts, node: &Node, slot: usize, value: &str) -> bool {
     rows.is_some()
         && rows == facts.static_batch
         && leads(facts, node.output(0))
-        && shapes::follow(facts, node, slot, &outermost, 0) == Some(outermost)
+        && shapes::propagate_axis(facts, node, slot, &outermost, 0) == Some(outermost)
         && elem_type::is_supported_float(facts.of(value).elem_type)
 }
 

@@ -9,7 +9,7 @@
 
 use super::Core;
 use crate::onnx::{Graph, Node};
-use crate::shapes::{self, Dim, Facts, LAYOUT, Place, REPEAT, Trail, Value};
+use crate::shapes::{self, AxisFate, AxisOffset, Dim, Facts, LAYOUT, REPEAT, Value};
 use std::collections::HashMap;
 
 /// Neighbouring tokens of one kind.
@@ -25,7 +25,7 @@ pub struct Piece {
 /// A sequence whose tokens are of both kinds.
 #[derive(Clone, Debug, PartialEq)]
 struct Sequence {
-    place: Place,
+    place: AxisOffset,
     pieces: Vec<Piece>,
 }
 
@@ -151,7 +151,7 @@ impl Streams {
         let Some(sequence) = &flow.sequence else {
             return Ok(None);
         };
-        match shapes::exact_axis(facts, &core.q.value, &sequence.place) {
+        match shapes::axis_at(facts, &core.q.value, &sequence.place) {
             Some(axis) if Some(axis) == core.q.token_axis() => Ok(Some(&sequence.pieces)),
             // Rows or heads of one kind each.
             Some(_) => Ok(None),
@@ -253,13 +253,13 @@ impl Streams {
                 // What has no pieces is the same for every token: a table, a modulation.
                 continue;
             };
-            let moved = match shapes::trace(facts, node, slot, &before.place, out) {
-                Trail::At(place) => Sequence {
+            let moved = match shapes::trace_axis(facts, node, slot, &before.place, out) {
+                AxisFate::At(place) => Sequence {
                     place,
                     pieces: before.pieces.clone(),
                 },
-                Trail::Ends => continue,
-                Trail::Lost => return gone(index),
+                AxisFate::Ends => continue,
+                AxisFate::Lost => return gone(index),
             };
             match &mut sequence {
                 None => sequence = Some(moved),
@@ -333,7 +333,7 @@ fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Joined {
     let mut pieces = Vec::new();
     for (input, flow) in node.proto.input.iter().zip(inputs) {
         match &flow.sequence {
-            Some(s) if shapes::exact_axis(facts, input, &s.place) == Some(axis) => {
+            Some(s) if shapes::axis_at(facts, input, &s.place) == Some(axis) => {
                 pieces.extend(s.pieces.iter().cloned());
             }
             // Pieces along another axis: this is no Concat of a sequence.
@@ -360,7 +360,7 @@ fn concat(facts: &Facts, node: &Node, inputs: &[Flow]) -> Joined {
 fn cut(facts: &Facts, node: &Node, out: usize, inputs: &[Flow]) -> Option<Result<Flow, ()>> {
     let sequence = inputs.first()?.sequence.as_ref()?;
     let source = node.input(0)?;
-    let axis = shapes::exact_axis(facts, source, &sequence.place)?;
+    let axis = shapes::axis_at(facts, source, &sequence.place)?;
     let rank = facts.shape(source)?.len();
     let along = |a: i64| shapes::axis(a, rank) == Some(axis);
     let total = &facts.shape(source)?[axis];

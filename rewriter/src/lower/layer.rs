@@ -5,7 +5,7 @@ use super::attention::Attention;
 use super::build::{self, Names, Writer};
 use super::step::Step;
 use super::text::TextTokens;
-use super::{DOMAIN, LowerError, io};
+use super::{DOMAIN, LowerError, explicit_state};
 use crate::find::{Layer, Module, Survey, Target};
 use crate::onnx::{AttributeProto, Graph, Node, NodeProto};
 use crate::shapes::Fact;
@@ -287,7 +287,7 @@ impl Lowering<'_> {
         }
         if let Some(state) = state {
             let handed_on = w.names.fresh(&format!("{prefix}/residual_kept"));
-            io::rows(w, &state.past_residual, &state.residual_rows, &handed_on);
+            explicit_state::rows(w, &state.past_residual, &state.residual_rows, &handed_on);
             outputs.push(residual(&handed_on));
         }
         let nodes = std::mem::replace(&mut w.nodes, before);

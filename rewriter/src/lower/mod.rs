@@ -7,7 +7,7 @@ mod alone;
 mod attention;
 mod build;
 mod dense;
-mod io;
+mod explicit_state;
 mod layer;
 mod order;
 mod outputs;
@@ -33,7 +33,7 @@ pub const DOMAIN: &str = operators::DOMAIN.as_str();
 
 pub use alone::alone;
 pub use dense::Dense;
-pub use io::{LayerState, directive, directives, sinks};
+pub use explicit_state::{LayerState, directive, directives, sinks};
 pub use outputs::known_type;
 pub use step::plan_in;
 pub use text::{TextTokens, Texts};
@@ -63,7 +63,7 @@ pub enum Schedule {
 
 /// How layers with explicit state are told what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum DirectiveSource {
     /// The input `dfa_step` (int64, one number): the step's place in the plan, which the graph holds.
     Step,
     /// The input `dfa_directives` (int64, one number per layer, see [`directives`]): the plan stays with the caller.
@@ -76,7 +76,7 @@ pub enum State {
     /// In the library, per request.
     Hidden(RequestInputs),
     /// In inputs `past.…` and outputs `present.…` of the graph: no hidden memory at all.
-    Io(Told),
+    Io(DirectiveSource),
 }
 
 impl From<RequestInputs> for State {
@@ -225,7 +225,7 @@ pub fn lower_with(
             let how = (request, schedule);
             step::build(survey, plan, how, &watched, &dense, &mut names)?
         }
-        State::Io(told) => io::build(survey, plan, told, &mut names)?,
+        State::Io(told) => explicit_state::build(survey, plan, told, &mut names)?,
     };
     let mut edit = GraphEdit::default();
     let mut insert: BTreeMap<usize, Vec<Bytes>> = BTreeMap::new();

@@ -1,7 +1,7 @@
 //! The step op: one per model, in front of everything, with the inputs that say whose step it is.
 
 use super::build::{self, Names};
-use super::io::Io;
+use super::explicit_state::Io;
 use super::{DOMAIN, LowerError, RequestInputs, Schedule};
 use crate::find::{Survey, Target, Watched};
 use crate::onnx::{AttributeProto, Graph, TensorProto, elem_type};

@@ -22,7 +22,7 @@ pub struct Segment {
     pub products: usize,
 }
 
-/// Cuts the graph of a lowered model (see [`crate::lower::Told::Directives`]) into one segment more than it has layers.
+/// Cuts the graph of a lowered model (see [`crate::lower::DirectiveSource::Directives`]) into one segment more than it has layers.
 ///
 /// `outputs` are the values that the exported model returned.
 pub fn cut(graph: &Graph, lowered: &Lowered, outputs: &[String]) -> Vec<Segment> {

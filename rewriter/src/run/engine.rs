@@ -7,7 +7,9 @@ use super::array::{Array, Data};
 use super::cut::{Segment, cut};
 use super::host::{Host, HostError};
 use crate::find::Survey;
-use crate::lower::{LayerState, LowerError, State, Told, directive, fits_windows, lower};
+use crate::lower::{
+    DirectiveSource, LayerState, LowerError, State, directive, fits_windows, lower,
+};
 use crate::onnx::{ModelFile, ReadError, ValueInfoProto, elem_type};
 use ditfastattn_contract::directive::Directive;
 use ditfastattn_contract::graph;
@@ -89,7 +91,7 @@ impl Engine {
         survey: &Survey,
         plan: &Plan,
     ) -> Result<Self, EngineError> {
-        let lowered = lower(model, survey, plan, State::Io(Told::Directives))?;
+        let lowered = lower(model, survey, plan, State::Io(DirectiveSource::Directives))?;
         let outputs = model.graph.outputs.clone();
         let bytes: Vec<u8> = lowered.pieces.concat();
         let whole = ModelFile::parse(&model.path, bytes.into())?;

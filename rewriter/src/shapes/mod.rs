@@ -5,14 +5,14 @@
 //! are exact symbolic products (`2·batch·64`), so `Reshape` targets built from `Shape` arithmetic resolve. Whatever cannot be
 //! resolved is unknown, never guessed.
 
+mod axis;
 mod dim;
 mod infer;
-mod place;
 mod rules;
 
+pub use axis::{AxisFate, AxisOffset, axis_at, propagate_axis, propagate_axis_apart, trace_axis};
 pub use dim::{Dim, Symbol, Symbols};
 pub use infer::{BATCH, Fact, Facts, Value, infer, infer_paired};
-pub use place::{Place, Trail, exact_axis, follow, follow_apart, trace};
 pub use rules::{
     ANCHOR, COPY, Class, ELEMENT, LAYOUT, LINEAR, NORM, PICK, PRODUCT, PROJECTION, QUANTIZE,
     RANDOM, REPEAT, RESHAPE, SCALE, SIZE, SUM, TRANSPOSE, axis, has_row, is, why_lost, why_unknown,

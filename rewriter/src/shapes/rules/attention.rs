@@ -96,7 +96,7 @@ pub(super) const OPS: &[Op] = &[
 ];
 
 /// The axis of the queries' tokens in an input of `rank` axes, and in the result.
-fn tokens(f: &Follow) -> Option<(usize, usize)> {
+fn tokens(f: &AxisStep) -> Option<(usize, usize)> {
     match (f.input.len(), f.output?.len()) {
         (3, 3) => Some((1, 1)),
         (4, 4) => Some((2, 2)),
@@ -108,7 +108,7 @@ fn tokens(f: &Follow) -> Option<(usize, usize)> {
 }
 
 /// Rows, and the queries' tokens.
-fn queries(f: &Follow) -> Option<Place> {
+fn queries(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     if f.slot != 0 || f.out != 0 {
         return None;
@@ -121,7 +121,7 @@ fn queries(f: &Follow) -> Option<Place> {
 }
 
 /// Keys and the channels of q are summed over.
-fn keys(f: &Follow) -> bool {
+fn keys(f: &AxisStep) -> bool {
     let Some((at, _)) = f.at() else { return false };
     match f.slot {
         0 => at + 1 == f.input.len(),

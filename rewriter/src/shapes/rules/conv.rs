@@ -409,7 +409,7 @@ fn reorder_output(c: &mut Context) -> Option<Fact> {
     })
 }
 
-fn all_but_channels(f: &Follow) -> Option<Place> {
+fn all_but_channels(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     match (f.slot, at) {
         (0, 0) => f.moved(0, &inner),
@@ -419,15 +419,15 @@ fn all_but_channels(f: &Follow) -> Option<Place> {
     }
 }
 
-fn channels(f: &Follow) -> bool {
+fn channels(f: &AxisStep) -> bool {
     f.slot == 0 && f.at().is_some_and(|(at, _)| at == 1)
 }
 
-fn positions(f: &Follow) -> bool {
+fn positions(f: &AxisStep) -> bool {
     f.at().is_some_and(|(at, _)| at >= 2)
 }
 
-fn rows_and_channels(f: &Follow) -> Option<Place> {
+fn rows_and_channels(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     match (f.slot, at) {
         (0, 0 | 1) if f.out == 0 => f.moved(at, &inner),
@@ -435,7 +435,7 @@ fn rows_and_channels(f: &Follow) -> Option<Place> {
     }
 }
 
-fn rows(f: &Follow) -> Option<Place> {
+fn rows(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     (f.slot == 0 && at == 0).then(|| f.moved(0, &inner))?
 }

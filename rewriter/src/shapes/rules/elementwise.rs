@@ -150,7 +150,7 @@ fn split_gelu(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims)))
 }
 
-fn gated_axis(f: &Follow) -> Option<Place> {
+fn gated_axis(f: &AxisStep) -> Option<AxisOffset> {
     if f.slot > 1 {
         return None;
     }

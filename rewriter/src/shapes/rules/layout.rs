@@ -293,13 +293,13 @@ fn transpose(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims)))
 }
 
-fn transposed(f: &Follow) -> Option<Place> {
+fn transposed(f: &AxisStep) -> Option<AxisOffset> {
     let (axis, inner) = f.at()?;
     let perm = permutation(f.node, f.input.len())?;
     f.moved(perm.iter().position(|&p| p == axis)?, &inner)
 }
 
-fn first_input(f: &Follow) -> Option<Place> {
+fn first_input(f: &AxisStep) -> Option<AxisOffset> {
     (f.slot == 0).then(|| f.place.clone())
 }
 
@@ -311,7 +311,7 @@ fn expand(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims)))
 }
 
-fn expanded(f: &Follow) -> Option<Place> {
+fn expanded(f: &AxisStep) -> Option<AxisOffset> {
     if f.slot != 0 {
         return None;
     }
@@ -330,7 +330,7 @@ fn tile(c: &mut Context) -> Option<Fact> {
 }
 
 /// Axes that keep their size keep their place.
-pub(super) fn unchanged_axis(f: &Follow) -> Option<Place> {
+pub(super) fn unchanged_axis(f: &AxisStep) -> Option<AxisOffset> {
     if f.slot != 0 {
         return None;
     }
@@ -362,7 +362,7 @@ fn blocks(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims.to_vec())))
 }
 
-fn outside_of_image(f: &Follow) -> Option<Place> {
+fn outside_of_image(f: &AxisStep) -> Option<AxisOffset> {
     let (axis, inner) = f.at()?;
     if f.slot != 0 || axis != 0 {
         return None;

@@ -246,14 +246,14 @@ fn distances(c: &mut Context) -> Option<Fact> {
 }
 
 /// Outside the two axes of a matrix, and the rows of the left or columns of the right operand.
-fn outside(f: &Follow) -> Option<Place> {
+fn outside(f: &AxisStep) -> Option<AxisOffset> {
     if f.slot > 1 {
         return None;
     }
     outside_of(f, f.slot == 0)
 }
 
-fn outside_of_quantized(f: &Follow) -> Option<Place> {
+fn outside_of_quantized(f: &AxisStep) -> Option<AxisOffset> {
     match f.slot {
         0 => outside_of(f, true),
         3 => outside_of(f, false),
@@ -261,7 +261,7 @@ fn outside_of_quantized(f: &Follow) -> Option<Place> {
     }
 }
 
-fn outside_of(f: &Follow, is_left: bool) -> Option<Place> {
+fn outside_of(f: &AxisStep, is_left: bool) -> Option<AxisOffset> {
     let flag = |name: &str| f.node.int(name).unwrap_or(0) != 0;
     let rank = f.input.len();
     let (at, _) = f.at()?;
@@ -281,26 +281,26 @@ fn outside_of(f: &Follow, is_left: bool) -> Option<Place> {
     f.aligned()
 }
 
-fn gemm_rows(f: &Follow) -> Option<Place> {
+fn gemm_rows(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     let stays = f.slot == 0 && at == 0 && f.node.int("transA").unwrap_or(0) == 0;
     stays.then(|| f.moved(0, &inner))?
 }
 
-fn rows_of_data(f: &Follow) -> Option<Place> {
+fn rows_of_data(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     let stays = f.slot == 0 && f.out == 0 && at + 1 < f.input.len();
     stays.then(|| f.moved(at, &inner))?
 }
 
-fn rows_of_three(f: &Follow) -> Option<Place> {
+fn rows_of_three(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     let stays = f.slot == 0 && at + 1 < f.input.len();
     stays.then(|| f.moved(at, &inner))?
 }
 
 /// The axis that a product sums over.
-fn contracted(f: &Follow) -> bool {
+fn contracted(f: &AxisStep) -> bool {
     let flag = |name: &str| f.node.int(name).unwrap_or(0) != 0;
     let Some((at, _)) = f.at() else { return false };
     let from_end = match f.slot {
@@ -312,11 +312,11 @@ fn contracted(f: &Follow) -> bool {
     !is_moved && f.input.len().max(1) == at + from_end.min(f.input.len().max(1))
 }
 
-fn gemm_contracted(f: &Follow) -> bool {
+fn gemm_contracted(f: &AxisStep) -> bool {
     f.slot < 2 && contracted(f)
 }
 
-fn channels(f: &Follow) -> bool {
+fn channels(f: &AxisStep) -> bool {
     f.slot == 0 && f.at().is_some_and(|(at, _)| at + 1 == f.input.len())
 }
 
@@ -412,7 +412,7 @@ fn einsum(c: &mut Context) -> Option<Fact> {
 
 /// The equation of an axis' node, and the letter of the axis; not one that its term has twice, of which only the diagonal
 /// is left.
-fn letter(f: &Follow) -> Option<(Equation, char)> {
+fn letter(f: &AxisStep) -> Option<(Equation, char)> {
     let (at, _) = f.at()?;
     let inputs = f.node.proto.input.iter();
     let ranks = inputs.map(|i| f.facts.shape(i).map(<[Dim]>::len));
@@ -423,14 +423,14 @@ fn letter(f: &Follow) -> Option<(Equation, char)> {
     is_once.then_some((equation, letter))
 }
 
-fn einsum_axis(f: &Follow) -> Option<Place> {
+fn einsum_axis(f: &AxisStep) -> Option<AxisOffset> {
     let (_, inner) = f.at()?;
     let (equation, letter) = letter(f)?;
     let to = equation.result.iter().position(|&l| l == letter)?;
     f.moved(to, &inner)
 }
 
-fn summed(f: &Follow) -> bool {
+fn summed(f: &AxisStep) -> bool {
     letter(f).is_some_and(|(equation, letter)| !equation.result.contains(&letter))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A row says what an operator does to shapes and values, where an axis of its input lies in its result, and what it is to
 //! the search for attention. Rows stand beside the rules they name, in a file per family; adding an operator touches that
-//! file only. What has no rule says why. Owns no graph and no order of work: [`super::infer`] walks, [`super::place`] follows.
+//! file only. What has no rule says why. Owns no graph and no order of work: [`super::infer`] walks, [`super::axis`] follows.
 
 mod attention;
 mod context;
@@ -17,8 +17,8 @@ mod quantize;
 mod reduce;
 mod sizes;
 
+use super::axis::{AxisOffset, AxisStep};
 use super::infer::Fact;
-use super::place::{Follow, Place};
 use crate::onnx::Node;
 pub use context::axis;
 pub(super) use context::{Context, is_integer};
@@ -46,7 +46,7 @@ pub enum Axis {
     SameOf(usize),
     /// Numpy broadcasting of all inputs: axes count from the end.
     Aligned,
-    By(fn(&Follow) -> Option<Place>),
+    By(fn(&AxisStep) -> Option<AxisOffset>),
     /// It has no place in any result, and why.
     Lost(&'static str),
 }
@@ -103,7 +103,7 @@ impl BitOr for Class {
 type Along = fn(&Node, usize) -> Option<Range<usize>>;
 
 /// Whether an axis ends in a node: it is summed over, or one element of it is picked. The result has no such axis.
-type Ends = fn(&Follow) -> bool;
+type Ends = fn(&AxisStep) -> bool;
 
 /// One operator.
 pub struct Op {
@@ -212,22 +212,22 @@ pub(super) fn outputs(context: &mut Context) -> Vec<Fact> {
     facts
 }
 
-/// Where the axis in `follow` lies in the result; `None` where it is lost.
-pub(super) fn follow(follow: &Follow) -> Option<Place> {
-    let slots = match of(follow.node)?.axis {
+/// Where the axis in `step` lies in the result; `None` where it is lost.
+pub(super) fn propagate(step: &AxisStep) -> Option<AxisOffset> {
+    let slots = match of(step.node)?.axis {
         Axis::Same => 1,
         Axis::SameOf(slots) => slots,
-        Axis::Aligned => return follow.aligned(),
-        Axis::By(rule) => return rule(follow),
+        Axis::Aligned => return step.aligned(),
+        Axis::By(rule) => return rule(step),
         Axis::Lost(_) => return None,
     };
-    (follow.slot < slots && follow.out == 0).then(|| follow.place.clone())
+    (step.slot < slots && step.out == 0).then(|| step.place.clone())
 }
 
-/// Whether the axis in `follow` ends in its node.
-pub(super) fn ends(follow: &Follow) -> bool {
-    let ends = of(follow.node).and_then(|op| op.ends);
-    ends.is_some_and(|ends| ends(follow))
+/// Whether the axis in `step` ends in its node.
+pub(super) fn ends(step: &AxisStep) -> bool {
+    let ends = of(step.node).and_then(|op| op.ends);
+    ends.is_some_and(|ends| ends(step))
 }
 
 /// Why nothing is said of the results of `node`.
@@ -444,7 +444,7 @@ mod tests {
 
         /// As `axis`, for elements that must know nothing of one another.
         pub fn axis_apart(&mut self, slot: usize, at: usize) -> Option<usize> {
-            self.followed(slot, at, 0, crate::shapes::follow_apart)
+            self.followed(slot, at, 0, crate::shapes::propagate_axis_apart)
         }
 
         /// Whether axis `at` of input `slot` ends here.
@@ -453,8 +453,8 @@ mod tests {
             let outputs = self.proto.output.iter().cloned().zip(self.results.clone());
             let facts = Facts::given(inputs.chain(outputs));
             let place = Dim::product(&self.inputs[slot].shape.as_ref().unwrap()[..at]).unwrap();
-            let trail = crate::shapes::trace(&facts, &self.node(), slot, &place, 0);
-            trail == crate::shapes::Trail::Ends
+            let trail = crate::shapes::trace_axis(&facts, &self.node(), slot, &place, 0);
+            trail == crate::shapes::AxisFate::Ends
         }
 
         fn followed(
@@ -462,7 +462,7 @@ mod tests {
             slot: usize,
             at: usize,
             out: usize,
-            follow: fn(&Facts, &Node, usize, &Place, usize) -> Option<Place>,
+            follow: fn(&Facts, &Node, usize, &AxisOffset, usize) -> Option<AxisOffset>,
         ) -> Option<usize> {
             let inputs = self.proto.input.iter().cloned().zip(self.inputs.clone());
             let outputs = self.proto.output.iter().cloned().zip(self.results.clone());
@@ -470,7 +470,7 @@ mod tests {
             let dims = facts.shape(&self.proto.input[slot])?.to_vec();
             let place = Dim::product(&dims[..at])?;
             let to = follow(&facts, &self.node(), slot, &place, out)?;
-            crate::shapes::exact_axis(&facts, &self.proto.output[out], &to)
+            crate::shapes::axis_at(&facts, &self.proto.output[out], &to)
         }
     }
 

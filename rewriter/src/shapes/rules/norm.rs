@@ -114,7 +114,7 @@ fn with_sum(c: &mut Context) -> Option<Vec<Fact>> {
     Some(vec![fact.clone(), Fact::default(), Fact::default(), fact])
 }
 
-fn any_summand(f: &Follow) -> Option<Place> {
+fn any_summand(f: &AxisStep) -> Option<AxisOffset> {
     (f.slot < 2 && matches!(f.out, 0 | 3)).then(|| f.place.clone())
 }
 

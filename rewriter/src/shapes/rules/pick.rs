@@ -96,7 +96,7 @@ fn gather(c: &mut Context) -> Option<Fact> {
     })
 }
 
-fn gathered(f: &Follow) -> Option<Place> {
+fn gathered(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     let picked = axis(f.node.int("axis").unwrap_or(0), f.input.len())?;
     if f.slot == 1 {
@@ -112,7 +112,7 @@ fn gathered(f: &Follow) -> Option<Place> {
 }
 
 /// One element of the axis is taken.
-fn is_picked(f: &Follow) -> bool {
+fn is_picked(f: &AxisStep) -> bool {
     let picked = axis(f.node.int("axis").unwrap_or(0), f.input.len());
     let indices = f.node.input(1).and_then(|i| f.facts.shape(i));
     let is_one = indices.is_some_and(|dims| dims.iter().all(|d| d.known() == Some(1)));
@@ -132,7 +132,7 @@ fn gather_nd(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims)))
 }
 
-fn gathered_nd(f: &Follow) -> Option<Place> {
+fn gathered_nd(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     let batch = usize::try_from(f.node.int("batch_dims").unwrap_or(0)).ok()?;
     if f.slot != 0 || at >= batch {
@@ -155,7 +155,7 @@ fn gather_quantized(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(2), Some(dims)))
 }
 
-fn gathered_quantized(f: &Follow) -> Option<Place> {
+fn gathered_quantized(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     let data = f.facts.shape(f.node.input(0)?)?;
     let picked = axis(f.node.int("gather_axis").unwrap_or(0), data.len())?;
@@ -350,7 +350,7 @@ fn concat(c: &mut Context) -> Option<Fact> {
     })
 }
 
-fn concatenated(f: &Follow) -> Option<Place> {
+fn concatenated(f: &AxisStep) -> Option<AxisOffset> {
     f.unless_resized()
 }
 
@@ -405,7 +405,7 @@ fn top_k(c: &mut Context) -> Option<Vec<Fact>> {
 }
 
 /// Along the sorted axis elements lose their order even if all are kept.
-fn sorted(f: &Follow) -> Option<Place> {
+fn sorted(f: &AxisStep) -> Option<AxisOffset> {
     let (at, _) = f.at()?;
     let sorted = axis(f.node.int("axis").unwrap_or(-1), f.input.len())?;
     if f.slot != 0 || at == sorted {

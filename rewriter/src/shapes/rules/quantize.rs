@@ -85,7 +85,7 @@ fn two(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(dims)))
 }
 
-fn of_two(f: &Follow) -> Option<Place> {
+fn of_two(f: &AxisStep) -> Option<AxisOffset> {
     matches!(f.slot, 0 | 3).then(|| f.aligned())?
 }
 

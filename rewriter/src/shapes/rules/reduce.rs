@@ -112,7 +112,7 @@ fn of_sizes(op: &str, sizes: &[Dim]) -> Option<Dim> {
 }
 
 /// The axis moves up by as many as are gone before it.
-fn moved_up(f: &Follow, axes: &[usize]) -> Option<Place> {
+fn moved_up(f: &AxisStep, axes: &[usize]) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     if f.slot != 0 || axes.contains(&at) {
         return None;
@@ -125,7 +125,7 @@ fn moved_up(f: &Follow, axes: &[usize]) -> Option<Place> {
     f.moved(at - gone, &inner)
 }
 
-fn reduced_in(f: &Follow) -> Option<Vec<usize>> {
+fn reduced_in(f: &AxisStep) -> Option<Vec<usize>> {
     let given = match f.node.ints("axes") {
         Some(axes) => Some(axes.to_vec()),
         None => f.node.input(1).and_then(|a| f.facts.of(a).known_ints()),
@@ -133,16 +133,16 @@ fn reduced_in(f: &Follow) -> Option<Vec<usize>> {
     reduced(f.node, given, f.input.len())
 }
 
-fn kept(f: &Follow) -> Option<Place> {
+fn kept(f: &AxisStep) -> Option<AxisOffset> {
     moved_up(f, &reduced_in(f)?)
 }
 
-fn is_reduced(f: &Follow) -> bool {
+fn is_reduced(f: &AxisStep) -> bool {
     let at = f.at().zip(reduced_in(f));
     f.slot == 0 && at.is_some_and(|((at, _), axes)| axes.contains(&at))
 }
 
-fn is_searched(f: &Follow) -> bool {
+fn is_searched(f: &AxisStep) -> bool {
     let searched = axis(f.node.int("axis").unwrap_or(0), f.input.len());
     f.at().is_some_and(|(at, _)| Some(at) == searched)
 }
@@ -154,7 +154,7 @@ fn arg(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(elem_type::INT64, Some(dims)))
 }
 
-fn arg_kept(f: &Follow) -> Option<Place> {
+fn arg_kept(f: &AxisStep) -> Option<AxisOffset> {
     let at = axis(f.node.int("axis").unwrap_or(0), f.input.len())?;
     moved_up(f, &[at])
 }
@@ -170,7 +170,7 @@ fn of_matrices(c: &mut Context) -> Option<Fact> {
     Some(Fact::of(c.ty(0), Some(outside.to_vec())))
 }
 
-fn outside_matrix(f: &Follow) -> Option<Place> {
+fn outside_matrix(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     if f.slot != 0 || at + 2 >= f.input.len() {
         return None;

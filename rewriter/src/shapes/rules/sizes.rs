@@ -197,7 +197,7 @@ fn one_hot(c: &mut Context) -> Option<Fact> {
     })
 }
 
-fn one_hot_axis(f: &Follow) -> Option<Place> {
+fn one_hot_axis(f: &AxisStep) -> Option<AxisOffset> {
     let (at, inner) = f.at()?;
     let new = axis(f.node.int("axis").unwrap_or(-1), f.input.len() + 1)?;
     if f.slot != 0 {

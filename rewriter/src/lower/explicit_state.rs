@@ -5,7 +5,7 @@
 
 use super::build::{self, Names, Writer};
 use super::step::Step;
-use super::{LowerError, Told};
+use super::{DirectiveSource, LowerError};
 use crate::find::{Layer, Survey};
 use crate::onnx::{AttributeProto, elem_type};
 use crate::shapes::Fact;
@@ -79,7 +79,7 @@ pub fn sinks(layer: &Layer) -> Vec<String> {
 pub fn build(
     survey: &Survey,
     plan: &Plan,
-    told: Told,
+    told: DirectiveSource,
     names: &mut Names,
 ) -> Result<Step, LowerError> {
     let mut inputs = Vec::new();
@@ -90,8 +90,8 @@ pub fn build(
     };
     let layer_count = survey.layers().count();
     let told_by = match told {
-        Told::Step => graph::STEP,
-        Told::Directives => graph::DIRECTIVES,
+        DirectiveSource::Step => graph::STEP,
+        DirectiveSource::Directives => graph::DIRECTIVES,
     };
     let told_by = claim(told_by.into(), names)?;
     let mut layers = Vec::new();
@@ -131,8 +131,8 @@ pub fn build(
         names,
     };
     let (declared, ticket) = match told {
-        Told::Directives => (vec![(layer_count as i64).into()], told_by.clone()),
-        Told::Step => {
+        DirectiveSource::Directives => (vec![(layer_count as i64).into()], told_by.clone()),
+        DirectiveSource::Step => {
             let table = directives(plan);
             let shape = vec![table.len() as i64, layer_count as i64];
             let table = w.int_tensor("dfa/directives", shape, &table.concat());

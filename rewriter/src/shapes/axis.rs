@@ -1,7 +1,6 @@
-//! Where one axis of interest lies in a tensor's memory: how many elements-with-everything-behind-them come before it.
+//! Axes on their way through the graph: where one of interest lies in a tensor's memory, as the product of all sizes outside it.
 //!
-//! A tensor is a row-major list. An axis keeps its place in that list through every Reshape, so a place is one size: the
-//! product of the dimensions before it. Fails closed: an operator without a rule has no place. The rules are in
+//! A tensor is a row-major list. An axis keeps its offset in that list through every Reshape. Fails closed: behind an operator without a rule an axis has none. The rules are in
 //! [`super::rules`].
 
 use super::dim::Dim;
@@ -10,10 +9,10 @@ use super::rules;
 use crate::onnx::Node;
 
 /// The product of all dimensions outside the axis; 1 = outermost.
-pub type Place = Dim;
+pub type AxisOffset = Dim;
 
 /// The axis of `shape` in which `place` begins, and what of that axis is still outside it.
-fn axis_of(shape: &[Dim], place: &Place) -> Option<(usize, Dim)> {
+fn axis_of(shape: &[Dim], place: &AxisOffset) -> Option<(usize, Dim)> {
     let one = Dim::from(1);
     let mut outer = one.clone();
     let mut found = None;
@@ -46,44 +45,44 @@ fn axis_of(shape: &[Dim], place: &Place) -> Option<(usize, Dim)> {
 }
 
 /// The axis of `value` that starts exactly at `place`.
-pub fn exact_axis(facts: &Facts, value: &str, place: &Place) -> Option<usize> {
+pub fn axis_at(facts: &Facts, value: &str, place: &AxisOffset) -> Option<usize> {
     let (axis, inner) = axis_of(facts.shape(value)?, place)?;
     (inner.known() == Some(1)).then_some(axis)
 }
 
 /// An axis on its way through a node; what axis rules look at.
-pub struct Follow<'a> {
+pub struct AxisStep<'a> {
     pub facts: &'a Facts,
     pub node: &'a Node,
     /// The input that has the axis, its shape, and the axis' place there.
     pub slot: usize,
     pub input: &'a [Dim],
-    pub place: &'a Place,
+    pub place: &'a AxisOffset,
     /// The output of interest and its shape, if that is known.
     pub out: usize,
     pub output: Option<&'a [Dim]>,
 }
 
-impl Follow<'_> {
+impl AxisStep<'_> {
     /// The axis of the input, and what of it is still outside the place.
     pub fn at(&self) -> Option<(usize, Dim)> {
         axis_of(self.input, self.place)
     }
 
     /// The result has the axis at `to`, behind `inner` of it.
-    pub fn moved(&self, to: usize, inner: &Dim) -> Option<Place> {
+    pub fn moved(&self, to: usize, inner: &Dim) -> Option<AxisOffset> {
         Dim::product(self.output?.get(..to)?)?.times(inner)
     }
 
     /// Axes count from the end.
-    pub fn aligned(&self) -> Option<Place> {
+    pub fn aligned(&self) -> Option<AxisOffset> {
         let (axis, inner) = self.at()?;
         let axis = (axis + self.output?.len()).checked_sub(self.input.len())?;
         self.moved(axis, &inner)
     }
 
     /// The axis stays where it is unless its size changes: then the result has another sequence of its elements.
-    pub fn unless_resized(&self) -> Option<Place> {
+    pub fn unless_resized(&self) -> Option<AxisOffset> {
         let (axis, inner) = self.at()?;
         let output = self.output?;
         (output.len() == self.input.len() && output.get(axis) == self.input.get(axis))
@@ -92,18 +91,24 @@ impl Follow<'_> {
 }
 
 /// Where the axis that lies at `place` in input `slot` of `node` lies in its output `out`; `None` where it is lost.
-pub fn follow(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize) -> Option<Place> {
-    match trace(facts, node, slot, place, out) {
-        Trail::At(place) => Some(place),
-        Trail::Ends | Trail::Lost => None,
+pub fn propagate_axis(
+    facts: &Facts,
+    node: &Node,
+    slot: usize,
+    place: &AxisOffset,
+    out: usize,
+) -> Option<AxisOffset> {
+    match trace_axis(facts, node, slot, place, out) {
+        AxisFate::At(place) => Some(place),
+        AxisFate::Ends | AxisFate::Lost => None,
     }
 }
 
 /// What becomes of an axis in a node.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Trail {
+pub enum AxisFate {
     /// It lies at this place of the result.
-    At(Place),
+    At(AxisOffset),
     /// It is summed over, or one element of it is picked: the result has no such axis.
     Ends,
     /// Nobody knows.
@@ -111,11 +116,17 @@ pub enum Trail {
 }
 
 /// What becomes of the axis that lies at `place` in input `slot` of `node`, in its output `out`.
-pub fn trace(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize) -> Trail {
+pub fn trace_axis(
+    facts: &Facts,
+    node: &Node,
+    slot: usize,
+    place: &AxisOffset,
+    out: usize,
+) -> AxisFate {
     let Some(input) = node.input(slot).and_then(|i| facts.shape(i)) else {
-        return Trail::Lost;
+        return AxisFate::Lost;
     };
-    let follow = Follow {
+    let step = AxisStep {
         facts,
         node,
         slot,
@@ -124,27 +135,27 @@ pub fn trace(facts: &Facts, node: &Node, slot: usize, place: &Place, out: usize)
         out,
         output: facts.shape(node.output(out)),
     };
-    match rules::follow(&follow) {
-        Some(place) => Trail::At(place),
-        None if rules::ends(&follow) => Trail::Ends,
-        None => Trail::Lost,
+    match rules::propagate(&step) {
+        Some(place) => AxisFate::At(place),
+        None if rules::ends(&step) => AxisFate::Ends,
+        None => AxisFate::Lost,
     }
 }
 
-/// As [`follow`], for an axis whose elements must know nothing of one another, such as rows of a batch.
-pub fn follow_apart(
+/// As [`propagate_axis`], for an axis whose elements must know nothing of one another, such as rows of a batch.
+pub fn propagate_axis_apart(
     facts: &Facts,
     node: &Node,
     slot: usize,
-    place: &Place,
+    place: &AxisOffset,
     out: usize,
-) -> Option<Place> {
+) -> Option<AxisOffset> {
     let input = facts.shape(node.input(slot)?)?;
     let (axis, _) = axis_of(input, place)?;
     if rules::mixes(node, axis, input.len()) {
         return None;
     }
-    follow(facts, node, slot, place, out)
+    propagate_axis(facts, node, slot, place, out)
 }
 
 #[cfg(test)]
