@@ -439,7 +439,7 @@ mod tests {
         }
 
         pub fn axis_to(&mut self, slot: usize, at: usize, out: usize) -> Option<usize> {
-            self.followed(slot, at, out, crate::shapes::follow)
+            self.followed(slot, at, out, crate::shapes::propagate_axis)
         }
 
         /// As `axis`, for elements that must know nothing of one another.
