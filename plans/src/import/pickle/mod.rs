@@ -84,6 +84,7 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// One opcode; here those of the stack itself.
     fn execute(&mut self, opcode: u8, at: usize, machine: &mut Machine) -> Result<(), PlanError> {
         match opcode {
             0x80 => match self.byte()? {
@@ -109,7 +110,18 @@ impl<'a> Reader<'a> {
                 machine.stack.extend([top, top]);
                 Ok(())
             }
+            _ => self.constant_or_number(opcode, at, machine),
+        }
+    }
 
+    /// Opcodes that put None, a truth value or a number on the stack.
+    fn constant_or_number(
+        &mut self,
+        opcode: u8,
+        at: usize,
+        machine: &mut Machine,
+    ) -> Result<(), PlanError> {
+        match opcode {
             b'N' => machine.push(at, Value::None),
             0x88 => machine.push(at, Value::Bool(true)),
             0x89 => machine.push(at, Value::Bool(false)),
@@ -152,7 +164,13 @@ impl<'a> Reader<'a> {
                 let number = f64::from_be_bytes(self.array()?);
                 machine.push(at, Value::Float(number))
             }
+            _ => self.string(opcode, at, machine),
+        }
+    }
 
+    /// Opcodes that put a string on the stack.
+    fn string(&mut self, opcode: u8, at: usize, machine: &mut Machine) -> Result<(), PlanError> {
+        match opcode {
             b'S' => {
                 let line = self.line()?;
                 let text = unquoted(line).ok_or_else(|| refused(at, "STRING is not quoted"))?;
@@ -188,7 +206,13 @@ impl<'a> Reader<'a> {
                 let text = self.take(usize::try_from(length).unwrap_or(usize::MAX))?;
                 machine.text(at, text)
             }
+            _ => self.container(opcode, at, machine),
+        }
+    }
 
+    /// Opcodes that make lists, tuples and dicts, or add to them.
+    fn container(&mut self, opcode: u8, at: usize, machine: &mut Machine) -> Result<(), PlanError> {
+        match opcode {
             b']' => machine.push(at, Value::List(Vec::new())),
             b'l' => {
                 let items = machine.pop_mark(at)?;
@@ -228,7 +252,13 @@ impl<'a> Reader<'a> {
                 let items = pairs(at, machine.pop_mark(at)?)?;
                 machine.extend_dict(at, items)
             }
+            _ => self.memo(opcode, at, machine),
+        }
+    }
 
+    /// Opcodes that remember the top of the stack, and put it there again; any other is refused.
+    fn memo(&mut self, opcode: u8, at: usize, machine: &mut Machine) -> Result<(), PlanError> {
+        match opcode {
             b'p' => {
                 let index = decimal_index(at, self.line()?)?;
                 machine.put(at, index)
