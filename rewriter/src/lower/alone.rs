@@ -24,10 +24,7 @@ pub fn alone(
 ) -> Result<Vec<u8>, Reason> {
     let graph = &model.graph;
     let mut names = Names::new(graph);
-    let mut w = Writer {
-        nodes: Vec::new(),
-        names: &mut names,
-    };
+    let mut w = Writer::new(&mut names);
     let mut replaced = HashSet::new();
     for layer in layers {
         let core = &layer.core;

@@ -91,6 +91,12 @@ impl Attention<'_> {
             Some(_) => out.clone(),
             None => result.clone(),
         };
+        if out != result {
+            let heads = |letter| if letter == 'H' { core.heads } else { None };
+            let sizes: Vec<Option<i64>> = core.out.layout.chars().map(heads).collect();
+            w.value_info
+                .push(build::sized(&out, core.elem_type, &sizes));
+        }
         if merged {
             let shape = w.ints(&out, &[0, 0, -1]);
             w.push_as("Reshape", &joined, &[&out, &shape], &[]);

@@ -96,9 +96,19 @@ fn annotation(name: &str, elem_type: i32, sizes: Option<Vec<Option<i64>>>) -> By
 pub struct Writer<'n> {
     pub nodes: Vec<Bytes>,
     pub names: &'n mut Names,
+    /// Types of results that the graph does not name: an op's result must have one.
+    pub value_info: Vec<Bytes>,
 }
 
-impl Writer<'_> {
+impl<'n> Writer<'n> {
+    pub fn new(names: &'n mut Names) -> Self {
+        Self {
+            nodes: Vec::new(),
+            names,
+            value_info: Vec::new(),
+        }
+    }
+
     /// One ONNX node with one result called `output` (made fresh).
     pub fn push(
         &mut self,

@@ -55,19 +55,25 @@ impl Lowering<'_> {
             (result, renamed)
         });
         // The op attends to some rows, the host to all: an `If` whose outputs had sizes would insist on them.
-        let branch = |place: &str, nodes, result: &str| {
+        let branch = |place: &str, nodes, types, result: &str| {
             let outputs = vec![build::any_sizes(result, &self.fact(out))];
-            build::branch(format!("{prefix}/{place}"), nodes, outputs, Vec::new())
+            build::branch(format!("{prefix}/{place}"), nodes, outputs, types)
         };
+        let types = std::mem::take(&mut w.value_info);
         self.attention(&ours.1, present).write(w);
-        let ours = branch("by_library", std::mem::take(&mut w.nodes), &ours.0);
+        let ours = branch(
+            "by_library",
+            std::mem::take(&mut w.nodes),
+            std::mem::replace(&mut w.value_info, types),
+            &ours.0,
+        );
         for &index in self.replaced {
             let node = &self.graph.nodes[index];
             let moved = self.moved_node(node, &theirs.1, None, false, w.names)?;
             w.nodes.push(moved);
         }
         let nodes = std::mem::replace(&mut w.nodes, before);
-        let theirs = branch("by_host", nodes, &theirs.0);
+        let theirs = branch("by_host", nodes, Vec::new(), &theirs.0);
         let name = w.names.fresh(&format!("{prefix}/dense_if"));
         let result = renamed.get(out).unwrap_or(out);
         w.nodes

@@ -126,10 +126,7 @@ pub fn build(
         });
     }
 
-    let mut w = Writer {
-        nodes: Vec::new(),
-        names,
-    };
+    let mut w = Writer::new(names);
     let (declared, ticket) = match told {
         DirectiveSource::Directives => (vec![(layer_count as i64).into()], told_by.clone()),
         DirectiveSource::Step => {

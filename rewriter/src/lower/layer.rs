@@ -151,10 +151,7 @@ impl Lowering<'_> {
 
     fn core_form(&self, names: &mut Names) -> Result<Patch, LowerError> {
         let out = &self.layer.core.out.value;
-        let mut w = Writer {
-            nodes: Vec::new(),
-            names,
-        };
+        let mut w = Writer::new(names);
         if self.step.io.is_some() {
             self.core_with_state(&mut w);
         } else {
@@ -169,6 +166,7 @@ impl Lowering<'_> {
             value_info: annotate
                 .then(|| build::value_info(out, &self.fact(out)))
                 .into_iter()
+                .chain(w.value_info)
                 .collect(),
         })
     }
@@ -183,9 +181,10 @@ impl Lowering<'_> {
         self.attention(&renamed, &present).write(w);
         let fact = self.fact(&core.out.value);
         let outputs = vec![build::value_info(&computed, &fact)];
+        let types = std::mem::take(&mut w.value_info);
         let sinks = std::slice::from_ref(&core.out.value);
         let compute = std::mem::replace(&mut w.nodes, outside);
-        let if_node = self.either(w, compute, (outputs, Vec::new()), &present, sinks, |_| {
+        let if_node = self.either(w, compute, (outputs, types), &present, sinks, |_| {
             core.q.value.as_str()
         });
         w.nodes.push(if_node);
@@ -194,10 +193,7 @@ impl Lowering<'_> {
     fn module_form(&self, module: &Module, names: &mut Names) -> Result<Patch, LowerError> {
         let prefix = self.prefix;
         let sinks = module.sinks.len();
-        let mut w = Writer {
-            nodes: Vec::new(),
-            names,
-        };
+        let mut w = Writer::new(names);
         let renamed = self.renamed(module, w.names);
         let mut inner_info = Vec::new();
         for value in module.sources.iter().chain(&module.selected) {
@@ -207,6 +203,7 @@ impl Lowering<'_> {
         }
         let present = w.names.fresh(&format!("{prefix}/residual"));
         self.inside(module, &renamed, &present, &mut w)?;
+        inner_info.append(&mut w.value_info);
         let core = &self.layer.core;
         let result = renamed.get(&core.out.value).unwrap_or(&core.out.value);
         if core.out.prep.is_empty() && !module.sinks.contains(&core.out.value) {

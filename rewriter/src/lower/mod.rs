@@ -244,10 +244,7 @@ pub fn lower_with(
         let nodes = insert.entry(patch.position).or_default();
         nodes.extend(patch.nodes);
         if let Some(io) = &step.io {
-            let mut w = Writer {
-                nodes: Vec::new(),
-                names: &mut names,
-            };
+            let mut w = Writer::new(&mut names);
             io.layers[layer.index].hand_on_outputs(&mut w);
             nodes.extend(w.nodes);
         }
