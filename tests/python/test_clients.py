@@ -3,11 +3,12 @@
 import json
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 from conftest import distance, session, stats, tool
-from onnx import TensorProto, helper, numpy_helper
+
+onnx = pytest.importorskip("onnx", reason="models are built here; the newest host's environment can")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 TOKENS, HEADS, DIM, LATENT = 32, 2, 16, 8
 WIDTH = HEADS * DIM
