@@ -268,15 +268,15 @@ impl<T: Element> Problem<T> {
             v_dim,
             ..
         } = self.shape;
-        let mut turned = vec![0.0; values.len()];
+        let mut transposed = vec![0.0; values.len()];
         for (i, value) in values.iter().enumerate() {
             let (row, channel) = (i / v_dim, i % v_dim);
             let (plane, token) = (row / q_tokens, row % q_tokens);
             let (b, h) = (plane / heads, plane % heads);
             debug_assert!(b < batch);
-            turned[((b * q_tokens + token) * heads + h) * v_dim + channel] = *value;
+            transposed[((b * q_tokens + token) * heads + h) * v_dim + channel] = *value;
         }
-        turned
+        transposed
     }
 }
 
