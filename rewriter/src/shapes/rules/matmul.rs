@@ -309,7 +309,9 @@ fn contracted(f: &AxisStep) -> bool {
         _ => return false,
     };
     let is_moved = flag("transBatchA") || flag("transBatchB");
-    !is_moved && f.input.len().max(1) == at + from_end.min(f.input.len().max(1))
+    // Of a vector the only axis.
+    let rank = f.input.len();
+    !is_moved && at + from_end.min(rank) == rank
 }
 
 fn gemm_contracted(f: &AxisStep) -> bool {

@@ -447,11 +447,16 @@ mod tests {
             self.followed(slot, at, 0, crate::shapes::propagate_axis_apart)
         }
 
-        /// Whether axis `at` of input `slot` ends here.
-        pub fn ends(&mut self, slot: usize, at: usize) -> bool {
+        /// What is given and what the rule said of it, by name.
+        fn facts(&self) -> Facts {
             let inputs = self.proto.input.iter().cloned().zip(self.inputs.clone());
             let outputs = self.proto.output.iter().cloned().zip(self.results.clone());
-            let facts = Facts::given(inputs.chain(outputs));
+            Facts::given(inputs.chain(outputs))
+        }
+
+        /// Whether axis `at` of input `slot` ends here.
+        pub fn ends(&mut self, slot: usize, at: usize) -> bool {
+            let facts = self.facts();
             let place = Dim::product(&self.inputs[slot].shape.as_ref().unwrap()[..at]).unwrap();
             let trail = crate::shapes::trace_axis(&facts, &self.node(), slot, &place, 0);
             trail == crate::shapes::AxisFate::Ends
@@ -464,9 +469,7 @@ mod tests {
             out: usize,
             follow: fn(&Facts, &Node, usize, &AxisOffset, usize) -> Option<AxisOffset>,
         ) -> Option<usize> {
-            let inputs = self.proto.input.iter().cloned().zip(self.inputs.clone());
-            let outputs = self.proto.output.iter().cloned().zip(self.results.clone());
-            let facts = Facts::given(inputs.chain(outputs));
+            let facts = self.facts();
             let dims = facts.shape(&self.proto.input[slot])?.to_vec();
             let place = Dim::product(&dims[..at])?;
             let to = follow(&facts, &self.node(), slot, &place, out)?;

@@ -1,11 +1,11 @@
 //! To integers with a scale and back, and what is computed between.
 
-use super::context::{Context, same, same_as};
+use super::context::{Context, like_first, same_as};
 use super::*;
 use crate::onnx::elem_type;
 
 const fn like_input(name: &'static str) -> Op {
-    ms(name, Shape::First(same_type), Axis::Same)
+    ms(name, Shape::First(like_first), Axis::Same)
 }
 
 const fn opaque(name: &'static str, why: &'static str) -> Op {
@@ -48,10 +48,6 @@ pub(super) const OPS: &[Op] = &[
         "rows are in the provider's order",
     ),
 ];
-
-fn same_type(c: &mut Context) -> Option<Fact> {
-    Some(same(c))
-}
 
 fn quantize(c: &mut Context) -> Option<Fact> {
     let ty = match (c.input(2), c.node.int("output_dtype")) {
